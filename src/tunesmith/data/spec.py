@@ -1,0 +1,83 @@
+"""The recipe's `data` section."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from tunesmith.base import Spec
+
+Format = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "dolly",
+    "prompt-completion",
+    "instruction-response",
+    "task",
+    "labelled",
+    "text",
+]
+
+Columns = Annotated[
+    dict[str, str],
+    Field(
+        description="Which column of the file holds which part of a row, for example `{prompt: question, completion: "
+        "answer}`. A value may also be a template over columns: `{prompt: 'Summarise: {document}'}`."
+    ),
+]
+
+
+class SourceSpec(Spec):
+    """One of several training sources."""
+
+    path: str
+    """A file (JSONL, JSON, CSV, TSV, Parquet, plain text; `.gz` too), a `datasets` directory, or a hub id."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of rows drawn from this source, relative to the other weights. Without any weight every row is used once
+    an epoch."""
+    format: Format = "auto"
+    """How this source's rows are written; `auto` is detected from the columns and printed."""
+    columns: Columns = Field(default_factory=dict)
+
+
+class DataSpec(Spec):
+    """What is trained on, what is judged on, and what happens to rows that cannot be used as they are."""
+
+    train: str | list[str | SourceSpec]
+    """A path, a list of paths, or a list of `{path, weight, format, columns}`."""
+    validation: str | float | None = None
+    """A path, or the fraction of the training rows to hold back for early stopping and the best checkpoint."""
+    test: str | float = "auto"
+    """A path, or the fraction of the training rows to hold back for the verdict; `auto` is a tenth, but at least 20
+    and at most 200 rows. These rows are never trained on and never used for early stopping."""
+    format: Format = "auto"
+    """How the rows are written; `auto` is detected from the columns and printed."""
+    columns: Columns = Field(default_factory=dict)
+    answer_after: str | None = None
+    """For rows of raw text: the marker after which the answer begins (for example `"\\nA: "`). What stands before and
+    the marker itself become the prompt. Without it every token of a text row is trained on."""
+    system: str | None = None
+    """A system turn put before every conversation that has none."""
+    template: str = "auto"
+    """How a conversation becomes text: `auto` is the model's own chat template, or `plain` when it has none; `plain`
+    is prompt + completion + end-of-text; a named template (`chatml`, `llama-3`, `zephyr`, `gemma`), or a path to a
+    Jinja file."""
+    train_on: Literal["answers", "last-answer", "everything"] = "answers"
+    """Which tokens are targets: every assistant turn with its end-of-turn token, the last one only, or all tokens.
+    Source for the default: Ouyang et al. 2022 (InstructGPT) train on demonstrations' answers; TRL and Axolotl mask
+    prompts by default for prompt/completion data."""
+    max_length: PositiveInt | Literal["auto"] = "auto"
+    """Longest row in tokens; `auto` is the longest row of the data, but never more than the model's own limit."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What happens to rows longer than `max_length`: refuse, leave them out, or cut the end of the answer. The question
+    is never cut; a row whose answer would vanish is dropped. What was lost is counted and reported."""
+    empty: Literal["error", "drop"] = "error"
+    """What happens to rows whose answer is empty."""
+    duplicates: Literal["drop", "keep", "error"] = "drop"
+    """What happens to rows that stand in the training data more than once."""
+    overlap: Literal["drop", "keep", "error"] = "drop"
+    """What happens to training rows that also stand in the validation or test rows (same prompt after folding case and
+    white space)."""

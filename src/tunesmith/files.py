@@ -1,0 +1,93 @@
+"""Files are written beside, synced and renamed, so that nothing half-written ever bears a final name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+ASIDE = ".partial"
+"""Suffix of everything that is not committed yet; safe to delete when no run is alive."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces ``path`` by ``text`` (UTF-8) in one step: readers see the old file or the new one, never a part."""
+    aside = path.with_name(f"{path.name}{ASIDE}{os.getpid()}")
+    try:
+        with open(aside, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as indented JSON; NaN and infinity are refused, because JSON does not have them."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def committed_directory(final: Path) -> Iterator[Path]:
+    """Yields an empty directory beside ``final`` and renames it to ``final`` when the block ends well.
+
+    An existing ``final`` is moved away first and deleted only after the new one stands. When the block raises,
+    nothing new is left behind and the old directory stays as it was.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(f"{final.name}{ASIDE}{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for path in sorted(aside.rglob("*")):
+            if path.is_file():
+                sync_file(path)
+        sync_directory(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if final.exists():
+        old = final.with_name(f"{final.name}.old{ASIDE}{os.getpid()}")
+        os.replace(final, old)
+        os.replace(aside, final)
+        shutil.rmtree(old)
+    else:
+        os.replace(aside, final)
+    sync_directory(final.parent)
+
+
+def sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Makes a rename durable. Windows cannot open a directory for that, and needs no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

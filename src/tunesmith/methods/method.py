@@ -1,0 +1,98 @@
+"""What every method of adaptation promises."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.base import InputError, Spec
+
+RESULT_DIRECTORIES = ("adapter", "model")
+
+
+class AdaptationMethod(Spec):
+    """Makes some part of a model trainable, and knows how that part is saved, loaded and merged.
+
+    `adapt` works on the meta device too, so that a plan can count before anything is loaded.
+    """
+
+    saved_as: ClassVar[str]
+    """Name of the directory of the result inside a run: `adapter` or `model`."""
+    can_pack: ClassVar[bool] = True
+    """Whether rows may be laid end to end under this method."""
+    default_learning_rate: ClassVar[float]
+
+    @abstractmethod
+    def adapt(self, model: nn.Module) -> list[str]:
+        """Freezes what stays and makes the rest trainable (fp32 parameters).
+
+        Returns:
+            Notes a user should read, such as parts of the model that the method does not reach.
+
+        Raises:
+            InputError: when a setting does not fit this model.
+        """
+
+    @abstractmethod
+    def save(self, model: nn.Module, directory: Path, *, base: str) -> None:
+        """Writes the trained part in the ecosystem's format; ``base`` names the model it belongs to."""
+
+    @abstractmethod
+    def trained_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """The trained tensors under the names by which `save` writes them."""
+
+    def load_trained(self, model: nn.Module, tensors: dict[str, Tensor], *, where: str | Path) -> None:
+        """Copies saved tensors into an adapted model.
+
+        Raises:
+            InputError: when names or shapes differ from those of the adapted model.
+        """
+        own = self.trained_tensors(model)
+        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        if missing or extra:
+            raise InputError(
+                f"the saved weights do not fit the model: {len(missing)} missing (first: {missing[:1]}), "
+                f"{len(extra)} unknown (first: {extra[:1]})",
+                where=where,
+                fix="use the base model and the method that the weights were trained with",
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if tensor.shape != tensors[name].shape:
+                    raise InputError(
+                        f"{name} has shape {list(tensors[name].shape)}, the model needs {list(tensor.shape)}",
+                        where=where,
+                    )
+                tensor.copy_(tensors[name])
+
+
+def freeze(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name, shared ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def make_trainable(parameter: nn.Parameter) -> None:
+    """Trains a weight in fp32 whatever the dtype it was loaded in: bf16 cannot hold small updates."""
+    parameter.data = parameter.data.float()
+    parameter.requires_grad_(True)
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    path = directory / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"cannot read the adapter's settings: {error}", where=path) from error
+    if not isinstance(config, dict):
+        raise InputError("the adapter's settings are not a JSON object", where=path)
+    return config

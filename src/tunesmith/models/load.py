@@ -1,0 +1,157 @@
+"""The door to transformers: configurations, weights and tokenizers, every failure said in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tunesmith.base import InputError
+
+DEMO = "demo"
+WEIGHT_FILES = ("*.safetensors",)
+
+Progress = Callable[[str, int, int | None], None]
+"""Label, done, total (None when unknown)."""
+
+
+def silent(label: str, done: int, total: int | None) -> None:
+    """A progress callback that shows nothing."""
+
+
+def locate_model(path: str, progress: Progress = silent) -> str:
+    """Turns what a recipe names into a directory or a hub id; `demo` is fetched when it is not here yet.
+
+    Raises:
+        InputError: when a directory is named that does not exist or holds no model.
+    """
+    if path == DEMO and not Path(path).exists():
+        from tunesmith.models.demo import demo_model
+
+        return str(demo_model(progress))
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise InputError(
+                "this directory holds no model: there is no config.json",
+                where=directory,
+                fix="name the directory that transformers saved the model in",
+            )
+        return str(directory)
+    looks_local = path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or directory.exists()
+    if looks_local and path.count("/") != 0:
+        raise InputError("no such model directory", where=path, fix="check the path, or name a hub id such as org/name")
+    return path
+
+
+@contextmanager
+def told_plainly(what: str, path: str) -> Iterator[None]:
+    """Turns what transformers raises about a model that cannot be had into one error."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        detail = lines[0] if lines else type(error).__name__
+        raise InputError(
+            f"{what} cannot be loaded: {detail}",
+            where=path,
+            fix="give a local directory with config.json, tokenizer and safetensors weights, or a hub id "
+            "that this machine can reach",
+        ) from error
+
+
+def read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
+    with told_plainly("the model's configuration", path):
+        return AutoConfig.from_pretrained(path, revision=revision)
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Raises InputError when there is no tokenizer, or it has no end-of-text token."""
+    with told_plainly("the tokenizer", path):
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, revision=revision))
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "the tokenizer has no end-of-text token, so the model could never learn to stop",
+            where=path,
+            fix="set `eos_token` in tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def load_model(
+    path: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, quantize: str = "none"
+) -> PreTrainedModel:
+    """Loads a causal language model from safetensors.
+
+    Raises:
+        InputError: when weights are missing, are in an unsafe format, or do not fill the architecture.
+    """
+    directory = Path(path)
+    if directory.is_dir() and not any(directory.glob("*.safetensors")):
+        raise InputError(
+            "there are no safetensors weights in this directory",
+            where=path,
+            fix="convert other formats to safetensors first; pickled weights are not loaded",
+        )
+    with told_plainly("the model", path):
+        loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_quantization(quantize, dtype, device),
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{len(missing)} weights are missing and would be random (first: {missing[0]})",
+            where=path,
+            fix="use a complete causal language model",
+        )
+    model = cast(PreTrainedModel, loaded)
+    if quantize == "none":
+        cast(nn.Module, model).to(device)
+    return model.eval()
+
+
+def _quantization(quantize: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    if quantize == "none":
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
+        from transformers import BitsAndBytesConfig
+    except ImportError as error:
+        raise InputError(
+            "quantized loading needs bitsandbytes", where="model.quantize", fix="pip install 'tunesmith[eight-bit]'"
+        ) from error
+    if quantize == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, config: Any | None = None) -> set[int]:
+    """Token ids that end generation: the tokenizer's end-of-text and those of the model's generation settings."""
+    ids = {int(cast(int, tokenizer.eos_token_id))}
+    declared = getattr(config, "eos_token_id", None)
+    for value in declared if isinstance(declared, list) else [declared]:
+        if isinstance(value, int):
+            ids.add(value)
+    return ids

@@ -1,0 +1,37 @@
+"""What every objective promises."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from tunesmith.base import Spec
+from tunesmith.batch import Batch
+
+Head = Literal["lm", "sequence", "token", "scalar"]
+
+
+class TrainingObjective(Spec):
+    """What is minimised: sums over tokens or rows, and the weights by which the loop divides them.
+
+    The loop adds up `weights` over every micro-batch of the optimizer step and over all processes before the first
+    backward pass, and divides each sum of `loss` by its own total. Splitting a batch therefore cannot change the
+    gradient.
+    """
+
+    head: ClassVar[Head] = "lm"
+
+    def prepare(self, model: nn.Module, window: Sequence[Batch]) -> Sequence[Batch]:
+        """Adds what must be known before the step, without gradient, to the batches of an optimizer step."""
+        return window
+
+    @abstractmethod
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        """The divisor that this batch contributes to each term of the loss: fp64 scalars."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The sum of each term over this batch: fp32 scalars with gradient."""

@@ -1,0 +1,268 @@
+"""`Recipe` is what was asked; `Plan` is every `auto` turned into a value with its reason."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from tunesmith.base import Spec
+from tunesmith.data.spec import DataSpec
+from tunesmith.methods import Lora, Method
+from tunesmith.objectives import Objective, Supervised
+
+Auto = Literal["auto"]
+
+
+def _off(value: Any) -> Any:
+    """YAML 1.1 reads `off` as false; both mean that a feature is off."""
+    return "off" if value is False else value
+
+
+Off = Annotated[Literal["off"], BeforeValidator(_off)]
+
+
+class ModelSpec(Spec):
+    """Which model is adapted, and how its weights are held in memory."""
+
+    path: str
+    """A directory, or a hub id. `demo` is the 135 M demo model."""
+    revision: str | None = None
+    """Commit, branch or tag of a hub model."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """How frozen weights are stored; `auto` follows `train.dtype`. Trained weights are always kept in fp32."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Store frozen linear weights in 4-bit NormalFloat (Dettmers et al. 2023) or 8-bit integers (bitsandbytes)."""
+
+
+class EarlyStopping(Spec):
+    """Ends a run when the validation loss no longer falls."""
+
+    patience: PositiveInt = 3
+    """Evaluations in a row without improvement before the run ends."""
+    min_delta: NonNegativeFloat = 0.0
+    """Smallest fall of the validation loss that counts as improvement."""
+
+
+class TrainSpec(Spec):
+    """The loop: how long, how many rows at a time, how fast, and how often it is looked at."""
+
+    epochs: PositiveFloat | None = None
+    """Passes over the training rows; 3 when neither `epochs` nor `steps` is given."""
+    steps: PositiveInt | None = None
+    """Optimizer steps. With `epochs` as well, whichever ends first."""
+    batch_size: PositiveInt = 16
+    """Rows per optimizer step over all processes. Source for the default: PEFT's method comparison and "LoRA Without
+    Regret" (Schulman et al. 2025), which finds LoRA hurt by large batches."""
+    micro_batch: PositiveInt | Auto = "auto"
+    """Rows per forward pass of one process; gradient accumulation follows from it. It never changes the gradient."""
+    learning_rate: PositiveFloat | Auto = "auto"
+    """`auto` is 2e-4 for adapters and 2e-5 for full fine-tuning: the ratio of ten is from "LoRA Without Regret"
+    (Schulman et al. 2025)."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """Learning rate after warmup: constant, to zero along a line or half a cosine, or warmup-stable-decay (Hu et al.
+    2024, MiniCPM), which holds the rate and falls to zero over the last fifth of the steps."""
+    warmup: NonNegativeFloat = 0.03
+    """Steps over which the rate rises from zero: a fraction of all steps when below 1, else a number of steps."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay (Loshchilov & Hutter 2019); never on biases, norms and other vectors."""
+    clip: PositiveFloat | Off = 1.0
+    """Largest L2 norm of the gradient (Pascanu et al. 2013)."""
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    """AdamW with fp32 states, or with 8-bit block-wise states (Dettmers et al. 2022) through bitsandbytes."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the forward and backward pass; `auto` is bf16 where the device computes it natively, else fp32."""
+    packing: bool | Auto = "auto"
+    """Lay the rows of a micro-batch end to end instead of padding them. `auto` tests once that the model keeps packed
+    rows apart and falls back to padding, saying so, when it does not."""
+    gradient_checkpointing: bool | Auto = "auto"
+    """Recompute activations in the backward pass (Chen et al. 2016); `auto` when the plan does not fit in memory."""
+    evaluate_every: PositiveInt | Auto | Off = "auto"
+    """Steps between validation losses; `auto` is ten times a run when there are validation rows."""
+    generate_every: PositiveInt | Off = "off"
+    """Steps between generated answers to validation rows, scored with the metrics of `evaluate`."""
+    checkpoint_every: PositiveInt | Auto | Off = "auto"
+    """Steps between checkpoints; `auto` is ten times a run, and at least every 500 steps."""
+    keep: PositiveInt = 2
+    """Checkpoints kept besides the best one."""
+    early_stopping: EarlyStopping | Off = "off"
+    """End the run when the validation loss no longer falls; needs validation rows."""
+    best: Literal["validation-loss", "last"] = "validation-loss"
+    """Which weights become the result: those with the lowest validation loss (the last ones without validation rows),
+    or always the last ones."""
+    log: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    """Where the loss curve is sent besides `events.jsonl`."""
+
+
+class EvaluateSpec(Spec):
+    """How base and tuned model are compared on held-out rows."""
+
+    rows: PositiveInt = 200
+    """At most this many test rows are answered, drawn with the recipe's seed."""
+    metrics: list[str] | Auto = "auto"
+    """The first decides the verdict. Known: `exact_match`, `f1`, `rouge1`, `rouge2`, `rougeL`, `bleu`, `chrf`,
+    `accuracy`, `perplexity`. `auto` chooses from the answers: `accuracy` for a few labels, `exact_match` for short
+    answers, `rougeL` for longer text, `perplexity` for raw text; perplexity is always added."""
+    max_new_tokens: PositiveInt | Auto = "auto"
+    """Longest generated answer; `auto` is one and a half times the longest reference answer, at least 16 tokens."""
+    batch_size: PositiveInt = 16
+    """Rows answered at a time."""
+    resamples: PositiveInt = 1000
+    """Bootstrap resamples behind each interval (Efron 1979; paired as in Koehn 2004)."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Coverage of the intervals."""
+    forgetting: str = "auto"
+    """General text on which perplexity is compared before and after: a path, `auto` for text that comes with Python,
+    or `off`."""
+    samples: NonNegativeInt = 8
+    """Best and worst answers shown in the report, of each."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forgetting_off(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("forgetting") is False:
+            return {**value, "forgetting": "off"}
+        return value
+
+
+def _gate_threshold(value: Any) -> float:
+    """Reads `+0.02`, `0.02` or `5%` as a number."""
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            raise ValueError(f"{value!r} is not a number or a percentage such as +0.02 or 5%") from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError("a threshold is a number or a percentage such as +0.02 or 5%")
+    return float(value)
+
+
+Gate = Annotated[
+    dict[str, Annotated[float, BeforeValidator(_gate_threshold)]],
+    Field(
+        description="What the run must show to be shipped, else exit code 3. A metric's threshold is the least gain "
+        "(in its better direction) of the tuned model over the base; a positive one must also lie outside the "
+        "interval's reach of zero. `forgetting` is the largest allowed rise of perplexity on general text."
+    ),
+]
+
+
+class Recipe(Spec):
+    """Everything a run was asked to do."""
+
+    model: ModelSpec
+    """A path or hub id, or `{path, revision, dtype, quantize}`."""
+    data: DataSpec
+    method: Method = Lora()
+    """What is trainable."""
+    objective: Objective = Supervised()
+    """What is minimised."""
+    train: TrainSpec = TrainSpec()
+    evaluate: EvaluateSpec | Off = EvaluateSpec()
+    """How the result is proven; `off` skips it, and the report says so."""
+    gate: Gate = Field(default_factory=dict)
+    output: str = "runs/{name}"
+    """Directory of the run. `{name}` becomes the recipe's file name. An existing run is never overwritten."""
+    seed: NonNegativeInt = 0
+    """Seed of every random choice: splits, order, initial weights, dropout, bootstrap."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        if isinstance(value.get("model"), str):
+            value["model"] = {"path": value["model"]}
+        for section, default in (("method", "lora"), ("objective", "sft")):
+            given = value.get(section)
+            if isinstance(given, str):
+                value[section] = {"kind": given}
+            elif isinstance(given, dict) and "kind" not in given:
+                value[section] = {"kind": default, **given}
+        return value
+
+
+class Resolved(Spec):
+    """One `auto` and what it became."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+class Parameters(Spec):
+    """Numbers of weights; shared ones are counted once."""
+
+    total: int
+    """Base and what the method adds."""
+    trainable: int
+
+
+class Memory(Spec):
+    """Bytes at the moment of the largest use, by component."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    runtime: int
+    """The interpreter and its libraries, where the device shares the host's memory."""
+    peak_bytes: int
+
+
+class Duration(Spec):
+    """Seconds that the job is expected to take, and from what they were computed."""
+
+    train_seconds: float
+    evaluate_seconds: float
+    seconds: float
+    flops: float
+    """Useful floating-point operations of training."""
+    flops_per_second: float
+    """Rate that this machine reaches on such work, from a short calibration."""
+
+
+class Workload(Spec):
+    """How many tokens are trained on; estimated when there is no data or tokenizer to count with."""
+
+    rows: int
+    tokens: int
+    targets: int
+    longest: int
+    estimated: bool
+
+
+class Plan(Spec):
+    """Every `auto` turned into a value, and what the job will need. `--resume` uses the stored plan."""
+
+    device: str
+    dtype: Literal["fp32", "bf16", "fp16"]
+    frozen_dtype: Literal["fp32", "bf16", "fp16"]
+    packing: bool
+    gradient_checkpointing: bool
+    steps: int
+    epochs: float
+    micro_batch: int
+    warmup_steps: int
+    learning_rate: float
+    evaluate_every: int | None
+    checkpoint_every: int | None
+    max_length: int
+    max_new_tokens: int
+    metrics: list[str]
+    parameters: Parameters
+    memory: Memory
+    time: Duration
+    workload: Workload
+    resolved: list[Resolved]
+    notes: list[str]
