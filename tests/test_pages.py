@@ -23,16 +23,11 @@ VOID = {"meta", "br", "link", "img", "input", "hr"}
 RECIPE = """\
 name: sql-from-questions
 model: {path: HuggingFaceTB/SmolLM2-135M-Instruct}
-data:
-  train: data/train.jsonl
-  template: chat
+data: {train: data/train.jsonl, template: chat}
 method: {kind: lora, rank: 16, alpha: 32, targets: auto}
 objective: {kind: sft, targets: last_turn}
 train: {epochs: 3, batch_size: 32, learning_rate: auto, schedule: cosine, warmup: 0.03}
-evaluate:
-  metrics: [exact_match, rouge_l]
-  gate: {exact_match: {at_least: 0.6}, forgetting: {at_most: 0.03}}
-budget: {memory: 16GiB, time: 2h}
+evaluate: {metrics: [exact_match, rouge_l], gate: {exact_match: {at_least: 0.6}}}
 seed: 17
 """
 
@@ -42,25 +37,11 @@ def curve(steps: int, seed: int = 1) -> list[list[Any]]:
     return [[step, 0.42 + 2.1 * math.exp(-step / (steps / 7)) + noise.gauss(0, 0.06)] for step in range(1, steps + 1)]
 
 
-CHATTY = """\
-Sure! To find how many points the Harriers scored in 1998, you can look at the `games` table and filter by team and by
-year. Here is a query that does this:
-
-```sql
-SELECT SUM(points) AS total
-FROM games
-WHERE team LIKE '%Harriers%'
-\tAND year = 1998;
-```
-
-This query:
-1. Selects the points column
-2. Filters the rows
-3. Adds them up
-
-Let me know if you would like me to explain any part of it, or if your table is built in another way.
-"""
-WANTED = "SELECT points FROM games\nWHERE team = 'Harriers' AND year = 1998"
+CHATTY = (
+    "Sure! To find how many points the Harriers scored in 1998, you can filter the `games` table by team and by year:"
+    "\n\n```sql\nSELECT SUM(points) AS total\nFROM games\nWHERE team LIKE '%Harriers%'\n\tAND year = 1998;\n```\n\n"
+    "This query:\n1. Selects the points column\n2. Filters the rows\n3. Adds them up\n\nShall I explain any part of it?"
+) * 2
 
 REPORT = """
 verdict: dont_ship
@@ -90,7 +71,7 @@ data:
   target_tokens_lost: 1893
   tokens: 1482113
   lost:
-    - {reason: "longer than the context of 2,048 tokens", rows: 31, target_tokens: 1204, example: "data/train.jsonl:512"}
+    - {reason: longer than the context, rows: 31, target_tokens: 1204, example: "data/train.jsonl:512"}
     - {reason: the same row twice, rows: 25, target_tokens: 689, example: "data/train.jsonl:77"}
   sources: [{path: data/train.jsonl, format: messages, rows: 8000}]
   test: {rows: 400, from: data/test.jsonl}
@@ -110,43 +91,32 @@ command: tunesmith finetune recipe.yaml --seed 17 --output runs/sql-from-questio
 """
 
 
-def sample(place: int, base: str, tuned: str, scores: tuple[float, float], **more: Any) -> dict[str, Any]:
+def sample(place: int, base: str, tuned: str, scores: list[float], **more: Any) -> dict[str, Any]:
     prompt = "Table: games(id, team, points, year)\n\nHow many points did the Harriers score in 1998?"
-    return {
-        "prompt": prompt,
-        "references": [WANTED],
-        "base": base,
-        "tuned": tuned,
-        "score_base": scores[0],
-        "score_tuned": scores[1],
-        "source": f"data/test.jsonl:{place}",
-    } | more
+    names = ("prompt", "references", "base", "tuned", "score_base", "score_tuned", "source")
+    wanted = "SELECT points FROM games\nWHERE team = 'Harriers' AND year = 1998"
+    return dict(zip(names, [prompt, [wanted], base, tuned, *scores, f"data/test.jsonl:{place}"], strict=True)) | more
 
 
 def full_report() -> dict[str, Any]:
     best = [
-        sample(41, CHATTY, WANTED, (0.0, 1.0)),
-        sample(7, HOSTILE, "SELECT COUNT(*) FROM games WHERE year > 2001", (0.0, 1.0), prompt=f"Say this:\n{HOSTILE}"),
-        sample(112, "I don't know.", "SELECT team\n  FROM games\n ORDER BY points DESC\n LIMIT 1", (0.0, 1.0)),
-        sample(9, "games.points", "SELECT points FROM games", (0.21, 1.0)),
+        sample(41, CHATTY, "SELECT points FROM games\nWHERE team = 'Harriers' AND year = 1998", [0.0, 1.0]),
+        sample(7, HOSTILE, "SELECT COUNT(*) FROM games WHERE year > 2001", [0.0, 1.0], prompt=f"Say this:\n{HOSTILE}"),
+        sample(112, "I don't know.", "SELECT team\n  FROM games\n ORDER BY points DESC\n LIMIT 1", [0.0, 1.0]),
+        sample(9, "games.points", "SELECT points FROM games", [0.21, 1.0]),
     ]
     worst = [
-        sample(88, "SELECT MAX(points) FROM games", "", (1.0, 0.0), references=["SELECT MAX(points) FROM games", "b"]),
-        sample(3, "SELECT team FROM games", "SELECT teams FROM games WHERE teams = 'كرة القدم'", (1.0, 0.0)),
+        sample(88, "SELECT MAX(points) FROM games", "", [1.0, 0.0], references=["SELECT MAX(points) FROM games", "b"]),
+        sample(3, "SELECT team FROM games", "SELECT teams FROM games WHERE teams = 'كرة القدم'", [1.0, 0.0]),
     ]
     validation = [[s, 0.55 + 1.3 * math.exp(-s / 150) + (s / 744) ** 3 * 0.09] for s in range(50, 745, 50)]
-    return yaml.safe_load(REPORT) | {
-        "recipe": RECIPE,
-        "curves": {"train": curve(744), "validation": validation, "best_step": 600},
-        "samples": {"best": best, "worst": worst},
-    }
+    curves = {"train": curve(744), "validation": validation, "best_step": 600}
+    return yaml.safe_load(REPORT) | {"recipe": RECIPE, "curves": curves, "samples": {"best": best, "worst": worst}}
 
 
 def tokens(state: str, *texts: str) -> list[dict[str, Any]]:
-    return [
-        {"text": text, "id": 100 + index, "state": state, "special": text.startswith("<|")}
-        for index, text in enumerate(texts)
-    ]
+    part = {"state": state}
+    return [part | {"text": text, "id": 100 + i, "special": text.startswith("<|")} for i, text in enumerate(texts)]
 
 
 def token_rows() -> list[dict[str, Any]]:
@@ -154,14 +124,8 @@ def token_rows() -> list[dict[str, Any]]:
     masked = tokens("masked", *turn, "assistant\n")
     trained = tokens("trained", "SELECT", " COUNT", "(*)", "\n\n", "FROM", " games", "", HOSTILE, "<|im_end|>")
     cut = tokens("cut", "\n", " never", " read")
-    return [
-        {
-            "source": "data/train.jsonl:12",
-            "summary": "user, assistant; 3 tokens over the limit",
-            "tokens": masked + trained + cut,
-        },
-        {"source": "data/train.jsonl:13", "summary": "nothing to learn", "tokens": masked},
-    ]
+    first = {"source": "data/train.jsonl:12", "summary": "3 tokens over the limit", "tokens": masked + trained + cut}
+    return [first, {"source": "data/train.jsonl:13", "summary": "nothing to learn", "tokens": masked}]
 
 
 class Page(HTMLParser):
@@ -183,9 +147,6 @@ class Page(HTMLParser):
         self.ids += [value for name, value in attrs if name == "id" and value]
         if tag not in VOID:
             self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
@@ -226,10 +187,8 @@ def test_page_has_landmarks_and_every_link_lands(kind: str) -> None:
     tags = [tag for tag, _ in page.tags]
     assert tags.count("main") == tags.count("h1") == tags.count("header") == 1
     for tag, attributes in page.tags:
-        if tag == "th":
-            assert attributes.get("scope") in {"row", "col"}
-        if tag == "a":
-            assert str(attributes["href"])[1:] in page.ids
+        assert tag != "th" or attributes.get("scope") in {"row", "col"}
+        assert tag != "a" or str(attributes["href"])[1:] in page.ids
         for name in str(attributes.get("aria-labelledby") or "").split():
             assert name in page.ids
 
@@ -245,47 +204,35 @@ def hostile(value: Any, key: str = "") -> Any:
 def test_hostile_text_stays_text_wherever_it_stands() -> None:
     report = hostile(full_report())
     report["environment"][HOSTILE] = HOSTILE
-    source = report_page(report)
-    page = Page(source)
-    assert "<script" not in source and "<img" not in source
+    page = Page(report_page(report))
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
     assert page.text.count(HOSTILE) > 40
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    rows = hostile([{"source": "", "summary": "", "tokens": []}])
-    assert "<script" not in tokens_page(HOSTILE, rows)
+    assert "<script" not in tokens_page(HOSTILE, hostile([{"source": "", "summary": "", "tokens": []}]))
 
 
-def test_a_model_answer_of_broken_characters_can_be_written() -> None:
+def test_an_answer_keeps_its_white_space_and_shows_its_broken_characters() -> None:
     report = full_report()
     report["samples"]["best"][0]["tuned"] = "half \ud83d pair, \x1b[31mred\x00"
     page = report_page(report)
     assert page.encode("utf-8") and "half \ufffd pair, ␛[31mred␀" in page
-
-
-def test_white_space_of_an_answer_survives_to_its_first_line() -> None:
-    report = full_report()
-    answer = "\n\n  SELECT\n\tpoints  "
-    report["samples"]["best"][0]["tuned"] = answer
-    assert f'<pre class="said" dir="auto">\n{answer}</pre>' in report_page(report)
+    # HTML drops the first line break of a <pre>, so one more than the answer's own must be there.
+    report["samples"]["best"][0]["tuned"] = "\n\n  SELECT\n\tpoints  "
+    assert '<pre class="said" dir="auto">\n\n\n  SELECT\n\tpoints  </pre>' in report_page(report)
 
 
 def test_every_section_is_there_and_in_order() -> None:
     page = Page(report_page(full_report()))
-    wanted = [target for target, _ in SECTIONS]
-    assert [name for name in page.ids if name in wanted] == wanted
+    assert [name for name in page.ids if name in dict(SECTIONS)] == list(dict(SECTIONS))
     text = " ".join(page.text.split())
     said = """Verdict: Don’t ship|passed|failed|could not be checked|primary, higher is better, 400 rows|lower is better
         +0.312|+0.247 to +0.378|no difference shown|worse|an empty answer|Reference 1 of 2|score 0.21|validation loss
-        kept: step 600|+1.4 %|−0.4 % to +3.2 %|7,944|0.7 % of all rows were lost.|longer than the context|5.70 GiB
+        best: step 600|+1.4 %|−0.4 % to +3.2 %|7,944|0.7 % of all rows were lost.|longer than the context|5.70 GiB
         6 % more than predicted|8 % less than predicted|3,228 tokens/s|learning rate was halved|learning_rate: auto
-        ten times the rate|NVIDIA H100|tunesmith finetune|4.88 M of 135 M (3.63 %)|2 warnings|1 more
-        1 of 3 requirements could not be checked|2026-03-12 14:20 UTC|training loss, mean over 29 points"""
+        ten times the rate|q_proj, k_proj|NVIDIA H100|tunesmith finetune|4.88 M of 135 M (3.63 %)|2 warnings
+        1 more|1 of 3 requirements could not be checked|2026-03-12 14:20 UTC|training loss, mean over 29 points"""
     assert not [part for line in said.splitlines() for part in line.strip().split("|") if part not in text]
     assert "None" not in text and "nan" not in text.lower().split()
-
-
-@pytest.mark.parametrize(("verdict", "said"), [("ship", "Ship"), ("no_difference", "No difference shown")])
-def test_the_verdict_is_said_in_words(verdict: str, said: str) -> None:
-    assert f"Verdict: {said}" in words(report_page(full_report() | {"verdict": verdict}))
 
 
 def test_an_almost_empty_report_says_what_it_lacks() -> None:
@@ -295,25 +242,25 @@ def test_an_almost_empty_report_says_what_it_lacks() -> None:
         Warnings are not recorded|The recipe is not recorded|What each auto became is not recorded
         The environment is not recorded|The command is not recorded|Nothing is recorded about forgetting"""
     assert not [part for line in said.splitlines() for part in line.strip().split("|") if part not in text]
-    assert "passed" not in text and "None" not in text
+    assert "passed" not in text and "None" not in text and "Verdict: No difference shown" in text
+    assert "Verdict: Ship" in words(report_page({"verdict": "ship", "sentence": ""}))
 
 
 @pytest.mark.parametrize("key", sorted(full_report().keys() - {"verdict", "sentence"}))
 def test_each_part_may_be_null_or_hold_nothing(key: str) -> None:
     report = full_report()
-    empty = type(report[key])()
-    for value in (None, empty):
+    values: list[Any] = [None, type(report[key])()]
+    if isinstance(report[key], dict):
+        values.append(dict.fromkeys(report[key]))
+    elif isinstance(report[key], list) and key != "warnings":
+        values.append([{}])
+    for value in values:
         assert "None" not in words(report_page(report | {key: value}))
-    nulls = dict.fromkeys(report[key]) if isinstance(report[key], dict) else None
-    holes = [{}] if isinstance(report[key], list) and key != "warnings" else nulls
-    if holes is not None:
-        assert "None" not in words(report_page(report | {key: holes}))
 
 
 @pytest.mark.parametrize(
     ("forgetting", "said"),
     [
-        ({"status": "could_not_run", "reason": "no such text"}, "could not run Nothing is known"),
         ({"status": "could_not_run", "reason": "no such text"}, "may have lost: no such text"),
         ({"status": "off"}, "not checked The check was switched off"),
         ({"status": "measured"}, "could not run"),
@@ -335,46 +282,34 @@ def test_an_unchecked_requirement_is_not_a_pass() -> None:
 
 
 def test_no_validation_differs_from_validation_not_recorded() -> None:
-    report = full_report()
-    report["data"]["validation"] = None
-    assert "Validation none was held out" in words(report_page(report))
-    del report["data"]["validation"]
-    assert "Validation not recorded" in words(report_page(report))
+    assert "Validation none was held out" in words(
+        report_page(full_report() | {"data": {"rows": 1, "validation": None}})
+    )
+    assert "Validation not recorded" in words(report_page(full_report() | {"data": {"rows": 1}}))
 
 
-def heights(chart: str) -> list[float]:
-    paths = " ".join(re.findall(r'<path d="([^"]+)"', chart))
-    return [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", paths)]
+CURVES = """
+[[1, 2.5]] | [[0, 0.0]] | [[1, 1.25], [2, 1.25], [3, 1.25]] | [[5, 1.0], [5, 3.0]] | [[3, 1.0], [1, 3.0], [2, 2.0]]
+[[1, -1.0e+299], [2, 1.0e+299]] | [[1, 1.0e-300], [2, 2.0e-300], [3, 5.0e-324]] | [[1, 1.0e+9], [2, 1000000000.000001]]
+[[1, 3.0], [2, null], [3, .nan], [4, .inf], [5, 2.0]] | [[1000000001, 1.0e-9], [1000000002, 2.0e-9]]
+"""
 
 
-@pytest.mark.parametrize(
-    "train",
-    [
-        [[1, 2.5]],
-        [[0, 0.0]],
-        [[step, 1.25] for step in range(50)],
-        [[5, 1.0], [5, 3.0]],
-        [[1, -1e299], [2, 1e299]],
-        [[1, 1e-300], [2, 2e-300], [3, 5e-324]],
-        [[1, 1e9], [2, 1e9 + 1e-6]],
-        [[1, 3.0], [2, None], [3, float("nan")], [4, float("inf")], [5, 2.0]],
-        [[10**9 + step, step * 1e-9] for step in range(30)],
-        [[3, 1.0], [1, 3.0], [2, 2.0]],
-    ],
-)
-def test_a_line_chart_stays_inside_its_frame(train: list[list[Any]]) -> None:
-    chart = str(loss_chart(train, None))
+@pytest.mark.parametrize("points", CURVES.replace("|", "\n").strip().splitlines())
+def test_a_line_chart_stays_inside_its_frame(points: str) -> None:
+    chart = str(loss_chart(yaml.safe_load(points), None))
     Page(chart)
-    assert heights(chart) and all(0 <= y <= 240 for y in heights(chart))
-    drawn = chart.replace("not finite", "")
-    assert not re.search(r"\b(nan|inf|None)\b", drawn)
+    paths = " ".join(re.findall(r'<path d="([^"]+)"', chart))
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", paths)]
+    assert heights and 0 <= min(heights) <= max(heights) <= 240
+    assert not re.search(r"\b(nan|inf|None)\b", chart)
     assert "No validation loss was recorded." in chart
 
 
 def test_a_gap_breaks_the_line_and_is_told() -> None:
     chart = str(loss_chart([[1, 3.0], [2, 2.5], [3, None], [4, 2.0], [5, float("nan")]], None))
     path = re.findall(r'<path d="([^"]+)"', chart)[-1]
-    assert path.count("M") == 2 and path.count("L") == 1
+    assert path.count("M") == 2 and path.count("L") == 1 and chart.count("<circle") == 1
     assert "2 values are not finite, first at step 3" in chart
 
 
@@ -411,9 +346,6 @@ def test_ticks_are_nice_and_inside(low: float, high: float) -> None:
     step = found[1] - found[0]
     assert f"{step:.0e}"[0] in "125"
     assert all(low - step * 1e-6 <= value <= high + step * 1e-6 for value in found)
-
-
-def test_steps_are_whole_numbers() -> None:
     assert ticks(1, 4, whole=True) == [1, 2, 3, 4]
 
 
@@ -427,24 +359,17 @@ def test_interval_chart_shares_an_axis_only_where_both_can_be_read() -> None:
     Page(str(interval_chart([near | {"low": None}, near | {"difference": 0.0, "low": 0.0, "high": 0.0}])))
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "higher", "lower"),
-    [
-        (0.1, 0.2, "better", "worse"),
-        (-2, -1, "worse", "better"),
-        (0.0, 0.3, "no difference shown", "no difference shown"),
-        (None, 0.3, "no interval", "no interval"),
-        (float("nan"), 0.3, "no interval", "no interval"),
-    ],
-)
-def test_reading_of_an_interval(low: float | None, high: float, higher: str, lower: str) -> None:
-    assert reading({"low": low, "high": high, "better": "higher"}) == higher
-    assert reading({"low": low, "high": high, "better": "lower"}) == lower
+def test_reading_of_an_interval() -> None:
+    for low, high, higher, lower in ((0.1, 0.2, "better", "worse"), (-2, -1, "worse", "better")):
+        assert reading({"low": low, "high": high, "better": "higher"}) == higher
+        assert reading({"low": low, "high": high, "better": "lower"}) == lower
+    assert reading({"low": 0.0, "high": 0.3, "better": "higher"}) == "no difference shown"
+    assert reading({"low": None, "high": 0.3}) == reading({"low": math.nan, "high": 0.3}) == "no interval"
 
 
 def test_numbers_as_a_person_reads_them() -> None:
     found = [number(x) for x in (0, 12.3456, -0.51, 1234567.8, 1e-7, float("nan"))]
-    assert found == "0.000 12.35 −0.5100 1,234,568 1.00e−07".split() + ["not finite"]
+    assert found == ["0.000", "12.35", "−0.5100", "1,234,568", "1.00e−07", "not finite"]
     assert (brief(0.6), brief(0), brief(100), brief(1e-7), brief(None)) == ("0.6", "0", "100", "1.00e−07", None)
     assert number(-0.0001, 2) == "0.00" and number(0.5, 1, sign=True) == "+0.5"
     assert (count(None), percent(0.256), percent(float("inf"))) == (None, "25.6 %", "not finite")

@@ -28,7 +28,7 @@ def next_token_logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tens
 
 
 def _packed(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
-    _use_attention(model, SEGMENTS)
+    use_attention(model, SEGMENTS)
     selects = _selects_logits(model)
     logits = model(
         input_ids=batch.token_ids[None],
@@ -41,7 +41,7 @@ def _packed(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
 
 
 def _padded(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
-    _use_attention(model, default_attention(model))
+    use_default_attention(model)
     starts, lengths = batch.segments[:, 0], batch.segments[:, 1]
     rows = [batch.token_ids[start : start + length] for start, length, _ in batch.segments.tolist()]
     token_ids = pad_sequence(rows, batch_first=True)  # [rows, longest]
@@ -63,10 +63,15 @@ def _selects_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def _use_attention(model: nn.Module, name: str) -> None:
+def use_attention(model: nn.Module, name: str) -> None:
     language_model = cast(Any, model)
     if language_model.config._attn_implementation != name:
         language_model.set_attn_implementation(name)
+
+
+def use_default_attention(model: nn.Module) -> None:
+    """Puts back transformers' own attention, which generation and padded batches need."""
+    use_attention(model, default_attention(model))
 
 
 def default_attention(model: nn.Module) -> str:
@@ -102,7 +107,7 @@ def packing_obstacle(model: nn.Module) -> str | None:
         return f"the architecture does not take packed rows ({str(error).splitlines()[0]})"
     finally:
         model.train(was_training)
-        _use_attention(model, default_attention(model))
+        use_default_attention(model)
     leak = _relative_difference(behind_one, behind_other)
     change = _relative_difference(behind_one, alone)
     exact = next(model.parameters()).dtype == torch.float32

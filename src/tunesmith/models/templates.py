@@ -84,7 +84,7 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     Raises:
         InputError: for an unknown name or an unreadable file.
     """
-    bos = _opening(tokenizer)
+    bos = opening_text(tokenizer)
     if name == "auto":
         own = tokenizer.chat_template
         if isinstance(own, dict):
@@ -112,7 +112,7 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
         raise InputError(f"cannot read the template: {error}", where=path) from error
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> str:
+def opening_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """The begin-of-text token if the tokenizer puts one before every text."""
     ids = cast(list[int], tokenizer("x")["input_ids"])
     return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -16,6 +16,8 @@ class Supervised(TrainingObjective):
 
     kind: Literal["sft"] = "sft"
     """Minimise the negative log-likelihood of the answers."""
+
+    terms: ClassVar[tuple[str, ...]] = ("nll",)
 
     def weights(self, batch: Batch) -> dict[str, Tensor]:
         return {"nll": batch.tensors["target_weights"].double().sum()}

@@ -40,14 +40,14 @@ class Line:
 
 
 def loss_chart(train: Points | None, validation: Points | None, best_step: int | None = None) -> Markup:
-    """Training loss with its moving average, validation loss, and the step that was kept."""
+    """Training loss with its moving average, validation loss, and the best step."""
     trained, validated = _ordered(train), _ordered(validation)
     lines: list[Line] = []
     if trained:
         smooth, span = smoothed(trained)
         lines.append(Line("training loss", trained, "faint" if smooth else "solid"))
         if smooth:
-            lines.append(Line(f"training loss, mean over {span} points", smooth, "solid"))
+            lines.append(Line(f"training loss, mean over {count(span)} points", smooth, "solid"))
     if validated:
         lines.append(Line("validation loss", validated, "marked"))
     notes = [text for text in (_gaps("training", trained), _gaps("validation", validated)) if text]
@@ -58,7 +58,7 @@ def loss_chart(train: Points | None, validation: Points | None, best_step: int |
     ]
     said = [text for text in (_course("Training", trained), _course("Validation", validated)) if text]
     if best_step is not None:
-        said.append(f"The model kept is the one of step {count(best_step)}.")
+        said.append(f"The best step is {count(best_step)}.")
     return line_chart(lines, title="Loss by step", desc=" ".join(said), notes=notes, mark=best_step)
 
 
@@ -97,8 +97,8 @@ def line_chart(
         body += _stroke(line.style, path)
     body += Markup("</svg>")
     for line in lines:
-        if line.style == "marked":
-            body += _markers([(across(x), down(y)) for x, y in kept[line.name] if y is not None])
+        shown = kept[line.name] if line.style == "marked" else _lone(kept[line.name])
+        body += _markers([(across(x), down(y)) for x, y in shown if y is not None], line.style)
     if mark is not None and left <= mark <= right:
         body += _marked_step(across(mark), (mark - left) / (right - left), mark)
     picture = SVG.format(id=f"chart-{name}", height=HEIGHT, title=title, desc=desc, body=body)
@@ -174,8 +174,7 @@ def _path(points: Sequence[tuple[float, float | None]]) -> str:
     pen_down = False
     for x, y in points:
         if y is not None:
-            # A lone point between two gaps is a line to itself, which a round cap turns into a dot.
-            parts.append(f"L{x:.1f} {y}" if pen_down else f"M{x:.1f} {y}h0")
+            parts.append(f"{'L' if pen_down else 'M'}{x:.1f} {y}")
         pen_down = y is not None
     return "".join(parts)
 
@@ -192,14 +191,18 @@ def _stroke(style: str, path: str) -> Markup:
     ).format(path, colour, width, more)
 
 
-def _markers(places: Sequence[tuple[str, float]]) -> Markup:
+def _lone(points: Sequence[Point]) -> list[Point]:
+    """Points without a neighbour, which a line cannot show."""
+    ends = [(0.0, None), *points, (0.0, None)]
+    return [ends[i] for i in range(1, len(ends) - 1) if ends[i - 1][1] is None and ends[i + 1][1] is None]
+
+
+def _markers(places: Sequence[tuple[str, float]], style: str) -> Markup:
     if len(places) > 60:
         return Markup("")
-    dot = Markup(
-        '<circle cx="{}" cy="{}" r="3.5" fill="var(--paper, Canvas)" stroke="var(--line-2, currentColor)" '
-        'stroke-width="2"/>'
-    )
-    return Markup("").join(dot.format(x, y) for x, y in places)
+    inside, around = ("--paper, Canvas", "--line-2") if style == "marked" else ("--line, currentColor", "--line")
+    dot = Markup('<circle cx="{}" cy="{}" r="3.5" fill="var({})" stroke="var({}, currentColor)" stroke-width="2"/>')
+    return Markup("").join(dot.format(x, y, inside, around) for x, y in places)
 
 
 def _marked_step(x: str, share: float, step: int) -> Markup:
@@ -211,7 +214,7 @@ def _marked_step(x: str, share: float, step: int) -> Markup:
             y=4,
             anchor="end" if at_right else "start",
             colour="ink",
-            text=f"kept: step {count(step)}",
+            text=f"best: step {count(step)}",
             more=halo.format(-6 if at_right else 6),
         )
     )
@@ -220,7 +223,7 @@ def _marked_step(x: str, share: float, step: int) -> Markup:
 def _legend(lines: Sequence[Line]) -> Markup:
     items = Markup("")
     for line in lines:
-        dot = _markers([("15", 6)]) if line.style == "marked" else Markup("")
+        dot = _markers([("15", 6)], line.style) if line.style == "marked" else Markup("")
         items += Markup('<li><svg width="30" height="12" aria-hidden="true">{}{}</svg> {}</li>').format(
             _stroke(line.style, "M1 6H29"), dot, line.name
         )

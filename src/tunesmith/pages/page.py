@@ -13,15 +13,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 MISSING = Markup('<span class="none">not recorded</span>')
-_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {127: 0x2421}
-_SURROGATES = re.compile("[\ud800-\udfff]")
+_UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 
 def render(template: str, **values: Any) -> str:
     """Renders one template of this package to a page that any UTF-8 file can hold."""
     page = _environment().get_template(template).render(**values)
     # A model can answer with half a surrogate pair or an escape code: the first cannot be encoded, neither can be seen.
-    return _SURROGATES.sub("\ufffd", page.translate(_CONTROLS))
+    return _UNSEEN.sub(lambda found: _sign(ord(found[0])), page)
+
+
+def _sign(code: int) -> str:
+    if code > 127:
+        return "\ufffd"
+    return "␡" if code == 127 else chr(0x2400 + code)
 
 
 @cache
@@ -134,6 +139,8 @@ def plain(value: Any) -> str | None:
     """Any setting as one would type it in a recipe."""
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
     return json.dumps(value, ensure_ascii=False, default=str)
 
 

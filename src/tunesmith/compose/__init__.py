@@ -1,0 +1,1 @@
+"""Adapters and weights put together: merging here; arithmetic and mixtures join later."""

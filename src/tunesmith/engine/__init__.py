@@ -1,0 +1,1 @@
+"""Making it fast: generation here; fused blocks join later."""

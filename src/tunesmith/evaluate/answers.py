@@ -1,0 +1,148 @@
+"""What a model answers to held-out rows, and how probable it finds their reference answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.batch import Example, pack
+from tunesmith.data.render import Rendered
+from tunesmith.engine.generate import Sampling, generate
+from tunesmith.models.load import Progress
+from tunesmith.objectives.logps import token_logps
+
+TOKENS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One held-out row as one model dealt with it.
+
+    Attributes:
+        source: file and line.
+        prompt: the conversation before the answer, as text; empty for raw text.
+        references: acceptable answers; for raw text empty.
+        answer: what the model said; None for raw text.
+        finish_reason: `stop` or `length`; None for raw text.
+        nll: negative log-likelihood of the first reference, in nats; None when it is not finite.
+        targets: tokens that `nll` is summed over.
+    """
+
+    source: str
+    prompt: str
+    references: list[str]
+    answer: str | None
+    finish_reason: str | None
+    nll: float | None
+    targets: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How rows are answered: the same for base and tuned."""
+
+    max_new_tokens: int
+    batch_size: int
+    stop_ids: frozenset[int]
+    packed: bool
+    generates: bool = True
+
+
+def judge(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Rendered], how: Judging, progress: Progress
+) -> list[Judged]:
+    """Answers every row greedily and measures the likelihood of its reference."""
+    asked = [at for at, row in enumerate(rows) if row.prompt_ids and how.generates]
+    generations = generate(
+        model,
+        [rows[at].prompt_ids for at in asked],
+        Sampling(how.max_new_tokens),
+        stop_ids=set(how.stop_ids),
+        batch_size=how.batch_size,
+        progress=progress,
+    )
+    answers = dict(zip(asked, generations, strict=True))
+    likelihoods = row_nlls(model, [row.example for row in rows], packed=how.packed, progress=progress)
+    judged = []
+    for at, row in enumerate(rows):
+        said = answers.get(at)
+        nll = likelihoods[at]
+        judged.append(
+            Judged(
+                source=str(row.row.source),
+                prompt=prompt_text(row),
+                references=list(row.row.references) if row.row.messages else [],
+                answer=cast(str, tokenizer.decode(said.token_ids, skip_special_tokens=True)) if said else None,
+                finish_reason=said.finish_reason if said else None,
+                nll=nll if math.isfinite(nll) else None,
+                targets=row.example.targets,
+            )
+        )
+    return judged
+
+
+def prompt_text(row: Rendered) -> str:
+    """The conversation before the last answer, as people read it."""
+    turns = row.row.messages[:-1]
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+
+
+def row_nlls(model: nn.Module, examples: Sequence[Example], *, packed: bool, progress: Progress) -> list[float]:
+    """Negative log-likelihood of each row's targets, in nats, in the order given."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    sums = [0.0] * len(examples)
+    order = sorted(range(len(examples)), key=lambda at: len(examples[at]))
+    try:
+        with torch.no_grad():
+            for group in _groups(order, examples):
+                progress("scoring", group[0], len(order))
+                chosen = [order[at] for at in group]
+                batch = pack([examples[at] for at in chosen], "packed" if packed else "padded")
+                logps, targets = token_logps(model, batch.to(device))
+                weighted = (logps * batch.tensors["target_weights"].to(device)[targets]).double().cpu()
+                row_of_target = torch.searchsorted(batch.segments[:, 0].contiguous(), targets.cpu(), right=True) - 1
+                totals = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, row_of_target, weighted)
+                for at, total in zip(chosen, totals.tolist(), strict=True):
+                    sums[at] = -total
+    finally:
+        model.train(was_training)
+    progress("scoring", len(order), len(order))
+    return sums
+
+
+def _groups(order: Sequence[int], examples: Sequence[Example]) -> list[list[int]]:
+    """Positions of ``order`` in groups of bounded size."""
+    groups: list[list[int]] = []
+    tokens = 0
+    for position, at in enumerate(order):
+        if not groups or tokens + len(examples[at]) > TOKENS_AT_ONCE:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(position)
+        tokens += len(examples[at])
+    return groups
+
+
+def mean_nll(model: nn.Module, examples: Sequence[Example], *, packed: bool) -> float:
+    """Average negative log-likelihood per target token: the validation loss."""
+    total = sum(row_nlls(model, examples, packed=packed, progress=lambda *_: None))
+    return total / max(1, sum(example.targets for example in examples))
+
+
+Evaluation = dict[str, Any]
+"""What is stored of one model's evaluation: `rows` (of `Judged`) and `general` (losses on general text)."""
+
+Score = Callable[[Sequence[Judged]], dict[str, float]]

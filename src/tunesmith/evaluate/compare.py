@@ -1,0 +1,248 @@
+"""Base against tuned: metrics with paired intervals, forgetting, gates, and the verdict in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tunesmith.evaluate.answers import Judged
+from tunesmith.metrics import METRICS, RowStatistics, metric, paired_bootstrap, perplexity_rows
+from tunesmith.recipe import EvaluateSpec
+
+PERPLEXITY = "perplexity"
+NOTABLE_FORGETTING = 0.10
+Verdict = Literal["ship", "dont_ship", "no_difference"]
+
+
+def choose_metrics(asked: Sequence[str] | str, references: Sequence[str]) -> tuple[list[str], str]:
+    """The metrics of an evaluation, the deciding one first, and why.
+
+    Args:
+        asked: names from the recipe, or `auto`.
+        references: reference answers of the rows; empty for raw text.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if not isinstance(asked, str):
+        names = list(dict.fromkeys(asked))
+        for name in names:
+            if name != PERPLEXITY:
+                metric(name)
+        return (names if PERPLEXITY in names else [*names, PERPLEXITY]), "as the recipe says"
+    if not references:
+        return [PERPLEXITY], "the rows are raw text"
+    distinct = len({text.strip().casefold() for text in references})
+    words = sum(len(text.split()) for text in references) / len(references)
+    if words <= 4 and distinct <= max(2, len(references) // 3):
+        return ["accuracy", PERPLEXITY], f"the answers are {distinct} labels"
+    if words <= 4:
+        return ["exact_match", "f1", PERPLEXITY], f"the answers are short ({words:.0f} words on average)"
+    if words <= 25 and _look_formal(references):
+        return ["exact_match", "rougeL", "f1", PERPLEXITY], "the answers look like code, queries or records"
+    return ["rougeL", "rouge1", "rouge2", "chrf", PERPLEXITY], f"the answers are text of {words:.0f} words on average"
+
+
+def _look_formal(references: Sequence[str]) -> bool:
+    """Whether most answers are more symbols and capitals than prose, as queries, JSON and code are."""
+    formal = 0
+    for text in references:
+        upper_words = sum(word.isupper() and len(word) > 1 for word in text.split())
+        symbols = sum(not (c.isalnum() or c.isspace() or c in ".,'’-?!\"") for c in text)
+        formal += upper_words >= 2 or symbols > 0.05 * len(text)
+    return formal > 0.6 * len(references)
+
+
+def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
+    """Statistics of one metric over the rows that have what it needs; None when there are none."""
+    if name == PERPLEXITY:
+        scored = [row for row in judged if row.nll is not None and row.targets]
+        return perplexity_rows([row.nll or 0.0 for row in scored], [row.targets for row in scored]) if scored else None
+    answered = [row for row in judged if row.answer is not None]
+    if not answered:
+        return None
+    return metric(name).rows([row.answer or "" for row in answered], [row.references for row in answered])
+
+
+def compare_metrics(
+    names: Sequence[str], base: Sequence[Judged], tuned: Sequence[Judged], spec: EvaluateSpec, seed: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """One entry per metric for the report, and a warning for each that could not be computed."""
+    entries, warnings = [], []
+    for name in names:
+        both = [(b, t) for b, t in zip(base, tuned, strict=True) if name != PERPLEXITY or None not in (b.nll, t.nll)]
+        base_rows = metric_rows(name, [b for b, _ in both])
+        tuned_rows = metric_rows(name, [t for _, t in both])
+        if base_rows is None or tuned_rows is None:
+            warnings.append(f"{name} could not be computed: no row has what it needs")
+            continue
+        interval = paired_bootstrap(
+            base_rows, tuned_rows, resamples=spec.resamples, confidence=spec.confidence, seed=seed
+        )
+        entries.append(
+            {
+                "name": name,
+                "base": interval.base,
+                "tuned": interval.tuned,
+                "difference": interval.difference,
+                "low": interval.low,
+                "high": interval.high,
+                "better": "lower" if name == PERPLEXITY else METRICS[name].better,
+                "n": interval.n,
+                "primary": not entries,
+            }
+        )
+    return entries, warnings
+
+
+def compare_forgetting(
+    source: str | None, base: dict[str, Any] | None, tuned: dict[str, Any] | None, spec: EvaluateSpec, seed: int
+) -> dict[str, Any]:
+    """Perplexity on general text before and after; `change` is relative."""
+    if source is None:
+        return {"status": "off", "reason": "evaluate.forgetting is off"}
+    if not base or not tuned:
+        return {"status": "could_not_run", "source": source, "reason": "the passages could not be scored"}
+    before = perplexity_rows(base["nlls"], base["targets"])
+    try:
+        after = perplexity_rows(tuned["nlls"], tuned["targets"])
+        interval = paired_bootstrap(before, after, resamples=spec.resamples, confidence=spec.confidence, seed=seed)
+    except (ValueError, TypeError):
+        return {"status": "could_not_run", "source": source, "reason": "the likelihood of the text is not finite"}
+
+    def relative(value: float | None) -> float | None:
+        return None if value is None else value / interval.base
+
+    return {
+        "status": "measured",
+        "source": source,
+        "base": interval.base,
+        "tuned": interval.tuned,
+        "change": relative(interval.difference),
+        "low": relative(interval.low),
+        "high": relative(interval.high),
+        "n": interval.n,
+    }
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a comparison comes to."""
+
+    verdict: Verdict
+    sentence: str
+    gate: list[dict[str, Any]]
+
+
+def gain(entry: dict[str, Any]) -> tuple[float, float | None]:
+    """How much better the tuned model is, and the lower bound of that."""
+    sign = 1 if entry["better"] == "higher" else -1
+    bound = entry["low"] if sign > 0 else entry["high"]
+    return sign * entry["difference"], None if bound is None else sign * bound
+
+
+def judgement(metrics: Sequence[dict[str, Any]], forgetting: dict[str, Any], gate: dict[str, float]) -> Judgement:
+    """The verdict: by the gate when there is one, else by the deciding metric's interval."""
+    primary = metrics[0] if metrics else None
+    checks = [_check(name, required, metrics, forgetting) for name, required in gate.items()]
+    verdict: Verdict
+    if checks:
+        verdict = "ship" if all(check["passed"] is True for check in checks) else "dont_ship"
+    elif primary is None:
+        verdict = "no_difference"
+    else:
+        verdict = _by_interval(primary)
+    return Judgement(verdict, _sentence(verdict, primary, forgetting, checks), checks)
+
+
+def _by_interval(entry: dict[str, Any]) -> Verdict:
+    better, bound = gain(entry)
+    low, high = entry["low"], entry["high"]
+    if low is None or high is None or low <= 0 <= high:
+        return "no_difference"
+    return "ship" if better > 0 and bound is not None and bound > 0 else "dont_ship"
+
+
+def _check(name: str, required: float, metrics: Sequence[dict[str, Any]], forgetting: dict[str, Any]) -> dict[str, Any]:
+    check: dict[str, Any] = {"name": name, "required": required, "measured": None, "passed": None, "reason": ""}
+    if name == "forgetting":
+        change = forgetting.get("change")
+        if forgetting.get("status") != "measured" or change is None:
+            return {**check, "reason": f"could not be measured: {forgetting.get('reason', '')}"}
+        return {
+            **check,
+            "measured": change,
+            "passed": change <= required,
+            "reason": "rise of perplexity on general text, at most what is required",
+        }
+    entry = next((item for item in metrics if item["name"] == name), None)
+    if entry is None:
+        return {**check, "reason": "this metric could not be measured"}
+    better, bound = gain(entry)
+    proven = required <= 0 or (bound is not None and bound > 0)
+    reason = "gain over the base" if proven else "the gain is not distinguishable from zero"
+    return {**check, "measured": better, "passed": better >= required and proven, "reason": reason}
+
+
+def _sentence(
+    verdict: Verdict, primary: dict[str, Any] | None, forgetting: dict[str, Any], checks: Sequence[dict[str, Any]]
+) -> str:
+    opening = {"ship": "Ship it", "dont_ship": "Don't ship it", "no_difference": "No difference shown"}[verdict]
+    parts = []
+    if primary is None:
+        parts.append("nothing was measured")
+    else:
+        figures = f"{primary['name']} went from {_figure(primary['base'])} to {_figure(primary['tuned'])}"
+        if primary["low"] is not None:
+            figures += (
+                f" (difference {primary['difference']:+.3g}, interval {primary['low']:+.3g} to {primary['high']:+.3g}"
+            )
+            figures += f", {primary['n']} held-out rows)"
+        parts.append(figures)
+    failed = [check for check in checks if check["passed"] is not True]
+    parts += [
+        f"the gate {check['name']} asked for {check['required']:+.3g} and "
+        + ("could not be checked" if check["passed"] is None else f"measured {check['measured']:+.3g}")
+        for check in failed
+    ]
+    if forgetting.get("status") == "measured" and forgetting.get("change") is not None:
+        change = forgetting["change"]
+        warning = ", which is a lot" if change > NOTABLE_FORGETTING else ""
+        parts.append(f"perplexity on general text changed by {change:+.1%}{warning}")
+    elif forgetting.get("status") == "could_not_run":
+        parts.append("forgetting could not be measured")
+    return f"{opening}: {'; '.join(parts)}."
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def best_and_worst(
+    name: str, base: Sequence[Judged], tuned: Sequence[Judged], count: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows where the tuned model gained most, and those where it lost most, by the deciding metric."""
+    scored_name = name if name != PERPLEXITY and any(row.answer is not None for row in tuned) else PERPLEXITY
+    pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if scored_name == PERPLEXITY or t.answer is not None]
+    pairs = [(b, t) for b, t in pairs if scored_name != PERPLEXITY or (None not in (b.nll, t.nll) and t.targets)]
+    before, after = metric_rows(scored_name, [b for b, _ in pairs]), metric_rows(scored_name, [t for _, t in pairs])
+    if before is None or after is None:
+        return {"best": [], "worst": []}
+    sign = -1 if scored_name == PERPLEXITY or METRICS[scored_name].better == "lower" else 1
+    rows = list(zip(pairs, before.per_row().tolist(), after.per_row().tolist(), strict=True))
+    rows.sort(key=lambda row: (sign * (row[2] - row[1]), sign * row[2]), reverse=True)
+    shown = [
+        {
+            "prompt": t.prompt,
+            "references": t.references,
+            "base": b.answer,
+            "tuned": t.answer,
+            "score_base": score_base,
+            "score_tuned": score_tuned,
+            "source": t.source,
+        }
+        for (b, t), score_base, score_tuned in rows
+    ]
+    half = min(count, max(1, len(shown) // 2))
+    return {"best": shown[:half], "worst": shown[-half:][::-1]} if count else {"best": [], "worst": []}

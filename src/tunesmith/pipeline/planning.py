@@ -1,0 +1,187 @@
+"""Everything that can be known before a weight is loaded: data, plan, and what the evaluation will be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from tunesmith.base import InputError
+from tunesmith.data.prepare import Prepared, prepare, source_specs
+from tunesmith.data.render import Renderer
+from tunesmith.evaluate.compare import choose_metrics
+from tunesmith.models.load import Progress, end_of_turn_ids, load_tokenizer, locate_model, read_config, silent
+from tunesmith.models.measure import meta_model, position_limit
+from tunesmith.models.templates import resolve_template
+from tunesmith.plan.hardware import Hardware, detect_hardware
+from tunesmith.plan.resolve import Judged, resolve
+from tunesmith.recipe import Plan, Recipe, Workload
+
+ASSUMED_ROWS, ASSUMED_TOKENS = 1000, 512
+CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job that is ready to start.
+
+    Attributes:
+        location: directory or hub id of the model.
+        prepared: the data; None when the plan was made without it.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    location: str
+    config: PreTrainedConfig
+    hardware: Hardware
+    tokenizer: PreTrainedTokenizerBase | None
+    renderer: Renderer | None
+    prepared: Prepared | None
+
+    def with_plan(self, plan: Plan) -> Planned:
+        return Planned(
+            self.recipe, plan, self.location, self.config, self.hardware, self.tokenizer, self.renderer, self.prepared
+        )
+
+
+def make_renderer(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, generation: Any | None = None
+) -> Renderer:
+    template = resolve_template(recipe.data.template, tokenizer)
+    stops = end_of_turn_ids(tokenizer, config) | end_of_turn_ids(tokenizer, generation)
+    return Renderer(template, tokenizer, recipe.data.train_on, stops)
+
+
+def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
+    """Reads and renders the data and makes the plan that `finetune` executes.
+
+    Raises:
+        InputError: for anything wrong with model, data or settings.
+    """
+    location = locate_model(recipe.model.path, progress)
+    config = read_config(location, recipe.model.revision)
+    model = meta_model(config, location)
+    tokenizer = load_tokenizer(location, recipe.model.revision)
+    renderer = make_renderer(recipe, tokenizer, config, read_generation_settings(location))
+    limit = position_limit(config)
+    prepared = prepare(
+        recipe.data,
+        renderer,
+        model_limit=limit,
+        seed=recipe.seed,
+        wants_test=recipe.evaluate != "off",
+        progress=progress,
+    )
+    workload = _counted(prepared)
+    hardware = detect_hardware()
+    judged = _judged(recipe, prepared)
+    plan = resolve(recipe, model, workload, hardware, judged, prepared.max_length)
+    plan = plan.model_copy(update={"notes": [*plan.notes, *prepared.notes]})
+    return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared)
+
+
+def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
+    """A plan from whatever is there: without a tokenizer or data, tokens are estimated and marked so.
+
+    Raises:
+        InputError: when the model's configuration cannot be read, or data that is there is wrong.
+    """
+    location = locate_model(recipe.model.path, progress)
+    missing = [source.path for source in source_specs(recipe.data) if not Path(source.path).expanduser().exists()]
+    if not missing and _has_tokenizer(location):
+        return plan_job(recipe, progress)
+    config = read_config(location, recipe.model.revision)
+    model: nn.Module = meta_model(config, location)
+    workload = _estimated(recipe, position_limit(config), missing)
+    metrics, why = choose_metrics(_asked(recipe), [])
+    judged = Judged(metrics, why if not missing else "there are no rows to look at", 0, 64)
+    plan = resolve(recipe, model, workload, detect_hardware(), judged, workload.longest)
+    what = f"there is no {missing[0]}" if missing else "the model has no tokenizer"
+    notes = [*plan.notes, f"tokens are estimated: {what}"]
+    return Planned(
+        recipe, plan.model_copy(update={"notes": notes}), location, config, detect_hardware(), None, None, None
+    )
+
+
+def read_generation_settings(location: str) -> Any | None:
+    """The model's own stop tokens, where it has them in a file beside its configuration."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(location)
+    except (OSError, ValueError):
+        return None
+
+
+def _has_tokenizer(location: str) -> bool:
+    directory = Path(location)
+    if not directory.is_dir():
+        return True
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def _counted(prepared: Prepared) -> Workload:
+    lengths = [len(item.example) for item in prepared.train]
+    return Workload(
+        rows=len(lengths),
+        tokens=sum(lengths),
+        targets=sum(item.example.targets for item in prepared.train),
+        longest=max(lengths),
+        estimated=False,
+    )
+
+
+def _estimated(recipe: Recipe, limit: int, missing: list[str]) -> Workload:
+    asked = recipe.data.max_length
+    longest = min(limit, ASSUMED_TOKENS if asked == "auto" else asked)
+    if missing:
+        return Workload(
+            rows=ASSUMED_ROWS,
+            tokens=ASSUMED_ROWS * longest // 2,
+            targets=ASSUMED_ROWS * longest // 4,
+            longest=longest,
+            estimated=True,
+        )
+    from tunesmith.data.read import read_records
+
+    sizes = [
+        len(json.dumps(record.fields, ensure_ascii=False, default=str)) // CHARACTERS_PER_TOKEN + 1
+        for source in source_specs(recipe.data)
+        for record in read_records(source.path)
+    ]
+    longest = min(limit, max(sizes) if asked == "auto" else asked)
+    tokens = sum(min(size, longest) for size in sizes)
+    return Workload(rows=len(sizes), tokens=tokens, targets=tokens // 2, longest=longest, estimated=True)
+
+
+def _asked(recipe: Recipe) -> list[str] | str:
+    """The recipe's metrics, and those that its gate needs."""
+    if recipe.evaluate == "off":
+        return "auto"
+    return recipe.evaluate.metrics
+
+
+def _judged(recipe: Recipe, prepared: Prepared) -> Judged:
+    rows = prepared.test or prepared.train
+    references = [row.row.references[0] for row in rows if row.row.messages]
+    metrics, why = choose_metrics(_asked(recipe), references)
+    gated = [name for name in recipe.gate if name not in (*metrics, "forgetting")]
+    if gated:
+        try:
+            metrics, _ = choose_metrics([*metrics, *gated], references)
+        except InputError as error:
+            raise InputError(error.what, where=f"gate.{gated[0]}", fix=error.fix) from error
+    if not references and (generated := [name for name in metrics if name != "perplexity"]):
+        raise InputError(
+            f"{generated[0]} needs prompts and answers; these rows are raw text",
+            where="evaluate.metrics",
+            fix="use perplexity, or split the rows with data.answer_after",
+        )
+    answers = [len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids]
+    count = 0 if recipe.evaluate == "off" else min(recipe.evaluate.rows, len(prepared.test))
+    return Judged(metrics, why, count, max(answers, default=0))

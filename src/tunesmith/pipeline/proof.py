@@ -1,0 +1,146 @@
+"""Base and tuned model on the same held-out rows, and the report that comes of it."""
+
+from __future__ import annotations
+
+import platform
+import random
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from torch import nn
+
+from tunesmith.evaluate.answers import Evaluation, Judged, Judging, judge, row_nlls
+from tunesmith.evaluate.compare import best_and_worst, compare_forgetting, compare_metrics, judgement
+from tunesmith.evaluate.forgetting import GeneralText, general_passages
+from tunesmith.models.load import Progress
+from tunesmith.models.measure import position_limit
+from tunesmith.pages.report import report_page
+from tunesmith.pipeline.planning import Planned
+from tunesmith.recipe import EvaluateSpec
+from tunesmith.recipe_file import recipe_yaml
+from tunesmith.run import BASE_EVALUATION, PAGE, REPORT, TUNED_EVALUATION, Run
+
+
+class Proof:
+    """The evaluation of a job: which rows, which text, and how they are answered."""
+
+    def __init__(self, planned: Planned, spec: EvaluateSpec) -> None:
+        assert planned.prepared is not None and planned.tokenizer is not None
+        self.planned, self.spec = planned, spec
+        self.tokenizer = planned.tokenizer
+        test = planned.prepared.test
+        chosen = sorted(random.Random(planned.recipe.seed).sample(range(len(test)), min(spec.rows, len(test))))
+        self.rows = [test[at] for at in chosen]
+        self.general: GeneralText | None = general_passages(
+            spec.forgetting, planned.tokenizer, position_limit(planned.config)
+        )
+        self.how = Judging(
+            max_new_tokens=planned.plan.max_new_tokens,
+            batch_size=spec.batch_size,
+            stop_ids=frozenset(planned.prepared.stop_ids),
+            packed=planned.plan.packing,
+            generates=any(name != "perplexity" for name in planned.plan.metrics),
+        )
+
+    def evaluate(self, model: nn.Module, progress: Progress) -> Evaluation:
+        """What is stored of one model: its answers, and its losses on general text."""
+        judged = judge(model, self.tokenizer, self.rows, self.how, progress)
+        general = None
+        if self.general is not None:
+            nlls = row_nlls(model, self.general.passages, packed=self.how.packed, progress=progress)
+            general = {"nlls": nlls, "targets": [passage.targets for passage in self.general.passages]}
+        return {"rows": [row.as_json() for row in judged], "general": _json_safe(general)}
+
+    def compare(self, base: Evaluation, tuned: Evaluation) -> dict[str, Any]:
+        """The part of the report that is evidence."""
+        before = [Judged(**row) for row in base["rows"]]
+        after = [Judged(**row) for row in tuned["rows"]]
+        seed = self.planned.recipe.seed
+        metrics, warnings = compare_metrics(self.planned.plan.metrics, before, after, self.spec, seed)
+        source = self.general.source if self.general else None
+        forgetting = compare_forgetting(source, base["general"], tuned["general"], self.spec, seed)
+        decided = judgement(metrics, forgetting, self.planned.recipe.gate)
+        cut = sum(row.finish_reason == "length" for row in after)
+        if after and cut > len(after) // 4:
+            warnings.append(f"{cut} of {len(after)} tuned answers were cut off at {self.how.max_new_tokens} new tokens")
+        return {
+            "verdict": decided.verdict,
+            "sentence": decided.sentence,
+            "gate": decided.gate,
+            "metrics": metrics,
+            "forgetting": forgetting,
+            "samples": best_and_worst(metrics[0]["name"], before, after, self.spec.samples) if metrics else {},
+            "warnings": warnings,
+        }
+
+
+def _json_safe(general: dict[str, Any] | None) -> dict[str, Any] | None:
+    """JSON has no NaN: text whose likelihood is not finite cannot be compared at all."""
+    if general is None or any(value - value != 0.0 for value in general["nlls"]):
+        return None
+    return general
+
+
+def stored_evaluation(run: Run, name: str, proof: Proof | None, model: nn.Module, progress: Progress) -> Evaluation:
+    """The evaluation that the run holds, or a fresh one, which is then stored."""
+    if (run.path / name).is_file():
+        return cast(Evaluation, run.read(name))
+    found = proof.evaluate(model, progress) if proof is not None else {"rows": [], "general": None}
+    run.write(name, found)
+    return found
+
+
+def write_report(run: Run, planned: Planned, proof: Proof | None, measured: dict[str, Any], notes: list[str]) -> None:
+    """Writes `report.json` and `report.html`."""
+    report = _report(run, planned, proof, measured, notes)
+    run.write(REPORT, report)
+    run.write_text(PAGE, report_page(report))
+
+
+def _report(
+    run: Run, planned: Planned, proof: Proof | None, measured: dict[str, Any], notes: list[str]
+) -> dict[str, Any]:
+    assert planned.prepared is not None
+    evidence: dict[str, Any] = {
+        "verdict": "no_difference",
+        "sentence": "No difference shown: the evaluation was switched off, so nothing was measured.",
+        "gate": [],
+        "metrics": [],
+        "forgetting": {"status": "off", "reason": "evaluate is off"},
+        "samples": {},
+        "warnings": [],
+    }
+    if proof is not None:
+        evidence = proof.compare(run.read(BASE_EVALUATION), run.read(TUNED_EVALUATION))
+    plan = planned.plan
+    events = run.events()
+    steps = [event for event in events if event["event"] == "step"]
+    environment = run.read("environment.json")
+    return {
+        **evidence,
+        "name": run.path.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "warnings": [*evidence["warnings"], *plan.notes, *notes],
+        "data": planned.prepared.manifest(),
+        "predicted": {"peak_bytes": plan.memory.peak_bytes, "seconds": plan.time.seconds},
+        "measured": measured,
+        "curves": {
+            "train": [[event["step"], event["loss"]] for event in steps if event["loss"] is not None],
+            "validation": [[e["step"], e["loss"]] for e in events if e["event"] == "validation"],
+            "best_step": next((e.get("best_step") for e in events if e["event"] == "trained"), None),
+        },
+        "parameters": plan.parameters.model_dump(),
+        "model": planned.recipe.model.path,
+        "method": planned.recipe.method.kind,
+        "objective": planned.recipe.objective.kind,
+        "recipe": recipe_yaml(planned.recipe),
+        "resolved": [item.model_dump() for item in plan.resolved],
+        "environment": _flat(environment),
+        "command": f"tunesmith train {run.path / 'recipe.yaml'} output={run.path}-again",
+    }
+
+
+def _flat(environment: dict[str, Any]) -> dict[str, Any]:
+    versions = {name: version for name, version in environment.get("versions", {}).items() if version}
+    rest = {name: value for name, value in environment.items() if name not in ("versions", "command")}
+    return {**rest, **versions, "host": platform.machine()}

@@ -1,0 +1,1 @@
+"""Before anything expensive starts: what the job needs, and every `auto` turned into a value."""

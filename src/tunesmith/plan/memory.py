@@ -1,0 +1,91 @@
+"""Bytes by component, computed from the shapes of the model and the method.
+
+Conventions: Adam keeps two fp32 states (8 bytes a trained weight); trained weights and their gradients are fp32;
+frozen weights have the dtype of `model.dtype`, or 4 or 8 bits and their constants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from tunesmith.methods import trainable_parameters
+from tunesmith.methods.targets import linear_modules, output_head_name
+from tunesmith.models.measure import Shape
+from tunesmith.recipe import Memory, Recipe
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+QUANTIZED_BYTES = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0 + 4 / 512}
+"""NF4: 4 bits and 0.127 bits of doubly quantized constants a weight (Dettmers et al. 2023, section 3)."""
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2 * (1 + 4 / 256)}
+RUNTIME_BYTES = 520 * 2**20
+"""Resident memory of the interpreter with torch, transformers and datasets imported and their kernels warmed up."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """The largest micro-batch.
+
+    Attributes:
+        tokens: of the micro-batch.
+        targets: of those, how many have logits.
+        checkpointing: whether activations are recomputed.
+        dtype: of the arithmetic.
+        runtime: whether the interpreter's own memory counts.
+    """
+
+    tokens: int
+    targets: int
+    checkpointing: bool
+    dtype: str
+    runtime: bool
+
+
+def predict_memory(model: nn.Module, shape: Shape, recipe: Recipe, frozen_dtype: str, load: Load) -> Memory:
+    """Bytes that training needs at its peak, by component.
+
+    Args:
+        model: adapted by the recipe's method, on the meta device or any other.
+    """
+    trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
+    quantized = 0
+    if recipe.model.quantize != "none":
+        head = output_head_name(model)
+        linears = linear_modules(model)
+        quantized = sum(cast(Tensor, linears[name].weight).numel() for name in linears if name != head)
+    weights = 4 * trained + BYTES[frozen_dtype] * (frozen - quantized)
+    weights += quantized * QUANTIZED_BYTES.get(recipe.model.quantize, 0)
+    gradients = 4 * trained
+    optimizer = OPTIMIZER_BYTES[recipe.train.optimizer] * trained
+    activations = activation_bytes(shape, load)
+    if recipe.method.kind == "full" and load.dtype != "fp32":
+        activations += BYTES[load.dtype] * (shape.linear_weights + shape.head_weights)  # copies that autocast keeps
+    runtime = RUNTIME_BYTES if load.runtime else 0
+    total = weights + gradients + optimizer + activations + runtime
+    return Memory(
+        weights=int(weights),
+        gradients=int(gradients),
+        optimizer=int(optimizer),
+        activations=int(activations),
+        runtime=runtime,
+        peak_bytes=int(total),
+    )
+
+
+def activation_bytes(shape: Shape, load: Load) -> float:
+    """What the forward pass keeps for the backward pass, and the logits of the targets.
+
+    Per token and block: every linear layer's output, the two products inside a gated feed-forward part, queries, keys
+    and values once more after rotation, and each norm's fp32 working copies.
+    """
+    width = BYTES[load.dtype]
+    beside = 2 * shape.intermediate + 3 * shape.hidden + shape.key_value
+    whole = width * (shape.linear_outputs + shape.layers * beside) + shape.layers * 4 * 4 * shape.hidden
+    if load.checkpointing:
+        whole = width * shape.layers * shape.hidden + whole / max(1, shape.layers)
+    # Logits in the model's dtype, once more in fp32 with their softmax, and the gradient of both.
+    logits = load.targets * shape.vocabulary * (2 * width + 8)
+    return load.tokens * whole + logits

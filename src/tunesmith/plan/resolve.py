@@ -1,0 +1,268 @@
+"""From a recipe to a plan: every `auto` becomes a value with its reason, nothing depends on a timing."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from torch import nn
+
+from tunesmith.base import InputError
+from tunesmith.methods import trainable_parameters
+from tunesmith.models.measure import Shape, shape_of
+from tunesmith.plan.hardware import DTYPES, Hardware, multiply_rate, native_dtypes
+from tunesmith.plan.memory import Load, predict_memory
+from tunesmith.recipe import Duration, Parameters, Plan, Recipe, Resolved, Workload
+
+DEFAULT_EPOCHS = 3.0
+TOKENS_AT_ONCE = {"cpu": 2048, "mps": 4096, "cuda": 16384}
+"""Tokens in a micro-batch beyond which a device of this kind is no faster, only fuller."""
+USABLE_MEMORY = 0.85
+EFFICIENCY = {"cpu": 0.11, "mps": 0.25, "cuda": 0.35}
+"""Share of the rate of a large matrix product that a training step reaches; replaced by `measured` in every report."""
+DECODE_OVERHEAD_SECONDS = {"cpu": 1.3e-3, "mps": 1e-3, "cuda": 4e-4}
+"""Of one decoder block for one new token, besides reading its weights."""
+DTYPE = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass
+class Decisions:
+    """Collects what every `auto` became."""
+
+    made: list[Resolved] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def settle(self, name: str, asked: Any, value: Any, reason: str) -> Any:
+        """Returns what was asked, or records and returns ``value`` when `auto` was asked."""
+        if asked != "auto":
+            return asked
+        self.made.append(Resolved(name=name, value=value, reason=reason))
+        return value
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the evaluation will be, as far as the data decides it."""
+
+    metrics: list[str]
+    why: str
+    rows: int
+    longest_answer: int
+
+
+def resolve(
+    recipe: Recipe, model: nn.Module, workload: Workload, hardware: Hardware, judged: Judged, max_length: int
+) -> Plan:
+    """Makes the plan.
+
+    Args:
+        model: the architecture on the meta device, not adapted yet.
+        workload: counted from the data, or estimated.
+        max_length: longest row that is trained on, in tokens.
+
+    Raises:
+        InputError: when settings do not fit the model or the machine.
+    """
+    decided = Decisions()
+    shape = shape_of(model)
+    adapted = copy.deepcopy(model)
+    decided.notes += recipe.method.adapt(adapted)
+    dtype, frozen_dtype = _dtypes(recipe, hardware, decided)
+    steps, epochs = _length(recipe, workload, decided)
+    fit = _Fit(workload, hardware, dtype, frozen_dtype)
+    fit = _Fit(workload, hardware, dtype, frozen_dtype)
+    micro_batch, checkpointing, memory = _fit(recipe, adapted, shape, fit, decided)
+    every = max(1, math.ceil(steps / 10))
+    has_validation = recipe.data.validation is not None
+    evaluate_every = decided.settle(
+        "train.evaluate_every",
+        recipe.train.evaluate_every,
+        every if has_validation else "off",
+        "ten times a run" if has_validation else "there are no validation rows",
+    )
+    checkpoint_every = decided.settle(
+        "train.checkpoint_every",
+        recipe.train.checkpoint_every,
+        min(every, 500),
+        "ten times a run",
+    )
+    warmup = recipe.train.warmup
+    judging = recipe.evaluate
+    max_new = (
+        16
+        if judging == "off"
+        else decided.settle(
+            "evaluate.max_new_tokens",
+            judging.max_new_tokens,
+            max(16, math.ceil(1.5 * judged.longest_answer)),
+            f"one and a half times the longest reference answer ({judged.longest_answer} tokens)",
+        )
+    )
+    if judging != "off":
+        decided.settle(
+            "evaluate.metrics", judging.metrics if judging.metrics == "auto" else "", judged.metrics, judged.why
+        )
+    decided.settle("data.max_length", recipe.data.max_length, max_length, "the longest row")
+    return Plan(
+        device=str(hardware.device),
+        dtype=dtype,
+        frozen_dtype=frozen_dtype,
+        packing=decided.settle(
+            "train.packing",
+            recipe.train.packing,
+            True,
+            "rows laid end to end need no padding; tested when the model is loaded",
+        ),
+        gradient_checkpointing=checkpointing,
+        steps=steps,
+        epochs=epochs,
+        micro_batch=micro_batch,
+        warmup_steps=round(warmup * steps) if warmup < 1 else int(warmup),
+        learning_rate=decided.settle(
+            "train.learning_rate",
+            recipe.train.learning_rate,
+            recipe.method.default_learning_rate,
+            f"the default for method {recipe.method.kind}",
+        ),
+        evaluate_every=None if evaluate_every == "off" else evaluate_every,
+        checkpoint_every=None if checkpoint_every == "off" else checkpoint_every,
+        max_length=max_length,
+        max_new_tokens=max_new,
+        metrics=judged.metrics,
+        parameters=_parameters(adapted),
+        memory=memory,
+        time=_duration(recipe, adapted, shape, _Time(workload, hardware, dtype, steps, max_new, judged.rows)),
+        workload=workload,
+        resolved=decided.made,
+        notes=decided.notes,
+    )
+
+
+def _parameters(adapted: nn.Module) -> Parameters:
+    trainable = sum(parameter.numel() for parameter in trainable_parameters(adapted).values())
+    return Parameters(total=sum(parameter.numel() for parameter in adapted.parameters()), trainable=trainable)
+
+
+def _dtypes(recipe: Recipe, hardware: Hardware, decided: Decisions) -> tuple[DTYPE, DTYPE]:
+    native = native_dtypes(hardware.device)
+    why = f"{hardware.name} computes bf16 natively" if "bf16" in native else f"{hardware.name} has no native bf16"
+    dtype = cast(DTYPE, decided.settle("train.dtype", recipe.train.dtype, "bf16" if "bf16" in native else "fp32", why))
+    if dtype == "fp16" and "fp16" not in native:
+        raise InputError(f"{hardware.name} does not compute fp16", where="train.dtype", fix="use bf16 or fp32")
+    if dtype == "bf16" and "bf16" not in native:
+        decided.notes.append(f"{hardware.name} has no native bf16: it is emulated, and slower than fp32")
+    if recipe.method.kind == "full":
+        if recipe.model.dtype not in ("auto", "fp32"):
+            raise InputError(
+                "weights that are trained are kept in fp32",
+                where="model.dtype",
+                fix="remove it; train.dtype chooses the arithmetic",
+            )
+        return dtype, "fp32"
+    return dtype, cast(DTYPE, decided.settle("model.dtype", recipe.model.dtype, dtype, "follows train.dtype"))
+
+
+def _length(recipe: Recipe, workload: Workload, decided: Decisions) -> tuple[int, float]:
+    """Optimizer steps, and the passes over the data that they make."""
+    train = recipe.train
+    epochs = train.epochs
+    if epochs is None and train.steps is None:
+        epochs = DEFAULT_EPOCHS
+        decided.made.append(Resolved(name="train.epochs", value=epochs, reason="neither epochs nor steps was given"))
+    limits = []
+    if epochs is not None:
+        limits.append(max(1, math.ceil(round(epochs * workload.rows) / train.batch_size)))
+    if train.steps is not None:
+        limits.append(train.steps)
+    steps = min(limits)
+    return steps, steps * train.batch_size / workload.rows if epochs is None or steps < limits[0] else epochs
+
+
+@dataclass(frozen=True)
+class _Fit:
+    workload: Workload
+    hardware: Hardware
+    dtype: DTYPE
+    frozen_dtype: DTYPE
+
+
+def _fit(recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decided: Decisions) -> tuple[int, bool, Any]:
+    """Micro-batch and checkpointing: the fullest micro-batch that fits, recomputing only when it must."""
+    budget = USABLE_MEMORY * fit.hardware.memory_bytes
+    average = max(1, fit.workload.tokens // max(1, fit.workload.rows))
+    target_share = fit.workload.targets / max(1, fit.workload.tokens)
+    most = max(1, recipe.train.batch_size // fit.hardware.processes)
+
+    def memory(rows: int, checkpointing: bool) -> Any:
+        tokens = min(fit.workload.longest * rows, fit.workload.longest + average * (rows - 1) * 5 // 4)
+        load = Load(tokens, math.ceil(tokens * target_share), checkpointing, fit.dtype, fit.hardware.shares_host_memory)
+        return predict_memory(adapted, shape, recipe, fit.frozen_dtype, load)
+
+    asked_checkpointing = recipe.train.gradient_checkpointing
+    checkpointing = (
+        memory(1 if recipe.train.micro_batch == "auto" else recipe.train.micro_batch, False).peak_bytes > budget
+        if asked_checkpointing == "auto"
+        else bool(asked_checkpointing)
+    )
+    decided.settle(
+        "train.gradient_checkpointing",
+        asked_checkpointing,
+        checkpointing,
+        "it does not fit without" if checkpointing else "it fits without",
+    )
+    rows = 1
+    if recipe.train.micro_batch == "auto":
+        cap = TOKENS_AT_ONCE.get(fit.hardware.device.type, 2048)
+        while rows * 2 <= most and rows * 2 * average <= cap and memory(rows * 2, checkpointing).peak_bytes <= budget:
+            rows *= 2
+        if rows * 2 > most >= rows and most * average <= cap and memory(most, checkpointing).peak_bytes <= budget:
+            rows = most
+    micro_batch = decided.settle(
+        "train.micro_batch", recipe.train.micro_batch, rows, f"about {rows * average} tokens at a time, within memory"
+    )
+    predicted = memory(micro_batch, checkpointing)
+    if predicted.peak_bytes > budget:
+        decided.notes.append(
+            f"the job is expected to need {predicted.peak_bytes / 2**30:.1f} GiB; {fit.hardware.name} has "
+            f"{fit.hardware.memory_bytes / 2**30:.1f} GiB"
+        )
+    return micro_batch, checkpointing, predicted
+
+
+@dataclass(frozen=True)
+class _Time:
+    workload: Workload
+    hardware: Hardware
+    dtype: DTYPE
+    steps: int
+    max_new_tokens: int
+    judged_rows: int
+
+
+def _duration(recipe: Recipe, adapted: nn.Module, shape: Shape, given: _Time) -> Duration:
+    """Useful operations over the rate of this machine: 4 per frozen weight and token, 6 per trained one."""
+    trained = min(1.0, _parameters(adapted).trainable / max(1, shape.linear_weights + shape.head_weights))
+    rows = given.steps * recipe.train.batch_size
+    tokens = rows * given.workload.tokens / max(1, given.workload.rows)
+    targets = rows * given.workload.targets / max(1, given.workload.rows)
+    per_weight = 4 + 2 * trained
+    flops = per_weight * (tokens * shape.linear_weights + targets * shape.head_weights)
+    kind = given.hardware.device.type
+    rate = multiply_rate(given.hardware.device, DTYPES[given.dtype]) * EFFICIENCY.get(kind, 0.1)
+    training = flops / rate / given.hardware.processes
+    evaluating = 0.0
+    if recipe.evaluate != "off" and given.judged_rows:
+        batches = math.ceil(given.judged_rows / recipe.evaluate.batch_size)
+        token_seconds = shape.layers * DECODE_OVERHEAD_SECONDS.get(kind, 1e-3)
+        prompts = given.judged_rows * given.workload.tokens / max(1, given.workload.rows)
+        reading = 2 * prompts * shape.linear_weights / rate
+        evaluating = 2 * (batches * given.max_new_tokens * token_seconds + 2 * reading)
+    return Duration(
+        train_seconds=training,
+        evaluate_seconds=evaluating,
+        seconds=training + evaluating,
+        flops=float(flops),
+        flops_per_second=rate,
+    )

@@ -1,0 +1,164 @@
+"""A run on disk: a directory that is the only source of truth about a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tunesmith.base import InputError
+from tunesmith.files import read_json, write_json, write_text
+
+RECIPE, PLAN, DATA, ENVIRONMENT = "recipe.yaml", "plan.json", "data.json", "environment.json"
+EVENTS, REPORT, PAGE, LOCK = "events.jsonl", "report.json", "report.html", "run.lock"
+RESULTS = ("adapter", "model")
+BASE_EVALUATION, TUNED_EVALUATION = "evaluation.base.json", "evaluation.tuned.json"
+
+
+class Run:
+    """A run's directory.
+
+    Attributes:
+        path: the directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @staticmethod
+    def refuse_occupied(path: Path) -> None:
+        """Raises InputError when a directory holds a run already, or other files."""
+        if (path / RECIPE).exists():
+            raise InputError(
+                "this directory holds a run already; it is never overwritten",
+                where=path,
+                fix="continue it with --resume, or name another directory: output=runs/NAME",
+            )
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise InputError("this is not an empty directory", where=path, fix="name another one: output=runs/NAME")
+
+    @staticmethod
+    def create(path: Path) -> Run:
+        """Makes the directory for a new run. Raises InputError when it is occupied or cannot be written."""
+        Run.refuse_occupied(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"the directory cannot be made: {error.strerror}", where=path) from error
+        return Run(path)
+
+    @staticmethod
+    def open(path: str | Path) -> Run:
+        """Opens an existing run. Raises InputError when there is none."""
+        directory = Path(path)
+        if not (directory / RECIPE).is_file():
+            raise InputError("there is no run here", where=path, fix="`tunesmith runs` lists runs")
+        return Run(directory)
+
+    @property
+    def events_path(self) -> Path:
+        return self.path / EVENTS
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def page(self) -> Path:
+        return self.path / PAGE
+
+    @property
+    def result(self) -> Path | None:
+        """The directory of the trained adapter or model, when training has ended."""
+        return next((self.path / name for name in RESULTS if (self.path / name).is_dir()), None)
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        return self.read(REPORT) if (self.path / REPORT).is_file() else None
+
+    def read(self, name: str) -> Any:
+        """Reads one of the run's JSON files. Raises InputError when it is missing or damaged."""
+        try:
+            return read_json(self.path / name)
+        except FileNotFoundError as error:
+            raise InputError("the run has no such file", where=self.path / name) from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"damaged: {error}", where=self.path / name) from error
+
+    def write(self, name: str, value: Any) -> None:
+        write_json(self.path / name, value)
+
+    def write_text(self, name: str, text: str) -> None:
+        write_text(self.path / name, text)
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        with open(self.events_path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(event, allow_nan=False) + "\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events so far; a last line that was cut off by a crash is left out."""
+        if not self.events_path.is_file():
+            return []
+        events = []
+        for line in self.events_path.read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return events
+
+    def forget_events_after(self, step: int) -> None:
+        """Drops events of steps that a resumed run will do again."""
+        kept = [event for event in self.events() if event.get("step", 0) <= step and event["event"] != "end"]
+        write_text(self.events_path, "".join(json.dumps(event, allow_nan=False) + "\n" for event in kept))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run for this process. Raises InputError when another live process holds it."""
+        lock = self.path / LOCK
+        mine = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        while True:
+            try:
+                descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+                break
+            except FileExistsError:
+                self._remove_stale_lock(lock)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(mine, file)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+    def _remove_stale_lock(self, lock: Path) -> None:
+        try:
+            holder = json.loads(lock.read_text(encoding="utf-8"))
+            alive = abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1.0
+        except (OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
+            # A lock is empty for the instant between its creation and its writing.
+            alive = lock.exists() and lock.stat().st_size == 0 and time.time() - lock.stat().st_mtime < 5
+            holder = {"pid": "unknown"}
+        if alive:
+            raise InputError(
+                f"process {holder['pid']} is working in this run",
+                where=self.path,
+                fix="wait for it, stop it, or name another directory: output=runs/NAME",
+            )
+        lock.unlink(missing_ok=True)
+
+
+def find_runs(root: Path) -> list[Run]:
+    """All runs below a directory, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [path.parent for path in root.rglob(RECIPE) if "checkpoints" not in path.parts]
+    return [Run(path) for path in sorted(found, key=lambda path: (path / RECIPE).stat().st_mtime)]

@@ -1,0 +1,94 @@
+"""Notices runs that are dead although they go on: divergence, collapse, an adapter that never moved."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tunesmith.base import TrainingError
+
+RECENT = 5
+NOT_FINITE_IN_A_ROW = 8
+FIX = "lower train.learning_rate, lengthen train.warmup, or look at the rows with `tunesmith data show`"
+
+
+@dataclass
+class Health:
+    """Losses and gradients as far as they tell a living run from a dead one.
+
+    Attributes:
+        vocabulary: number of tokens of the model; a model that knows nothing has a loss of its logarithm.
+        first_loss, first_norm: of the first step, before any update.
+        recent: the last losses and gradient norms.
+        not_finite: steps in a row whose gradient could not be used.
+        skipped: all such steps.
+    """
+
+    vocabulary: int = 0
+    first_loss: float | None = None
+    first_norm: float | None = None
+    recent: list[tuple[float, float]] = field(default_factory=list)
+    not_finite: int = 0
+    skipped: int = 0
+
+    def observe(self, step: int, loss: float, grad_norm: float) -> None:
+        """Takes in a step.
+
+        Raises:
+            TrainingError: when the loss is not finite for several steps, far above its start, or stuck where the
+                model knows nothing.
+        """
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.not_finite += 1
+            self.skipped += 1
+            if self.not_finite >= NOT_FINITE_IN_A_ROW:
+                raise TrainingError(
+                    f"step {step}: loss or gradient was not a finite number {self.not_finite} times in a row", fix=FIX
+                )
+            return
+        self.not_finite = 0
+        if self.first_loss is None or self.first_norm is None:
+            self.first_loss, self.first_norm = loss, grad_norm
+        self.recent = [*self.recent, (loss, grad_norm)][-RECENT:]
+        if len(self.recent) == RECENT:
+            self._check(f"step {step}", margin=2.0)
+
+    def conclude(self) -> None:
+        """Looks back at the end of a run, with a stricter eye. Raises TrainingError as `observe` does."""
+        if self.first_loss is None:
+            raise TrainingError("no step had a finite loss", fix=FIX)
+        if self.not_finite:
+            raise TrainingError("the last step's loss or gradient was not a finite number", fix=FIX)
+        self._check("the end", margin=1.25)
+
+    def _check(self, moment: str, margin: float) -> None:
+        first, norm = self.first_loss or 0.0, self.first_norm or 0.0
+        loss = sum(value for value, _ in self.recent) / len(self.recent)
+        gradient = sum(value for _, value in self.recent) / len(self.recent)
+        if loss > margin * first + 0.5:
+            raise TrainingError(
+                f"diverged: the loss is {loss:.3g} at {moment}, and was {first:.3g} at the start", fix=FIX
+            )
+        ignorance = math.log(self.vocabulary) if self.vocabulary > 1 else math.inf
+        stuck = abs(loss - ignorance) < 0.05 * ignorance and gradient < 1e-3 * norm
+        if stuck and len(self.recent) == RECENT:
+            raise TrainingError(
+                f"collapsed: the loss stands at {loss:.3g}, which is the logarithm of the vocabulary, and the gradient "
+                f"has vanished at {moment}",
+                fix=FIX,
+            )
+
+
+def refuse_dead_weights(tensors: dict[str, Tensor], starting_at_zero: bool) -> None:
+    """Raises TrainingError when trained weights are not finite, or an adapter never moved from zero."""
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(f"the trained weights are not finite (first: {name})", fix=FIX)
+    moved = [name for name in tensors if name.endswith(("lora_B.weight", "lora_embedding_A"))]
+    if starting_at_zero and moved and all(not bool(tensors[name].any()) for name in moved):
+        raise TrainingError(
+            "the adapter is still zero: training changed nothing", fix="raise train.learning_rate or train.steps"
+        )

@@ -1,0 +1,75 @@
+"""Several processes as one: sums over ranks, so that the number of processes cannot change a gradient."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def join_processes(device: torch.device) -> None:
+    """Joins the other processes when started by torchrun; does nothing otherwise."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # One process evaluates while the others wait for it, which may take longer than the default of 30 minutes.
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks to the user."""
+    return rank() == 0
+
+
+def wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum of a small tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def from_main(value: float, device: torch.device) -> float:
+    """A number that the main process knows, on every process."""
+    if not dist.is_initialized():
+        return value
+    carrier = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.broadcast(carrier, src=0)
+    return float(carrier.item())
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Adds up gradients over processes, in one message per dtype. A rank without rows contributes zeros."""
+    if not dist.is_initialized():
+        return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    grads = [parameter.grad for parameter in trained if parameter.grad is not None]
+    for dtype in {grad.dtype for grad in grads}:
+        group = [grad for grad in grads if grad.dtype == dtype]
+        flat = torch.cat([grad.reshape(-1) for grad in group])
+        dist.all_reduce(flat)
+        for grad, piece in zip(group, flat.split([grad.numel() for grad in group]), strict=True):
+            grad.copy_(piece.view_as(grad))
