@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections import Counter
@@ -15,7 +16,10 @@ from tunesmith.data.stdlib_docstrings import INSTRUCTION, house_style, write_dem
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo")
+    # Without this the collector walks all of torch again and again while syntax trees come and go.
+    gc.freeze()
     counts = write_demo_data(directory)
+    gc.unfreeze()
     rows = {
         side: [json.loads(line) for line in (directory / f"{side}.jsonl").read_text(encoding="utf-8").splitlines()]
         for side in ("train", "validation", "test")

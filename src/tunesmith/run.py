@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from tunesmith.base import InputError
 from tunesmith.files import read_json, write_json, write_text
@@ -120,6 +121,21 @@ class Run:
         """Drops events of steps that a resumed run will do again."""
         kept = [event for event in self.events() if event.get("step", 0) <= step and event["event"] != "end"]
         write_text(self.events_path, "".join(json.dumps(event, allow_nan=False) + "\n" for event in kept))
+
+    def summary(self) -> dict[str, Any]:
+        """One line about the run, for lists."""
+        recipe = yaml.safe_load((self.path / RECIPE).read_text(encoding="utf-8"))
+        events, report = self.events(), self.report
+        last = events[-1]["event"] if events else "started"
+        state = {"failed": "failed", "interrupted": "interrupted"}.get(last, "unfinished")
+        return {
+            "run": str(self.path),
+            "state": "done" if report is not None else "running" if (self.path / LOCK).exists() else state,
+            "steps": max((event.get("step", 0) for event in events), default=0),
+            "model": recipe["model"]["path"],
+            "method": recipe["method"]["kind"],
+            "verdict": report["verdict"] if report is not None else None,
+        }
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -10,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import InputError
-from tunesmith.batch import Example, Scope
+from tunesmith.batch import Example, Scope, Source
 from tunesmith.data.rows import BadRow, Row
 from tunesmith.models.templates import Template, TemplateRefused
 
@@ -56,6 +57,12 @@ class Renderer:
         self.stop_ids = set(stop_ids)
         self.special_ids = set(tokenizer.all_special_ids) | self.stop_ids
         self.notes: list[str] = []
+
+    def learn_stop_ids(self) -> None:
+        """Finds the token that closes an answer by rendering a short conversation, for models that only answer."""
+        messages = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"})
+        with suppress(BadRow):
+            self.render(Row(Source("template", 1), messages, references=("Hello",)))
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation up to where the model answers."""

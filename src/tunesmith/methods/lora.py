@@ -217,7 +217,7 @@ def wrap(model: nn.Module, name: str, rank: int, scale: float, dropout: float) -
     setattr(model.get_submodule(parent_name), leaf, layer(module, rank, scale, dropout))
 
 
-def merge(model: nn.Module) -> int:
+def merge_layers(model: nn.Module) -> int:
     """Folds every LoRA layer into the weight beside it and puts the plain layer back.
 
     A weight that another module shares (a tied head) is first given a copy of its own, so that only the adapted

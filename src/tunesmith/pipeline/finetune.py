@@ -42,10 +42,11 @@ Emit = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Watcher:
-    """Who watches a job: progress of long waits, and events as they are recorded."""
+    """Who watches a job: progress of long waits, the plan before it starts, and events as they are recorded."""
 
     progress: ShowProgress = silent
     event: Emit = lambda event: None
+    plan: Callable[[Plan], None] = lambda plan: None
 
 
 def finetune(recipe: Recipe, *, resume: bool = False, watcher: Watcher | None = None) -> Run:
@@ -93,6 +94,7 @@ def _execute(planned: Planned, existing: Run | None, watcher: Watcher) -> Run:
         planned = planned.with_plan(_with_verified_packing(planned, model))
         proof = None if recipe.evaluate == "off" else Proof(planned, recipe.evaluate)
         run = _opened(planned, existing)
+        watcher.plan(planned.plan)
         if not is_main():
             return _work(_Work(planned, run, model, None, watcher, stopping))
         with run.locked():

@@ -1,4 +1,4 @@
-"""What both tools share: they hand these settings to transformers' Trainer, whose meaning of them is translated here."""
+"""What both tools share: they hand these settings to transformers' Trainer, whose meaning is translated here."""
 
 from __future__ import annotations
 

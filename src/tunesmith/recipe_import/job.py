@@ -53,6 +53,8 @@ class Job:
         self.origin: dict[str, str] = {}
         self.said: dict[str, ImportedKey] = {}
         self.defaults: list[str] = []
+        self.opened: dict[str, Sequence[str]] = {}
+        """Keys whose inner keys are each looked at, with the names that those may have."""
 
     def get(self, key: str) -> Any:
         """The value, or None when the key is missing or empty: both tools then use their default."""
@@ -137,14 +139,13 @@ class Job:
         for key in self.found:
             if key in self.said:
                 continue
-            parents = [part for part in _parents(key) if part in self.said]
+            above = next((self.said[part] for part in _parents(key) if part in self.said), None)
             if self.get(key) is None:
                 self.say(key, "ignored", note=f"empty: {self.tool} then uses its default, and so does this recipe")
-            elif parents:
-                above = self.said[parents[0]]
+            elif above and above.key not in self.opened:
                 self.say(key, above.outcome, above.to, f"part of `{above.key}`")
             else:
-                hint = nearest(key, known)
+                hint = nearest(key.rpartition(".")[2], self.opened[above.key] if above else known)
                 self.lose(key, f"not known as a key of {self.tool}{hint}; check whether it matters", loud=False)
         return [self.said[key] for key in self.found]
 
@@ -186,16 +187,23 @@ def ignored(why: str, *keys: str) -> Entry:
     return Entry(keys, "", f"ignored: {why}", apply)
 
 
-def lost(why: str, *keys: str, loud: bool = True) -> Entry:
-    """Keys of things that Tunesmith does not have; it is said unless they are switched off."""
+def lost(why: str, *keys: str, loud: bool = True, adapter: bool = False) -> Entry:
+    """Keys of things that Tunesmith does not have; it is said unless they are switched off.
+
+    Args:
+        adapter: whether they only matter when an adapter is trained.
+    """
 
     def apply(job: Job) -> None:
         for key in keys:
             value = job.get(key)
+            plain = value.lower() if isinstance(value, str) else value
             if value is None:
                 continue
-            if isinstance(value, (bool, int, float, str)) and (value.lower() if isinstance(value, str) else value) in OFF:
+            if isinstance(plain, (bool, int, float, str)) and plain in OFF:
                 job.say(key, "ignored", note="off, as here")
+            elif adapter and job.recipe.get("method.kind") == "full":
+                job.say(key, "ignored", note="there is no adapter")
             else:
                 job.lose(key, why, loud=loud)
 

@@ -1,0 +1,230 @@
+"""The verbs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Adapt a language model to a task, and prove that it is better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's markdown alone takes a tenth of a second
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at data as the model will see it.", no_args_is_help=True, rich_markup_mode=None)
+recipe_app = typer.Typer(help="The format of recipes, and recipes from other tools.", invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+app.add_typer(recipe_app, name="recipe")
+
+RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings over the recipe's, such as train.steps=100.", metavar="KEY=VALUE"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Target = Annotated[str, typer.Argument(help="A run, an adapter's directory, a model's directory, or a hub id.")]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output directory.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Do the whole job: plan, train, prove; ends with a verdict and a page."""
+    from tunesmith.cli.train import run_training
+
+    raise typer.Exit(run_training(recipe, overrides or [], resume=resume, as_json=as_json))
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a job will need, and what every `auto` becomes, before anything is loaded."""
+    from tunesmith.cli.display import Display, out, quiet_libraries
+    from tunesmith.cli.tables import plan_lines
+    from tunesmith.recipe_file import read_recipe
+
+    asked = read_recipe(recipe, overrides or [])
+    from tunesmith.pipeline.planning import estimate_job
+
+    quiet_libraries()
+    with Display(as_json) as display:
+        planned = estimate_job(asked, display.progress)
+    if as_json:
+        out(planned.plan.model_dump_json(indent=2))
+    else:
+        out("\n".join(plan_lines(planned.plan, asked.model.path)))
+
+
+@data_app.command("show")
+def data_show(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="How many rows.")] = 3,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page instead of printing.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show every token of the first rows as trained, masked or cut: the trainer's own ids and weights."""
+    from tunesmith.cli.show import show_rows
+
+    show_rows(recipe, overrides or [], rows=rows, html=html, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    target: Target,
+    data: Annotated[list[str], typer.Option("--data", help="Rows to judge on; may be given several times.")],
+    metrics: Annotated[list[str] | None, typer.Option("--metric", help="May be given several times.")] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="At most this many rows of each file.")] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a model on rows; a run or adapter is compared with its base."""
+    from tunesmith.cli.evaluate import run_evaluation
+
+    run_evaluation(target, data, metrics=metrics, rows=rows, as_json=as_json)
+
+
+@app.command()
+def generate(
+    target: Target,
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", metavar="PROMPT…")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
+    system: Annotated[str | None, typer.Option(help="A system turn before the prompt.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer prompts."""
+    from tunesmith.cli.speak import print_answers
+    from tunesmith.engine.generate import Sampling
+
+    print_answers(target, prompts, Sampling(max_new_tokens, temperature, top_p), system=system, as_json=as_json)
+
+
+@app.command()
+def chat(
+    target: Target,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    system: Annotated[str | None, typer.Option(help="A system turn before the conversation.")] = None,
+) -> None:
+    """Talk to a model; an empty line or Ctrl-D ends."""
+    from tunesmith.cli.speak import converse
+    from tunesmith.engine.generate import Sampling
+
+    converse(target, Sampling(max_new_tokens, temperature), system=system)
+
+
+@app.command()
+def merge(
+    run: Annotated[str, typer.Argument(help="A run, or an adapter's directory.")],
+    out: Annotated[Path, typer.Argument(help="A new directory for the merged model.")],
+    as_json: AsJson = False,
+) -> None:
+    """Fold an adapter into its base, and show that nothing changed."""
+    from tunesmith.cli.display import Display, quiet_libraries
+    from tunesmith.cli.display import out as say
+    from tunesmith.pipeline.merging import merge_run
+
+    quiet_libraries()
+    with Display(as_json) as display:
+        check = merge_run(run, out, progress=display.progress)
+    if as_json:
+        say(json.dumps({**check.as_json(), "out": str(out)}))
+        return
+    say(f"merged {check.layers} layers into {out}")
+    say(
+        f"against the adapter on {check.prompts} held-out prompts: {check.same_tokens:.1%} of greedy tokens the same, "
+        f"mean KL {check.mean_kl:.2g} nats, largest logit difference {check.largest_logit_difference:.3g}"
+    )
+    say(f"against the base: mean KL {check.differs_from_base:.2g} nats, so it is not the base")
+
+
+@app.command()
+def runs(root: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), as_json: AsJson = False) -> None:
+    """List runs and their verdicts."""
+    from tunesmith.cli.display import out
+    from tunesmith.cli.tables import aligned
+    from tunesmith.run import find_runs
+
+    found = [run.summary() for run in find_runs(root)]
+    if as_json:
+        out(json.dumps(found))
+    elif not found:
+        out(f"no runs in {root}")
+    else:
+        names = ["run", "state", "steps", "model", "method", "verdict"]
+        out(
+            "\n".join(
+                aligned(
+                    [names, *[[str(item[name] if item[name] is not None else "–") for name in names] for item in found]]
+                )
+            )
+        )
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has, and whether the demo model is here (it is fetched if need be)."""
+    from tunesmith.cli.display import Display, out, quiet_libraries
+    from tunesmith.models.demo import demo_model
+    from tunesmith.pipeline.environment import describe_environment
+
+    quiet_libraries()
+    facts: dict[str, Any] = describe_environment()
+    with Display(as_json) as display:
+        facts["demo_model"] = str(demo_model(display.progress))
+    if as_json:
+        out(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        if name == "versions":
+            for package, version in value.items():
+                out(f"{package}: {version or 'not installed'}")
+        elif name != "command":
+            out(f"{name.replace('_', ' ')}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/demo"), as_json: AsJson = False
+) -> None:
+    """The main job on the demo model: docstrings of Python's own library in one sentence."""
+    from tunesmith.cli.train import run_demo
+
+    raise typer.Exit(run_demo(output, as_json=as_json))
+
+
+@recipe_app.callback()
+def recipe_main(
+    context: typer.Context,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False,
+) -> None:
+    if schema:
+        from tunesmith.recipe import Recipe
+
+        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+        raise typer.Exit(0)
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
+@recipe_app.command("import")
+def recipe_import(
+    file: Annotated[Path, typer.Argument(help="A recipe of Axolotl or LLaMA-Factory.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the recipe here instead of printing it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn another tool's recipe into one of ours, saying key by key what became of it."""
+    from tunesmith.cli.imported import show_import
+
+    show_import(file, out, as_json=as_json)

@@ -1,0 +1,40 @@
+"""`tunesmith evaluate`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from tunesmith.cli.display import Display, out, quiet_libraries
+from tunesmith.cli.tables import aligned
+
+
+def run_evaluation(target: str, data: list[str], *, metrics: list[str] | None, rows: int, as_json: bool) -> None:
+    """Judges a model on each file; what has a base is compared with it, row by row."""
+    from tunesmith.data.spec import DataSpec
+    from tunesmith.pipeline.loaded import compare_with_base
+    from tunesmith.recipe import EvaluateSpec
+
+    quiet_libraries()
+    spec = EvaluateSpec(metrics=metrics or "auto", rows=rows)
+    with Display(as_json) as display:
+        results = compare_with_base(target, [DataSpec(train=path) for path in data], spec, display.progress)
+    if as_json:
+        out(json.dumps({"model": target, "results": results}))
+        return
+    for path, entries in zip(data, results, strict=True):
+        out(f"{target} on {path}")
+        out("\n".join(aligned(_table(entries["metrics"]), right={1, 2, 3})))
+
+
+def _table(entries: list[dict[str, Any]]) -> list[list[str]]:
+    compared = bool(entries) and "tuned" in entries[0]
+    figures = ["base", "tuned", "difference"] if compared else ["value"]
+    rows = [["metric", *figures, "interval", "rows"]]
+    for entry in entries:
+        rows.append([entry["name"], *[f"{entry[name]:.4f}" for name in figures], _span(entry), str(entry["n"])])
+    return rows
+
+
+def _span(entry: dict[str, Any]) -> str:
+    return "none" if entry["low"] is None else f"{entry['low']:.4f} … {entry['high']:.4f}"

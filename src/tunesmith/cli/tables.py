@@ -1,0 +1,121 @@
+"""Plans, verdicts and figures as text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from tunesmith.recipe import Plan
+
+WORDS = {"ship": "SHIP", "dont_ship": "DON'T SHIP", "no_difference": "NO DIFFERENCE SHOWN"}
+
+
+def size(count: float) -> str:
+    """Bytes as people write them."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def aligned(rows: list[list[str]], *, right: Collection[int] = ()) -> list[str]:
+    """Rows with columns of equal width; those in ``right`` are set flush right."""
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+
+    def line(row: list[str]) -> str:
+        cells = [cell.rjust(widths[at]) if at in right else cell.ljust(widths[at]) for at, cell in enumerate(row)]
+        return "  ".join(cells).rstrip()
+
+    return [line(row) for row in rows]
+
+
+def plan_lines(plan: Plan, model: str) -> list[str]:
+    memory, workload, parameters = plan.memory, plan.workload, plan.parameters
+    about = "about " if workload.estimated else ""
+    share = parameters.trainable / max(1, parameters.total)
+    rows = [
+        ["model", f"{model}: {parameters.total:,} parameters, {parameters.trainable:,} trained ({share:.2%})"],
+        ["device", f"{plan.device}, arithmetic in {plan.dtype}, frozen weights in {plan.frozen_dtype}"],
+        ["data", f"{about}{workload.rows:,} rows, {workload.tokens:,} tokens, {workload.targets:,} trained on"],
+        ["", f"longest row {workload.longest:,} tokens, limit {plan.max_length:,}"],
+        ["steps", f"{plan.steps:,} ({plan.epochs:.2f} epochs), {plan.warmup_steps} of them warmup"],
+        [
+            "memory",
+            f"{size(memory.peak_bytes)} at the peak: weights {size(memory.weights)}, gradients "
+            f"{size(memory.gradients)}, optimizer {size(memory.optimizer)},",
+        ],
+        ["", f"activations {size(memory.activations)}, runtime {size(memory.runtime)}"],
+        [
+            "time",
+            f"about {duration(plan.time.seconds)}: training {duration(plan.time.train_seconds)}, evaluation "
+            f"{duration(plan.time.evaluate_seconds)}",
+        ],
+    ]
+    lines = aligned(rows)
+    if plan.resolved:
+        lines += ["", "auto became"]
+        lines += [f"  {line}" for line in aligned([[r.name, _value(r.value), r.reason] for r in plan.resolved])]
+    lines += ["", *[f"note: {note}" for note in plan.notes]] if plan.notes else []
+    return lines
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """The verdict as it is printed at the end of a run."""
+    lines = [f"{WORDS[report['verdict']]}  {report['sentence']}", ""]
+    if report["metrics"]:
+        rows = [["metric", "base", "tuned", "difference", "interval", "rows", "better"]]
+        for entry in report["metrics"]:
+            low, high = entry["low"], entry["high"]
+            span = "none" if low is None else f"{low:+.4f} … {high:+.4f}"
+            rows.append(
+                [
+                    entry["name"],
+                    f"{entry['base']:.4f}",
+                    f"{entry['tuned']:.4f}",
+                    f"{entry['difference']:+.4f}",
+                    span,
+                    str(entry["n"]),
+                    entry["better"],
+                ]
+            )
+        lines += aligned(rows, right={1, 2, 3, 5})
+    forgetting = report["forgetting"]
+    if forgetting["status"] == "measured":
+        lines.append(
+            f"general text ({forgetting['source']}): perplexity {forgetting['base']:.3f} → "
+            f"{forgetting['tuned']:.3f} ({forgetting['change']:+.1%})"
+        )
+    else:
+        lines.append(f"forgetting was not measured: {forgetting.get('reason', '')}")
+    data, predicted, measured = report["data"], report["predicted"], report["measured"]
+    lines.append(
+        f"data: {data['rows_used']:,} rows used, {data['rows_lost']:,} lost; {data['target_tokens_used']:,} "
+        f"target tokens used, {data['target_tokens_lost']:,} lost"
+    )
+    lines.append(
+        f"memory: {size(predicted['peak_bytes'])} predicted, {size(measured['peak_bytes'])} measured; time: "
+        f"{duration(predicted['seconds'])} predicted, {duration(measured['seconds'])} measured"
+    )
+    for check in report["gate"]:
+        state = {True: "passed", False: "failed", None: "could not be checked"}[check["passed"]]
+        measured_text = "" if check["measured"] is None else f", measured {check['measured']:+.4g}"
+        lines.append(f"gate {check['name']} {check['required']:+.4g}{measured_text}: {state}")
+    lines += [f"warning: {text}" for text in report["warnings"]]
+    return lines

@@ -1,0 +1,68 @@
+"""`tunesmith train` and `tunesmith demo`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.cli.display import Display, out, quiet_libraries
+from tunesmith.cli.tables import plan_lines, report_lines
+from tunesmith.recipe import Plan, Recipe
+from tunesmith.recipe_file import check_recipe, read_recipe
+
+
+def run_training(path: Path, overrides: Sequence[str], *, resume: bool, as_json: bool) -> int:
+    """Runs a recipe and returns the exit code: 0, or 3 when a gate said no."""
+    return run_recipe(read_recipe(path, overrides), resume=resume, as_json=as_json)
+
+
+def run_recipe(recipe: Recipe, *, resume: bool, as_json: bool) -> int:
+    from tunesmith.pipeline.finetune import Watcher, finetune
+    from tunesmith.train.parallel import is_main
+
+    quiet_libraries()
+    with Display(as_json) as display:
+
+        def planned(plan: Plan) -> None:
+            display.planned_steps(plan.steps)
+            if not as_json and is_main():
+                display.line("\n".join(plan_lines(plan, recipe.model.path)) + "\n")
+
+        run = finetune(recipe, resume=resume, watcher=Watcher(display.progress, display.event, planned))
+    if not is_main():
+        return 0
+    report: dict[str, Any] = run.report or {}
+    if not as_json:
+        out("\n".join(report_lines(report)))
+        out(f"report: {run.page}")
+    return 3 if report["gate"] and report["verdict"] != "ship" else 0
+
+
+def run_demo(output: Path, *, as_json: bool) -> int:
+    """The main job on the demo model and on rows from Python's own library."""
+    from tunesmith.data.stdlib_docstrings import write_demo_data
+    from tunesmith.run import Run
+
+    Run.refuse_occupied(output)
+    data = output.parent / f"{output.name}-data"
+    with Display(as_json) as display:
+        display.progress("building rows from Python's own library", 0, None)
+        write_demo_data(data)
+    return run_recipe(demo_recipe(data, output), resume=False, as_json=as_json)
+
+
+def demo_recipe(data: Path, output: Path) -> Recipe:
+    values = {
+        "model": "demo",
+        "data": {
+            "train": str(data / "train.jsonl"),
+            "validation": str(data / "validation.jsonl"),
+            "test": str(data / "test.jsonl"),
+        },
+        "method": {"kind": "lora", "rank": 16},
+        "train": {"steps": 100, "batch_size": 16, "learning_rate": 1e-3},
+        "evaluate": {"rows": 100, "max_new_tokens": 48},
+        "output": str(output),
+    }
+    return check_recipe(values, "the demo's recipe")

@@ -1,0 +1,308 @@
+"""Models by any name a user has for them: a directory, a hub id, an adapter, a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tunesmith.base import InputError
+from tunesmith.batch import Batch, pack
+from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.data.render import Renderer
+from tunesmith.data.spec import DataSpec
+from tunesmith.engine.generate import Generation, Sampling, generate
+from tunesmith.evaluate.answers import Judged, Judging, judge
+from tunesmith.evaluate.compare import choose_metrics, compare_metrics, metric_rows
+from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.method import read_adapter_config
+from tunesmith.metrics import bootstrap
+from tunesmith.models.forward import packing_obstacle
+from tunesmith.models.load import (
+    Progress,
+    end_of_turn_ids,
+    load_model,
+    load_tokenizer,
+    locate_model,
+    read_config,
+    silent,
+)
+from tunesmith.models.measure import position_limit
+from tunesmith.models.templates import resolve_template
+from tunesmith.pipeline.planning import read_generation_settings
+from tunesmith.plan.hardware import DTYPES, detect_hardware, native_dtypes
+from tunesmith.recipe import EvaluateSpec, Recipe
+from tunesmith.recipe_file import check_recipe, parse_yaml
+from tunesmith.run import RECIPE, Run
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where the parts of a model stand.
+
+    Attributes:
+        base: directory or hub id of the weights.
+        adapter: directory of an adapter on top, if any.
+        tokenizer: directory or hub id of the tokenizer and template.
+        recipe: of the run, when a run was named.
+    """
+
+    base: str
+    adapter: Path | None
+    tokenizer: str
+    recipe: Recipe | None
+
+
+def locate(path: str, progress: Progress = silent) -> Location:
+    """Finds out what a name stands for.
+
+    Raises:
+        InputError: when it is none of a run with a result, an adapter, a model directory or a hub id.
+    """
+    directory = Path(path).expanduser()
+    if (directory / RECIPE).is_file():
+        run = Run.open(directory)
+        recipe = run_recipe(run)
+        result = run.result
+        if result is None:
+            raise InputError("the run has no trained result yet", where=path, fix="finish it with --resume")
+        if result.name == "adapter":
+            return Location(locate_model(recipe.model.path, progress), result, str(result), recipe)
+        return Location(str(result), None, str(result), recipe)
+    if (directory / "adapter_config.json").is_file():
+        base = read_adapter_config(directory).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise InputError(
+                "the adapter does not say which model it belongs to",
+                where=directory,
+                fix="set base_model_name_or_path in adapter_config.json",
+            )
+        own_tokenizer = (directory / "tokenizer_config.json").is_file()
+        location = locate_model(base, progress)
+        return Location(location, directory, str(directory) if own_tokenizer else location, None)
+    location = locate_model(path, progress)
+    return Location(location, None, location, None)
+
+
+def run_recipe(run: Run) -> Recipe:
+    path = run.path / RECIPE
+    values, lines = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    return check_recipe(values, str(path), lines)
+
+
+def default_dtype() -> torch.dtype:
+    """bf16 where the device has it natively, else fp32."""
+    return torch.bfloat16 if "bf16" in native_dtypes(detect_hardware().device) else torch.float32
+
+
+def load(path: str | Path, *, dtype: str = "auto", progress: Progress = silent) -> PreTrainedModel:
+    """Loads a model: a directory, a hub id, an adapter's directory, or a run's.
+
+    Args:
+        dtype: `fp32`, `bf16`, `fp16`, or `auto` for what the device computes natively.
+    """
+    return _load(locate(str(path), progress), dtype, progress)
+
+
+def _load(location: Location, dtype: str, progress: Progress) -> PreTrainedModel:
+    if dtype not in ("auto", *DTYPES):
+        raise InputError(f"unknown dtype {dtype!r}", fix="use auto, fp32, bf16 or fp16")
+    progress("loading the model", 0, None)
+    model = load_model(
+        location.base,
+        dtype=default_dtype() if dtype == "auto" else DTYPES[dtype],
+        device=detect_hardware().device,
+        revision=location.recipe.model.revision if location.recipe and location.adapter else None,
+        quantize=location.recipe.model.quantize if location.recipe and location.adapter else "none",
+    )
+    if location.adapter is not None:
+        load_adapter(model, location.adapter)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model that answers: what `generate`, `chat` and `evaluate` work with."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    location: Location
+
+    def answer(
+        self, conversations: Sequence[Sequence[dict[str, Any]]], sampling: Sampling, progress: Progress = silent
+    ) -> list[Generation]:
+        """Answers conversations that end with a user's turn."""
+        prompts = [self.renderer.prompt_ids(messages) for messages in conversations]
+        return generate(
+            self.model, prompts, sampling, stop_ids=self.renderer.stop_ids, batch_size=16, progress=progress
+        )
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        return cast(str, self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def load_speaker(
+    path: str, *, dtype: str = "auto", progress: Progress = silent, like: Location | None = None
+) -> Speaker:
+    """Loads a model with its tokenizer and template.
+
+    Args:
+        like: take tokenizer, template and data settings from here instead; a base is asked as its adapter was trained.
+    """
+    location = locate(path, progress)
+    if like is not None:
+        location = replace(location, tokenizer=like.tokenizer, recipe=like.recipe)
+    tokenizer = load_tokenizer(location.tokenizer)
+    plain = location.recipe is not None and location.recipe.data.template == "plain"
+    template = resolve_template("plain" if plain else "auto", tokenizer)
+    model = _load(location, dtype, progress)
+    return Speaker(model, tokenizer, renderer_for(location.base, model, tokenizer, template), location)
+
+
+def renderer_for(base: str, model: Any, tokenizer: PreTrainedTokenizerBase, template: Any) -> Renderer:
+    stops = end_of_turn_ids(tokenizer, model.config) | end_of_turn_ids(tokenizer, read_generation_settings(base))
+    renderer = Renderer(template, tokenizer, "answers", stops)
+    renderer.learn_stop_ids()
+    return renderer
+
+
+def _speaker_of(model: nn.Module) -> Speaker:
+    """A speaker for a model that is in memory already; its tokenizer is where its weights came from."""
+    loaded = cast(PreTrainedModel, model)
+    name = loaded.config.name_or_path
+    if not name:
+        raise InputError("the model does not say where it was loaded from", fix="load it with tunesmith.load")
+    tokenizer = load_tokenizer(name)
+    renderer = renderer_for(name, loaded, tokenizer, resolve_template("auto", tokenizer))
+    return Speaker(loaded, tokenizer, renderer, Location(name, None, name, None))
+
+
+def prepared_rows(speaker: Speaker, data: DataSpec, progress: Progress = silent) -> Prepared:
+    """Reads and renders rows for a model that is loaded; nothing is held back."""
+    limit = position_limit(read_config(speaker.location.base))
+    return prepare(data, speaker.renderer, model_limit=limit, seed=0, wants_test=False, progress=progress)
+
+
+def batches(
+    model: nn.Module, data: str | Path | DataSpec, *, batch_size: int = 16, epochs: int = 1, micro_batch: int = 8
+) -> list[list[Batch]]:
+    """Windows of micro-batches for `step`: every row once an epoch, answers as targets.
+
+    Args:
+        model: from `load`; its own tokenizer and chat template are used.
+        data: a file of any format Tunesmith reads, or a `DataSpec`.
+        batch_size: rows per optimizer step.
+        micro_batch: rows per forward pass.
+    """
+    spec = data if isinstance(data, DataSpec) else DataSpec(train=str(data))
+    prepared = prepared_rows(_speaker_of(model), spec)
+    layout = "packed" if packing_obstacle(model) is None else "padded"
+    device = next(model.parameters()).device
+    total = epochs * len(prepared.train)
+    windows = []
+    for start in range(0, total, batch_size):
+        rows = [prepared.train[at].example for at in prepared.order.rows(start, min(start + batch_size, total))]
+        windows.append(
+            [pack(rows[at : at + micro_batch], layout).to(device) for at in range(0, len(rows), micro_batch)]
+        )
+    return windows
+
+
+def evaluate(
+    model: nn.Module | Speaker,
+    data: str | Path | DataSpec,
+    spec: EvaluateSpec | None = None,
+    progress: Progress = silent,
+) -> dict[str, dict[str, Any]]:
+    """Answers held-out rows and scores them.
+
+    Args:
+        model: from `load`.
+        data: a file of any format Tunesmith reads, or a `DataSpec` whose `train` names the rows.
+        spec: rows, metrics and intervals; the defaults of a recipe otherwise.
+
+    Returns:
+        For every metric `value`, `low`, `high` and `n`.
+    """
+    given = data if isinstance(data, DataSpec) else DataSpec(train=str(data))
+    spec = spec or EvaluateSpec()
+    judged, metrics = judged_rows(_speaker_of(model), given, spec, progress)
+    return {entry.pop("name"): entry for entry in scores(judged, metrics, spec)}
+
+
+def compare_with_base(
+    target: str, files: Sequence[DataSpec], spec: EvaluateSpec, progress: Progress = silent
+) -> list[dict[str, Any]]:
+    """Judges a model on every file; an adapter or run is compared with its base on the same rows.
+
+    Returns:
+        For every file its `data` and `metrics`: as in a report where there is a base, else with `value`.
+    """
+    location = locate(target, progress)
+    compared = location.recipe is not None or location.adapter is not None
+    judged = _judged_by(load_speaker(target, progress=progress), files, spec, progress)
+    if not compared:
+        return [
+            {"data": file.train, "metrics": scores(rows, names, spec)}
+            for file, (rows, names) in zip(files, judged, strict=True)
+        ]
+    base = load_speaker(_base_of(location), progress=progress, like=location)
+    before = _judged_by(base, files, spec, progress)
+    results = []
+    for file, (tuned_rows, names), (base_rows, _) in zip(files, judged, before, strict=True):
+        metrics, warnings = compare_metrics(names, base_rows, tuned_rows, spec, 0)
+        results.append({"data": file.train, "metrics": metrics, "warnings": warnings})
+    return results
+
+
+def _judged_by(
+    speaker: Speaker, files: Sequence[DataSpec], spec: EvaluateSpec, progress: Progress
+) -> list[tuple[list[Judged], list[str]]]:
+    """Rows are read as the run that made the model read its own: columns, template, system turn."""
+    recipe = speaker.location.recipe
+    keys = ("format", "columns", "answer_after", "system", "template")
+    own = {key: getattr(recipe.data, key) for key in keys} if recipe else {}
+    return [judged_rows(speaker, file.model_copy(update=own), spec, progress) for file in files]
+
+
+def _base_of(location: Location) -> str:
+    return location.recipe.model.path if location.recipe else location.base
+
+
+def judged_rows(
+    speaker: Speaker, data: DataSpec, spec: EvaluateSpec, progress: Progress = silent
+) -> tuple[list[Judged], list[str]]:
+    """Every row as the model dealt with it, and the metrics that fit the rows."""
+    data = data.model_copy(update={"duplicates": "keep", "test": "auto", "validation": None})
+    rows = prepared_rows(speaker, data, progress).train[: spec.rows]
+    references = [row.row.references[0] for row in rows if row.row.messages]
+    metrics, _ = choose_metrics(spec.metrics, references)
+    longest = max((len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids), default=0)
+    limit = max(16, longest * 3 // 2) if spec.max_new_tokens == "auto" else spec.max_new_tokens
+    how = Judging(
+        limit,
+        spec.batch_size,
+        frozenset(speaker.renderer.stop_ids),
+        packing_obstacle(speaker.model) is None,
+        any(name != "perplexity" for name in metrics),
+    )
+    return judge(speaker.model, speaker.tokenizer, rows, how, progress), metrics
+
+
+def scores(judged: Sequence[Judged], metrics: Sequence[str], spec: EvaluateSpec) -> list[dict[str, Any]]:
+    """Every metric of one model with its interval."""
+    found = []
+    for name in metrics:
+        rows = metric_rows(name, judged)
+        if rows is not None:
+            estimate = bootstrap(rows, resamples=spec.resamples, confidence=spec.confidence, seed=0)
+            found.append(
+                {"name": name, "value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
+            )
+    return found

@@ -1,0 +1,77 @@
+"""`tunesmith merge`: from a run to a plain model that any tool loads, with the proof that it is the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunesmith.base import InputError, TunesmithError
+from tunesmith.compose.merge import MergeCheck, merge_and_check
+from tunesmith.files import committed_directory, write_json
+from tunesmith.methods.lora import load_adapter
+from tunesmith.models.load import Progress, load_model, silent
+from tunesmith.models.load import load_tokenizer as load_tokenizer
+from tunesmith.models.templates import resolve_template
+from tunesmith.pipeline.loaded import Location, default_dtype, locate, renderer_for
+from tunesmith.plan.hardware import detect_hardware
+from tunesmith.run import BASE_EVALUATION, Run
+
+PROMPTS = 8
+SPARE_PROMPTS = (
+    "Hello, who are you?",
+    "List three colours.",
+    "Explain what a function is.",
+    "Write one short sentence.",
+)
+
+
+def merge_run(path: str, out: Path, *, progress: Progress = silent) -> MergeCheck:
+    """Merges the adapter of a run (or an adapter's directory) into its base and writes a plain model.
+
+    Quantized bases are merged unquantized. The merged model is compared with the adapter on held-out prompts and must
+    differ from the base; the figures are written to `merge.json` beside the weights.
+
+    Raises:
+        InputError: when there is no adapter, or the target exists.
+        TunesmithError: when the merged model is not the trained one; nothing is written then.
+    """
+    location = locate(path, progress)
+    if location.adapter is None:
+        raise InputError("there is no adapter to merge", where=path, fix="a fully tuned run's model/ is plain already")
+    if out.exists():
+        raise InputError("this exists already; it is not overwritten", where=out, fix="name a new directory")
+    progress("loading the model", 0, None)
+    model = load_model(location.base, dtype=default_dtype(), device=detect_hardware().device)
+    load_adapter(model, location.adapter)
+    tokenizer = load_tokenizer(location.tokenizer)
+    plain = location.recipe is not None and location.recipe.data.template == "plain"
+    template = resolve_template("plain" if plain else "auto", tokenizer)
+    renderer = renderer_for(location.base, model, tokenizer, template)
+    prompts = [renderer.prompt_ids([{"role": "user", "content": text}]) for text in _held_out_prompts(path, location)]
+    progress("merging and comparing", 0, None)
+    check = merge_and_check(model, prompts, renderer.stop_ids)
+    if not check.passed:
+        raise TunesmithError(
+            f"the merged model is not the trained one: mean KL {check.mean_kl:.2g} nats to the adapter, "
+            f"{check.differs_from_base:.2g} to the base; nothing was written",
+            where=path,
+            fix="serve the adapter unmerged",
+        )
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = sorted(renderer.stop_ids)
+    with committed_directory(out) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        write_json(
+            directory / "merge.json", {**check.as_json(), "base": location.base, "adapter": str(location.adapter)}
+        )
+    return check
+
+
+def _held_out_prompts(path: str, location: Location) -> list[str]:
+    """Prompts that the run was judged on; a few plain ones for adapters without a run."""
+    if location.recipe is not None and (Path(path) / BASE_EVALUATION).is_file():
+        rows = Run.open(path).read(BASE_EVALUATION)["rows"]
+        prompts = [row["prompt"] for row in rows if row["prompt"]][:PROMPTS]
+        if prompts:
+            return prompts
+    return list(SPARE_PROMPTS)
