@@ -57,8 +57,11 @@ class LoraLayer(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         output = self.base(hidden)
-        low_rank = F.linear(self.dropout(hidden), self.lora_A.to(hidden.dtype))  # [..., rank]
-        return output + F.linear(low_rank, self.lora_B.to(hidden.dtype)) * self.scale
+        low_rank = F.linear(self.dropout(hidden), self.lora_A.to(hidden.dtype)) * self.scale  # [..., rank]
+        update = low_rank.reshape(-1, low_rank.shape[-1])
+        # One fused product and sum: a separate sum would pass over the whole output once more.
+        flat = torch.addmm(output.reshape(-1, output.shape[-1]), update, self.lora_B.to(output.dtype).T)
+        return flat.view(output.shape)
 
     def delta(self) -> Tensor:
         """The update of the weight in fp32, laid out as the base's weight."""

@@ -16,6 +16,8 @@ from transformers import AttentionInterface
 from tunesmith.batch import NO_PARENT
 
 SEGMENTS = "tunesmith_segments"
+EXPLICIT_LONGEST = 512
+"""Tokens up to which plain matrix products beat the CPU's fused kernel, and their memory does not matter."""
 
 
 class UnsupportedAttention(Exception):
@@ -54,15 +56,32 @@ def segment_attention(
             raise UnsupportedAttention(f"attention with {name}")
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    longest = int(segments[:, 1].max())
+    alone = bool((segments[:, 2] == NO_PARENT).all())
+    if query.device.type == "cpu" and alone and causal and longest <= EXPLICIT_LONGEST:
+        output = _explicit(query, key, value, segments, options)
+    else:
+        output = _one_by_one(query, key, value, segments, {**options, "is_causal": causal})
+    return output.contiguous(), None
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, options: dict[str, Any]) -> Tensor:
+    """Each segment through torch's fused kernel. Returns ``[1, tokens, heads, head_dim]``."""
+    causal = options["is_causal"]
+    lengths = segments[:, 1].tolist()
+    # Splitting has a cheap backward pass; slicing would fill a whole tensor with zeros for every piece.
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     pieces = []
-    for start, length, parent in segments.tolist():
-        keys, values = _with_ancestors(segments, key, value, start, length, parent)
-        mask = _mask(length, keys.shape[2], causal, options.get("sliding_window"), query.device)
+    for at, length in enumerate(lengths):
+        family = _ancestors(segments, at)
+        seen_keys = torch.cat([keys[member] for member in family], dim=2) if len(family) > 1 else keys[at]
+        seen_values = torch.cat([values[member] for member in family], dim=2) if len(family) > 1 else values[at]
+        mask = _mask(length, seen_keys.shape[2], causal, options.get("sliding_window"), query.device)
         pieces.append(
             F.scaled_dot_product_attention(
-                query[:, :, start : start + length],
-                keys,
-                values,
+                queries[at],
+                seen_keys,
+                seen_values,
                 attn_mask=mask,
                 dropout_p=options.get("dropout") or 0.0,
                 is_causal=causal and mask is None and length > 1,
@@ -70,20 +89,51 @@ def segment_attention(
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         )
-    output = torch.cat(pieces, dim=2)  # [1, heads, tokens, head_dim]
-    return output.transpose(1, 2).contiguous(), None
+    return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
-def _with_ancestors(
-    segments: Tensor, key: Tensor, value: Tensor, start: int, length: int, parent: int
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of a segment, those of its ancestors before them, oldest first."""
-    keys, values = [key[:, :, start : start + length]], [value[:, :, start : start + length]]
-    while parent != NO_PARENT:
-        start, length, parent = segments[parent].tolist()
-        keys.insert(0, key[:, :, start : start + length])
-        values.insert(0, value[:, :, start : start + length])
-    return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, dim=2), torch.cat(values, dim=2))
+def _explicit(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, options: dict[str, Any]) -> Tensor:
+    """Root segments as one batch of plain matrix products, padded to the longest of them.
+
+    The CPU's fused kernel is slow in its backward pass; for short rows these products are several times faster.
+    Keys of the padding come after every real query, so the causal mask hides them. Queries of one key-value head are
+    laid end to end, so that keys and values are never repeated.
+
+    Returns:
+        ``[1, tokens, heads, head_dim]``.
+    """
+    heads, key_heads, width = query.shape[1], key.shape[1], query.shape[3]
+    group, count, longest = heads // key_heads, segments.shape[0], int(segments[:, 1].max())
+    offsets = torch.arange(longest)
+    places = segments[:, :1] + torch.minimum(offsets, segments[:, 1:2] - 1)  # [segments, longest]
+    real = (offsets < segments[:, 1:2]).reshape(-1).nonzero().squeeze(1)  # rows of the padded batch, in packed order
+
+    def batched(tensor: Tensor) -> Tensor:
+        rows = tensor[0].transpose(0, 1).index_select(0, places.reshape(-1))
+        return rows.view(count, longest, tensor.shape[1], tensor.shape[3]).transpose(1, 2)
+
+    queries = batched(query).reshape(count, key_heads, group * longest, width)
+    scale = options.get("scaling") or width**-0.5
+    scores = torch.matmul(
+        queries * scale, batched(key).transpose(2, 3)
+    )  # [segments, key heads, group * longest, longest]
+    mask = _mask(longest, longest, True, options.get("sliding_window"), query.device)
+    allowed = torch.ones(longest, longest, dtype=torch.bool).tril() if mask is None else mask
+    scores = scores.view(count, key_heads, group, longest, longest).masked_fill(~allowed, float("-inf"))
+    shares = torch.softmax(scores, dim=-1)
+    if dropout := options.get("dropout"):
+        shares = F.dropout(shares, dropout)
+    output = torch.matmul(shares.view(count, key_heads, group * longest, longest), batched(value))
+    output = output.view(count, heads, longest, -1).transpose(1, 2).reshape(count * longest, heads, -1)
+    return output.index_select(0, real)[None]
+
+
+def _ancestors(segments: Tensor, at: int) -> list[int]:
+    """The segments that one attends to: its ancestors, oldest first, and itself."""
+    family = [at]
+    while (parent := int(segments[family[0], 2])) != NO_PARENT:
+        family.insert(0, parent)
+    return family
 
 
 def _mask(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:

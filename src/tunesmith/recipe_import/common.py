@@ -78,7 +78,8 @@ def batch(job: Job, micro_key: str, accumulation_key: str, usual: int) -> None:
 def schedule(job: Job, key: str, usual: str) -> None:
     name = job.text(key)
     if name is None:
-        job.default("train.schedule", usual, f"{key} is absent")
+        if usual != "cosine":
+            job.default("train.schedule", usual, f"{key} is absent")
         return
     ours, note = SCHEDULES.get(name, (None, ""))
     if ours is None:
@@ -143,7 +144,7 @@ def epochs(job: Job, key: str, usual: float) -> None:
     count = job.number(key)
     if count is not None:
         job.put("train.epochs", count, key)
-    elif "train.steps" not in job.recipe or usual != 3:
+    elif usual != 3 or "train.steps" in job.recipe:
         job.default("train.epochs", usual, f"{key} is absent")
 
 
@@ -180,7 +181,8 @@ def evaluations(job: Job, *strategy_keys: str) -> None:
         if name == "no":
             job.put("train.evaluate_every", "off", key)
         elif name is not None:
-            job.say(key, "ignored", "train.evaluate_every", f"{name!r}: see eval_steps; without it ten times a run")
+            note = "" if name == "steps" else "each epoch there; here every eval_steps, or ten times a run"
+            job.say(key, "translated" if note else "taken", "train.evaluate_every", note)
     steps = job.number("eval_steps")
     if steps is None:
         return
@@ -197,7 +199,8 @@ def checkpoints(job: Job) -> None:
     if name == "no":
         job.put("train.checkpoint_every", "off", "save_strategy")
     elif name is not None:
-        job.say("save_strategy", "ignored", "train.checkpoint_every", f"{name!r}: see save_steps; else ten times a run")
+        note = "" if name == "steps" else "each epoch or best there; here every save_steps, or ten times a run"
+        job.say("save_strategy", "translated" if note else "taken", "train.checkpoint_every", note)
     if steps is not None and name == "no":
         job.say("save_steps", "ignored", note="checkpoints are off")
     elif steps is not None:

@@ -112,7 +112,7 @@ class Job:
         """Sets a key of the recipe and says that ``key`` did it."""
         self.recipe[to] = value
         self.origin[to] = key
-        self.say(key, outcome or ("taken" if self.get(key) == value else "translated"), to, note)
+        self.say(key, outcome or ("taken" if _alike(self.get(key), value) else "translated"), to, note)
 
     def default(self, to: str, value: Any, why: str) -> None:
         """Writes out what the other tool does when its key is absent."""
@@ -208,6 +208,13 @@ def lost(why: str, *keys: str, loud: bool = True, adapter: bool = False) -> Entr
                 job.lose(key, why, loud=loud)
 
     return Entry(keys, "", f"no counterpart: {why}", apply)
+
+
+def _alike(given: Any, value: Any) -> bool:
+    """Whether the recipe's value is the file's, which may have a number as text."""
+    if isinstance(given, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(given) == value
+    return given == value
 
 
 def _parents(key: str) -> list[str]:

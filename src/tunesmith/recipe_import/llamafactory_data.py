@@ -34,7 +34,7 @@ TEMPLATES = {
     "zephyr": ("zephyr", f"{LOUD}there every conversation gets a system turn, and turns end without a line break"),
     "empty": ("plain", f"{LOUD}answers end with the end-of-text token here, and with none there"),
 }
-TEXT_LAYOUTS = ("alpaca", "default", "fewshot", "vicuna", "openchat", "belle", "ziya", "xverse")
+TEXT_LAYOUTS = ("alpaca", "default", "fewshot", "vicuna")
 """Templates that are no model's own chat template."""
 
 
@@ -56,10 +56,18 @@ def data(job: Job) -> None:
         validation = _source(job, judged[0], info, place, raw=raw, notes=doubts, key="eval_dataset")
         if len(judged) > 1:
             doubts.append(f"{LOUD}one file holds the validation rows, and only the first one is used")
+        if info and info[judged[0]].get("split", "train") != "train":
+            # The train split in its place would validate on what is trained on.
+            validation, doubts = None, [f"{LOUD}only a file can hold the validation rows: save that split to one"]
     trouble = put_data(job, sources, validation)
     doubts += [LOUD + trouble] if trouble else []
     job.say("dataset", "translated", "data.train", _joined(notes))
-    job.say("eval_dataset", "translated", "data.validation", _joined(doubts))
+    job.say(
+        "eval_dataset",
+        "translated" if validation else "no counterpart",
+        "data.validation" if validation else None,
+        _joined(doubts),
+    )
     if info is not None:
         job.say("dataset_dir", "translated", "data.train", f"paths and columns are those of {place / INFO}")
     else:
@@ -153,7 +161,8 @@ def _path(entry: dict[str, Any], name: str, place: Path, notes: list[str]) -> st
 
 def _alpaca(path: str, columns: dict[str, str] | None, notes: list[str]) -> DataSource:
     """Without `columns` theirs are the usual names; with them every part that is not named is left out."""
-    notes.append("instruction and input are joined by an empty line here, and by a line break there")
+    if columns is None or "query" in columns:
+        notes.append(f"{LOUD}instruction and input are joined by an empty line here, and by a line break there")
     if columns is None:
         return DataSource(path, "alpaca")
     mapped = {ours: columns[theirs] for theirs, ours in ALPACA_PARTS.items() if theirs in columns}

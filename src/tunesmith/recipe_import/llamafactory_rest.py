@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from tunesmith.recipe_import.job import Entry, ignored, lost
+from tunesmith.recipe_import.job import Entry, Job, ignored, lost
+
+
+def _thinking(job: Job) -> None:
+    """Theirs is on by default, so `lost` would take what changes the prompt for what is off."""
+    if job.flag("enable_thinking") is False:
+        job.lose("enable_thinking", "the template decides about thinking")
+    else:
+        job.say("enable_thinking", "ignored", note="the template decides about thinking")
+
 
 REST: tuple[Entry, ...] = (
     lost("DoRA is not available, plain LoRA is trained", "use_dora", adapter=True),
@@ -54,7 +63,7 @@ REST: tuple[Entry, ...] = (
         *("top_p", "top_k", "do_sample", "num_beams", "eval_num_beams", "repetition_penalty", "length_penalty"),
         *("generation_max_length", "generation_num_beams", "skip_special_tokens"),
     ),
-    ignored("the template decides about thinking", "enable_thinking"),
+    Entry(("enable_thinking",), "", "no counterpart when false: the template decides about thinking", _thinking),
     ignored("padding is never trained on", "ignore_pad_token_for_loss"),
     ignored("weights are always safetensors", "save_safetensors", "save_only_model"),
     ignored("a run is published by hand", "push_to_hub", "hub_model_id", "hub_strategy", "hub_token"),

@@ -1,0 +1,565 @@
+"""Files of axolotl and LLaMA-Factory become recipes that train as those files would, and no key is passed over."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tunesmith.base import InputError
+from tunesmith.batch import Source
+from tunesmith.data.read import Record
+from tunesmith.data.rows import to_rows
+from tunesmith.methods import Full, Lora
+from tunesmith.models.templates import NAMED_TEMPLATES
+from tunesmith.recipe_file import read_recipe
+from tunesmith.recipe_import import LOUD, Imported, ImportedKey, import_recipe, migration_table
+from tunesmith.recipe_import.axolotl_data import TEMPLATES as AXOLOTL_TEMPLATES
+from tunesmith.recipe_import.convert import TABLES
+from tunesmith.recipe_import.llamafactory_data import TEMPLATES as LLAMAFACTORY_TEMPLATES
+
+PAGE = Path(__file__).parent.parent / "docs" / "import.md"
+
+SUPPORT_BOT = """\
+# a support assistant, one 24 GB card
+base_model: acme/base-3b
+model_revision: v2
+load_in_4bit: true
+adapter: qlora
+lora_r: 64
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+lora_target_modules:
+peft_use_dora: true
+peft_use_rslora: true
+
+datasets:
+  - path: tickets.jsonl
+    ds_type: json
+    type: chat_template
+    field_messages: thread
+    message_property_mappings:
+      role: from
+      content: value
+    roles_to_train: [assistant]
+    train_on_eos: turn
+    colour: blue
+chat_template: chatml
+val_set_size: 0.05
+sequence_len: 4096
+sample_packing: true
+pad_to_sequence_len: true
+train_on_inputs: false
+
+micro_batch_size: 2
+gradient_accumulation_steps: 6
+num_epochs: 4
+max_steps: 900
+learning_rate: 1e-4
+optimizer: paged_adamw_8bit
+lr_scheduler: linear
+warmup_steps: 25
+weight_decay: 0.01
+max_grad_norm: 0.5
+bf16: auto
+tf32: true
+gradient_checkpointing: true
+flash_attention: true
+
+eval_steps: 50
+save_steps: 100
+save_total_limit: 3
+early_stopping_patience: 5
+special_tokens:
+  pad_token: "<|pad|>"
+  eos_token: "<|done|>"
+wandb_project: support
+wandb_entity:
+deepspeed: zero2.json
+fsdp_config:
+  offload: {params: false}
+output_dir: ./out/support
+seed: 7
+"""
+
+MANUALS = """\
+base_model: ./models/base
+datasets:
+  - path: notes.jsonl
+    type:
+      field_instruction: input
+      field_output: reply
+      format: "Q: {instruction}\\nA:"
+      no_input_format: "Q: {instruction}\\nA:"
+  - path: json
+    data_files: [a.jsonl, b.jsonl]
+    type:
+      field_instruction: ask
+      field_output: reply
+      format: "Q: {instruction}\\nA:"
+      no_input_format: "Q: {instruction}\\nA:"
+test_datasets:
+  - path: held.jsonl
+    split: train
+    type:
+      field_instruction: input
+      field_output: reply
+      format: "Q: {instruction}\\nA:"
+      no_input_format: "Q: {instruction}\\nA:"
+adapter:
+learning_rate: 0.00002
+excess_length_strategy: truncate
+lr_scheduler: constant
+warmup_ratio: 0.1
+bf16: false
+fp16: true
+dataset_exact_deduplication: true
+eval_strategy: no
+save_strategy: "no"
+"""
+
+RECEPTION = """\
+### model
+model_name_or_path: acme/chat-8b
+quantization_bit: 4
+quantization_method: bnb
+double_quantization: true
+trust_remote_code: true
+
+### method
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 32
+lora_target: q_proj,v_proj
+additional_target: embed_tokens,lm_head
+use_rslora: false
+use_dora: true
+
+### dataset
+dataset: calls, forms
+eval_dataset: calls_judged
+dataset_dir: tables
+template: llama3
+cutoff_len: 1024
+max_samples: 5000
+mask_history: true
+overwrite_cache: true
+preprocessing_num_workers: 8
+
+### output
+output_dir: saves/reception
+logging_steps: 10
+save_steps: 250
+plot_loss: true
+overwrite_output_dir: true
+report_to: [wandb, swanlab]
+
+### train
+per_device_train_batch_size: 4
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 2
+max_steps: 700
+lr_scheduler_type: cosine_with_min_lr
+warmup_ratio: 0.1
+bf16: true
+neat_packing: true
+ddp_timeout: 180000000
+resume_from_checkpoint: null
+
+### eval
+eval_strategy: steps
+eval_steps: 125
+per_device_eval_batch_size: 1
+load_best_model_at_end: true
+early_stopping_steps: 4
+"""
+
+RECEPTION_TABLE = {
+    "calls": {
+        "file_name": "calls.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "turns", "system": "persona"},
+        "tags": {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"},
+    },
+    "forms": {"hf_hub_url": "acme/forms", "columns": {"prompt": "ask", "query": "form", "response": "filled"}},
+    "calls_judged": {
+        "file_name": "calls_judged.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "turns", "system": "persona"},
+    },
+    "pairs": {"file_name": "pairs.json", "ranking": True},
+}
+
+NOVELS = """\
+model_name_or_path: acme/base-1b
+stage: pt
+finetuning_type: full
+dataset: novels
+num_train_epochs: 1.0
+"""
+
+
+def imported(folder: Path, text: str, name: str = "theirs.yml") -> Imported:
+    file = folder / name
+    file.write_text(text, encoding="utf-8")
+    result = import_recipe(file)
+    check(result, text)
+    return result
+
+
+def check(result: Imported, text: str) -> None:
+    """What holds for every file: each key once, and the YAML is the recipe, without contradictions."""
+    names = dotted(yaml.load(text, yaml.BaseLoader))  # noqa: S506 - it makes texts of everything, and nothing else
+    assert sorted(key.key for key in result.keys) == sorted(names)
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "recipe.yaml"
+        written.write_text(result.yaml, encoding="utf-8")
+        read = read_recipe(written)
+    assert read.model_copy(update={"output": result.recipe.output}) == result.recipe
+    lines = text.splitlines()
+    for key in result.keys:
+        assert key.outcome != "translated" or key.to or key.note, key
+        if key.key.rpartition(".")[2].isidentifier() and not text.startswith("{"):
+            assert key.key.rpartition(".")[2] in lines[key.line - 1], key
+    for key in result.changes:
+        assert f"{key.line} {' '.join(key.key.split())}:" in result.yaml
+
+
+def dotted(value: Any, prefix: str = "") -> list[str]:
+    """Keys of nested mappings, independently of how the importer walks."""
+    if isinstance(value, dict):
+        return [name for k, v in value.items() for name in (f"{prefix}{k}", *dotted(v, f"{prefix}{k}."))]
+    if isinstance(value, list):
+        return [name for index, item in enumerate(value) for name in dotted(item, f"{prefix}{index}.")]
+    return []
+
+
+def of(result: Imported, key: str) -> ImportedKey:
+    return next(item for item in result.keys if item.key == key)
+
+
+def test_axolotl_qlora_on_conversations(tmp_path: Path) -> None:
+    result = imported(tmp_path, SUPPORT_BOT)
+    recipe = result.recipe
+    assert result.source == "axolotl"
+    assert recipe.model.model_dump() == {
+        "path": "acme/base-3b",
+        "revision": "v2",
+        "dtype": "auto",
+        "quantize": "nf4",
+    }
+    assert recipe.method == Lora(rank=64, alpha=16, dropout=0.05, targets="all-linear", rslora=True)
+    data = recipe.data
+    assert (data.train, data.format, data.columns) == ("tickets.jsonl", "sharegpt", {"conversations": "thread"})
+    assert (data.template, data.validation, data.max_length, data.overlong) == ("chatml", 0.05, 4096, "drop")
+    assert (data.train_on, data.duplicates) == ("answers", "keep")
+    train = recipe.train
+    assert (train.batch_size, train.micro_batch, train.epochs, train.steps) == (12, 2, 4, 900)
+    assert (train.learning_rate, train.schedule, train.warmup) == (1e-4, "linear", 25)
+    assert (train.weight_decay, train.clip, train.optimizer) == (0.01, 0.5, "adamw-8bit")
+    assert (train.dtype, train.packing, train.gradient_checkpointing) == ("auto", True, True)
+    assert (train.evaluate_every, train.checkpoint_every, train.keep) == (50, 100, 3)
+    assert train.early_stopping != "off" and train.early_stopping.patience == 5
+    assert train.best == "validation-loss"
+    assert (train.log, recipe.output, recipe.seed) == (["wandb"], "./out/support", 7)
+
+
+def test_axolotl_says_what_it_cannot_carry_over(tmp_path: Path) -> None:
+    result = imported(tmp_path, SUPPORT_BOT)
+    loud = {key.key for key in result.changes}
+    assert loud == {"peft_use_dora", "sample_packing", "special_tokens.eos_token"}
+    dora = of(result, "peft_use_dora")
+    assert (dora.outcome, dora.line) == ("no counterpart", 11)
+    assert of(result, "micro_batch_size").note.count("one process") == 1
+    assert of(result, "learning_rate").outcome == "taken"
+    assert of(result, "flash_attention").outcome == "ignored"
+    assert of(result, "lora_target_modules").outcome == "ignored"
+    assert of(result, "datasets.0.colour").outcome == "no counterpart"
+    assert of(result, "fsdp_config.offload.params").note == "part of `fsdp_config`"
+    assert not of(result, "deepspeed").note.startswith(LOUD)
+
+
+def test_axolotl_full_fine_tuning_on_its_own_layout(tmp_path: Path) -> None:
+    result = imported(tmp_path, MANUALS)
+    recipe = result.recipe
+    assert recipe.method == Full()
+    sources = [item if isinstance(item, str) else (item.path, item.format) for item in recipe.data.train]
+    assert sources == [(name, "prompt-completion") for name in ("notes.jsonl", "a.jsonl", "b.jsonl")]
+    assert recipe.data.columns == {"prompt": "Q: {input}\nA:", "completion": "reply"}
+    assert (recipe.data.validation, recipe.data.overlap, recipe.data.template) == ("held.jsonl", "keep", "plain")
+    assert (recipe.data.max_length, recipe.data.overlong, recipe.data.duplicates) == (512, "truncate", "drop")
+    train = recipe.train
+    assert (train.epochs, train.batch_size, train.micro_batch) == (1, 1, "auto")
+    assert (train.schedule, train.warmup, train.dtype) == ("constant", 0, "fp16")
+    assert (train.evaluate_every, train.checkpoint_every, train.best) == ("off", "off", "last")
+    record = Record({"input": "Why?", "reply": "Because."}, Source("notes.jsonl", 1))
+    _, rows = to_rows(
+        [record], format_name=recipe.data.format, columns=recipe.data.columns, answer_after=None, system=None
+    )
+    assert [turn["content"] for turn in rows[0].messages] == ["Q: Why?\nA:", "Because."]
+
+
+def test_llamafactory_looks_data_sets_up(tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "dataset_info.json").write_text(json.dumps(RECEPTION_TABLE), encoding="utf-8")
+    result = imported(tmp_path, RECEPTION)
+    recipe = result.recipe
+    assert result.source == "llamafactory"
+    assert recipe.model.quantize == "nf4"
+    whole = ["embed_tokens", "lm_head"]
+    assert recipe.method == Lora(rank=32, alpha=64, targets=["q_proj", "v_proj"], modules_to_save=whole)
+    calls, forms = recipe.data.train
+    turns = {"conversations": "turns", "system": "persona"}
+    assert not isinstance(calls, str) and not isinstance(forms, str)
+    assert (calls.path, calls.format, calls.columns) == (str(tmp_path / "tables" / "calls.json"), "sharegpt", turns)
+    assert (forms.path, forms.format) == ("acme/forms", "alpaca")
+    assert forms.columns == {"instruction": "ask", "input": "form", "output": "filled"}
+    assert recipe.data.validation == str(tmp_path / "tables" / "calls_judged.json")
+    assert (recipe.data.format, recipe.data.columns) == ("sharegpt", turns)
+    assert (recipe.data.template, recipe.data.train_on) == ("llama-3", "last-answer")
+    assert (recipe.data.max_length, recipe.data.overlong) == (1023, "truncate")
+    train = recipe.train
+    assert (train.batch_size, train.micro_batch, train.steps, train.epochs) == (32, 4, 700, None)
+    assert (train.schedule, train.warmup, train.dtype, train.packing) == ("cosine", 0.1, "bf16", True)
+    assert (train.evaluate_every, train.checkpoint_every, train.best) == (125, 250, "validation-loss")
+    assert train.early_stopping != "off" and train.early_stopping.patience == 4
+    assert train.log == ["wandb"]
+    assert {key.key for key in result.changes} == {
+        *("use_dora", "max_samples", "lr_scheduler_type", "neat_packing", "dataset")
+    }
+
+
+def test_llamafactory_defaults_are_written_out(tmp_path: Path) -> None:
+    result = imported(tmp_path, NOVELS)
+    recipe = result.recipe
+    assert recipe.method == Full()
+    assert (recipe.data.train, recipe.data.format, recipe.data.max_length) == ("novels", "text", 2048)
+    train = recipe.train
+    assert (train.batch_size, train.learning_rate, train.schedule, train.warmup) == (8, 5e-5, "linear", 0)
+    assert (train.epochs, train.packing, recipe.seed) == (1, True, 42)
+    written = {line.split(":")[0] for line in result.defaults}
+    assert {"train.batch_size", "train.learning_rate", "train.schedule", "train.warmup", "seed", "data.test"} <= written
+    assert {"data.max_length", "data.overlong", "data.duplicates", "train.packing", "train.dtype"} <= written
+    assert "data/dataset_info.json" in of(result, "dataset").note
+
+
+def test_llamafactory_lora_defaults(tmp_path: Path) -> None:
+    recipe = imported(tmp_path, "model_name_or_path: a/b\ndataset: x\n").recipe
+    assert recipe.method == Lora(rank=8, alpha=16)
+    assert recipe.train.epochs is None
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("bf16: true", {"dtype": "bf16"}),
+        ("bf16: full", {"dtype": "bf16"}),
+        ("fp16: true", {"dtype": "fp16"}),
+        ("bf16: false", {"dtype": "fp32"}),
+        ("bf16: true\nfp16: true", {"dtype": "bf16"}),
+        ("optimizer: adamw_torch", {"optimizer": "adamw"}),
+        ("optimizer: adamw_bnb_8bit", {"optimizer": "adamw-8bit"}),
+        ("optimizer: paged_adamw_32bit", {"optimizer": "adamw"}),
+        ("optimizer: lion_8bit", {"optimizer": "adamw"}),
+        ("lr_scheduler: constant_with_warmup\nwarmup_ratio: 0.2", {"schedule": "constant", "warmup": 0.2}),
+        ("lr_scheduler: polynomial", {"schedule": "linear"}),
+        ("lr_scheduler: rex", {"schedule": "cosine"}),
+        ("warmup_ratio: 1", {"warmup": 0.9999}),
+        ("warmup_steps: 0", {"warmup": 0}),
+        ("max_grad_norm: 0", {"clip": "off"}),
+        ("max_steps: 40\neval_steps: 0.25\nval_set_size: 0.1", {"evaluate_every": 10}),
+        ("eval_steps: 0.25\nval_set_size: 0.1", {"evaluate_every": "auto", "best": "last"}),
+        ("batch_size: 12\nmicro_batch_size: 3", {"batch_size": 12, "micro_batch": 3}),
+        ("early_stopping_patience: 3", {"early_stopping": "off"}),
+        ("use_tensorboard: true", {"log": ["tensorboard"]}),
+        ("gradient_checkpointing: offload", {"gradient_checkpointing": True}),
+        (
+            "save_steps: 20\neval_steps: 10\nload_best_model_at_end: true\nval_set_size: 0.1",
+            {"best": "validation-loss"},
+        ),
+        ("save_steps: 15\neval_steps: 10\nload_best_model_at_end: true\nval_set_size: 0.1", {"best": "last"}),
+    ],
+)
+def test_axolotl_training_keys(tmp_path: Path, theirs: str, ours: dict[str, Any]) -> None:
+    head = "base_model: a/b\nlearning_rate: 1e-4\ndatasets: [{path: x.jsonl, type: chat_template}]\n"
+    train = imported(tmp_path, head + theirs + "\n").recipe.train
+    assert {key: getattr(train, key) for key in ours} == ours
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("type: chat_template", ("messages", {})),
+        ("type: chat_template, field_messages: turns", ("messages", {"messages": "turns"})),
+        (
+            "type: chat_template, field_messages: conversations, message_property_mappings: "
+            "{role: from, content: value}",
+            ("sharegpt", {}),
+        ),
+        (
+            "type: chat_template, message_field_role: from, message_field_content: value",
+            ("sharegpt", {"conversations": "messages"}),
+        ),
+        ("type: sharegpt", ("sharegpt", {})),
+        ("type: 'sharegpt:chat'", ("sharegpt", {})),
+        ("type: alpaca", ("alpaca", {})),
+        ("type: alpaca_chat.load_qa", ("prompt-completion", {"prompt": "question", "completion": "answer"})),
+        ("type: completion", ("text", {})),
+        ("type: completion, field: body", ("text", {"text": "body"})),
+        ("type: input_output", ("auto", {})),
+        (
+            "type: {field_instruction: q, field_input: c, field_output: a, format: '{instruction} {input}'}",
+            ("prompt-completion", {"prompt": "{q} {c}", "completion": "a"}),
+        ),
+    ],
+)
+def test_axolotl_row_types(tmp_path: Path, theirs: str, ours: tuple[str, dict[str, str]]) -> None:
+    text = f"base_model: a/b\nlearning_rate: 1e-4\ndatasets:\n  - {{path: x.jsonl, {theirs}}}\n"
+    data = imported(tmp_path, text).recipe.data
+    assert (data.format, data.columns) == ours
+
+
+def test_a_split_that_cannot_be_read_never_becomes_validation(tmp_path: Path) -> None:
+    text = "base_model: a/b\nlearning_rate: 1e-4\ndatasets: [{path: o/d, type: chat_template}]\n"
+    result = imported(tmp_path, text + "test_datasets: [{path: o/d, split: test, type: chat_template}]\n")
+    assert result.recipe.data.validation is None
+    assert of(result, "test_datasets").note.startswith(LOUD)
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what"),
+    [
+        ("base_model: a\ndatasets: [{path: x}]\nrl: dpo\n", ":3 rl", "'dpo' is not available"),
+        ("base_model: a\ndatasets: [{path: x}]\nreward_model: true\n", ":3 reward_model", "is not available"),
+        ("base_model: a\ndatasets: [{path: x}]\nadapter: llama-adapter\n", ":3 adapter", "is not available"),
+        ("base_model: a\nmicro_batch_size: 1\n", " datasets", "no data set is named"),
+        ("base_model: a\ndatasets: []\n", ":2 datasets", "no data set is named"),
+        ("base_model: a\ndatasets: [{type: alpaca}]\n", "datasets.0", "has no path"),
+        ("base_model: a\ndatasets: [{path: x}]\nlearning_rate: fast\n", ":3 learning_rate", "a number is expected"),
+        ("base_model: a\ndatasets: [{path: x}]\nadapter: lora\nlora_dropout: 1.5\n", ":4 lora_dropout", "less than 1"),
+        ("base_model: a\ndatasets: [{path: x}]\nload_in_8bit: true\n", ":3 load_in_8bit", "cannot be trained whole"),
+        ("datasets: [{path: x}]\nmicro_batch_size: 1\n", " base_model", "missing"),
+        ("model_name_or_path: a\ndataset: x\nstage: dpo\n", ":3 stage", "'dpo' is not available"),
+        ("model_name_or_path: a\ndataset: x\nfinetuning_type: freeze\n", ":3 finetuning_type", "not available"),
+        ("model_name_or_path: a\nstage: sft\n", " dataset", "no data set is named"),
+        ("model: a\ndata: {train: x}\n", "", "a recipe already"),
+        ("base_modle: a\nlearning_rate: 1\n", "", "did you mean 'base_model'"),
+        ("base_model: a\n  b: c\n", ":2", "not YAML"),
+        ("base_model: a\nbase_model: b\n", ":2", "stands twice"),
+        ("- base_model\n", "", "a mapping"),
+        ("", "", "a mapping"),
+        ("base_model: &x {y: *x}\n", "", "nests too deeply"),
+        ("base_model: a\nseed: 2001-99-99\n", ":2", "cannot be read"),
+    ],
+)
+def test_bad_files_name_the_place(tmp_path: Path, text: str, where: str, what: str) -> None:
+    file = tmp_path / "bad.yml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        import_recipe(file)
+    assert what in str(caught.value)
+    assert where in str(caught.value.where) and "bad.yml" in str(caught.value.where)
+
+
+def test_bad_tables_of_data_sets(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    table = tmp_path / "data" / "dataset_info.json"
+    file = tmp_path / "theirs.yaml"
+    for content, name, what in (
+        ("{\n oops", "calls", "not JSON"),
+        ("[]", "calls", "not a table"),
+        (json.dumps(RECEPTION_TABLE), "call", "did you mean 'calls'"),
+        (json.dumps(RECEPTION_TABLE), "pairs", "preference pairs"),
+    ):
+        table.write_text(content, encoding="utf-8")
+        file.write_text(f"model_name_or_path: a\ndataset: {name}\n", encoding="utf-8")
+        with pytest.raises(InputError, match=what):
+            import_recipe(file)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(InputError, match="no such file"):
+        import_recipe("nowhere.yml")
+
+
+def test_named_templates_exist() -> None:
+    named = {*AXOLOTL_TEMPLATES.values(), *(name for name, _ in LLAMAFACTORY_TEMPLATES.values())}
+    assert named <= {"auto", "plain", *NAMED_TEMPLATES}
+
+
+@pytest.mark.parametrize("source", ["axolotl", "llamafactory"])
+def test_no_key_stands_in_a_table_twice(source: Any) -> None:
+    keys = [key for entry in TABLES[source][1] for key in entry.keys]
+    assert len(keys) == len(set(keys))
+
+
+BASES = {
+    "axolotl": {"base_model": "a/b", "datasets": [{"path": "x.jsonl", "type": "chat_template"}]},
+    "llamafactory": {"model_name_or_path": "a/b", "dataset": "x"},
+}
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 5000),
+    st.floats(0, 2),
+    st.sampled_from(["", "auto", "no", "1e-4", "lora", "alpaca", "steps", "epoch", "chatml", "~", "{x}", "data.jsonl"]),
+)
+NAMES = st.sampled_from(
+    ["path", "type", "split", "role", "x", "1", "no", "null", "field_output", "chat_template", "a b"]
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3), max_leaves=5
+)
+
+
+def keys_of(source: Any, *, harmless: bool) -> list[str]:
+    """A tool's keys, or only those whose values are not looked into, so that every file can be imported."""
+    entries = TABLES[source][1]
+    if harmless:
+        entries = [entry for entry in entries if entry.meaning.startswith(("ignored: ", "no counterpart: "))]
+    return [key for entry in entries for key in entry.keys]
+
+
+@st.composite
+def files(draw: st.DrawFn, *, harmless: bool) -> dict[str, Any]:
+    """A file of either tool: its least content, some of its keys, and some keys of nobody."""
+    source = draw(st.sampled_from(sorted(BASES)))
+    names = st.sampled_from(keys_of(source, harmless=harmless)) | st.sampled_from(["colour", "a b", "no", "7", "Ü"])
+    file = {**draw(st.dictionaries(names, VALUES, max_size=12)), **BASES[source]}
+    return {key: file[key] for key in draw(st.permutations(sorted(file)))}
+
+
+def text_of(file: dict[str, Any]) -> str:
+    return yaml.safe_dump(file, sort_keys=False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(files(harmless=True))
+def test_every_key_is_named_once(file: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        imported(Path(folder), text_of(file))
+
+
+@settings(max_examples=200, deadline=None)
+@given(files(harmless=False))
+def test_any_value_is_imported_or_refused_by_name(file: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            imported(Path(folder), text_of(file))
+        except InputError as error:
+            assert "theirs.yml" in str(error.where)
+
+
+@pytest.mark.parametrize("source", ["axolotl", "llamafactory"])
+def test_the_page_is_up_to_date(source: Any) -> None:
+    table = migration_table(source)
+    assert table in PAGE.read_text(encoding="utf-8"), f"put this into {PAGE.name}:\n{table}"
