@@ -8,6 +8,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; threads that wait for each other across them are many times slower.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ from tunesmith.models.templates import NAMED_TEMPLATES
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 WORDS = "red blue green small large round square old new soft hard cold warm fast slow quiet loud".split()
+# Threads of several tests at once only wait for each other on models this small.
+torch.set_num_threads(1)
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from tunesmith.base import InputError
@@ -20,7 +21,9 @@ def show_import(file: Path, target: Path | None, *, as_json: bool) -> None:
     if target is not None and target.exists():
         raise InputError("this file exists already; it is not overwritten", where=target)
     if as_json:
-        out(json.dumps(imported.as_json()))
+        keys = [asdict(key) for key in imported.keys]
+        told = {"source": imported.source, "keys": keys, "defaults": imported.defaults, "yaml": imported.yaml}
+        out(json.dumps(told))
         return
     table = aligned(
         [

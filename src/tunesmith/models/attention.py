@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 from tunesmith.batch import NO_PARENT
@@ -46,7 +47,8 @@ def segment_attention(
         ``[1, tokens, heads, head_dim]`` and None for the attention weights, which are not kept.
 
     Raises:
-        UnsupportedAttention: without segments, on several rows, or for soft-capped and sink attention.
+        UnsupportedAttention: without segments, on several rows, for soft-capped and sink attention, or when the
+            architecture keeps a window to its masks.
     """
     segments = options.get("segments")
     if segments is None or query.shape[0] != 1 or attention_mask is not None:
@@ -54,6 +56,7 @@ def segment_attention(
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
             raise UnsupportedAttention(f"attention with {name}")
+    _refuse_hidden_window(module, options)
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     longest = int(segments[:, 1].max())
@@ -63,6 +66,15 @@ def segment_attention(
     else:
         output = _one_by_one(query, key, value, segments, {**options, "is_causal": causal})
     return output.contiguous(), None
+
+
+def _refuse_hidden_window(module: nn.Module, options: dict[str, Any]) -> None:
+    """Some architectures put a window into their masks only, and a row shorter than it would not show the loss."""
+    config = getattr(module, "config", None)
+    for name in ("attention_chunk_size", "sliding_window"):
+        # A stray key in config.json is an attribute too; one that the architecture reads is declared by its class.
+        if hasattr(type(config), name) and getattr(config, name) and name not in options:
+            raise UnsupportedAttention(f"the model does not pass its {name} on to its attention layers")
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, options: dict[str, Any]) -> Tensor:
@@ -104,26 +116,26 @@ def _explicit(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, optio
     """
     heads, key_heads, width = query.shape[1], key.shape[1], query.shape[3]
     group, count, longest = heads // key_heads, segments.shape[0], int(segments[:, 1].max())
+    lengths = segments[:, 1].tolist()
     offsets = torch.arange(longest)
-    places = segments[:, :1] + torch.minimum(offsets, segments[:, 1:2] - 1)  # [segments, longest]
     real = (offsets < segments[:, 1:2]).reshape(-1).nonzero().squeeze(1)  # rows of the padded batch, in packed order
 
     def batched(tensor: Tensor) -> Tensor:
-        rows = tensor[0].transpose(0, 1).index_select(0, places.reshape(-1))
-        return rows.view(count, longest, tensor.shape[1], tensor.shape[3]).transpose(1, 2)
+        rows = tensor[0].transpose(0, 1).split(lengths)
+        return pad_sequence(list(rows), batch_first=True).transpose(1, 2)  # [segments, heads, longest, head_dim]
 
-    queries = batched(query).reshape(count, key_heads, group * longest, width)
     scale = options.get("scaling") or width**-0.5
-    scores = torch.matmul(
-        queries * scale, batched(key).transpose(2, 3)
-    )  # [segments, key heads, group * longest, longest]
+    queries = (batched(query) * scale).reshape(count * key_heads, group * longest, width)
+    keys = batched(key).reshape(count * key_heads, longest, width)
     mask = _mask(longest, longest, True, options.get("sliding_window"), query.device)
     allowed = torch.ones(longest, longest, dtype=torch.bool).tril() if mask is None else mask
-    scores = scores.view(count, key_heads, group, longest, longest).masked_fill(~allowed, float("-inf"))
-    shares = torch.softmax(scores, dim=-1)
+    bias = torch.zeros(longest, longest, dtype=query.dtype).masked_fill(~allowed, float("-inf")).repeat(group, 1)
+    # The mask rides along in the product; filling it in afterwards would pass over the scores twice more.
+    scores = torch.baddbmm(bias.expand(count * key_heads, -1, -1), queries, keys.transpose(1, 2))
+    shares = torch.softmax(scores, dim=-1)  # [segments * key heads, group * longest, longest]
     if dropout := options.get("dropout"):
         shares = F.dropout(shares, dropout)
-    output = torch.matmul(shares.view(count, key_heads, group * longest, longest), batched(value))
+    output = torch.bmm(shares, batched(value).reshape(count * key_heads, longest, -1))
     output = output.view(count, heads, longest, -1).transpose(1, 2).reshape(count * longest, heads, -1)
     return output.index_select(0, real)[None]
 

@@ -47,8 +47,9 @@ def _adapter(job: Job) -> None:
     if name is None:
         job.recipe["method.kind"] = "full"
         note = f"{LOUD}trained weights are fp32 here, and there as they are loaded, which is bf16 as a rule"
-        job.defaults.append(f"method.kind: full (adapter is absent or empty; {note})")
         job.say("adapter", "translated", "method.kind", note)
+        if "adapter" not in job.found:
+            job.defaults.append(f"method.kind: full (adapter is absent; {note})")
         return
     if eight:
         job.put("model.quantize", "int8", "load_in_8bit")
@@ -240,12 +241,11 @@ def _logs(job: Job) -> None:
         if job.get(name) is not None and name != key:
             job.say(name, "translated", "train.log")
     if job.get("wandb_project") is not None:
-        job.say("wandb_project", "translated", "train.log", "the project's name is read from WANDB_PROJECT")
+        job.say("wandb_project", "translated", "train.log", "the project's name is not taken over")
 
 
 def _duplicates(job: Job) -> None:
     if job.flag("dataset_exact_deduplication"):
-        job.defaults = [line for line in job.defaults if not line.startswith("data.duplicates")]
         job.put("data.duplicates", "drop", "dataset_exact_deduplication")
     else:
         job.say("dataset_exact_deduplication", "ignored", "data.duplicates", "off: data.duplicates: keep")

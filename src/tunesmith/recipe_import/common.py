@@ -274,8 +274,8 @@ def put_data(job: Job, sources: list[DataSource], validation: DataSource | None)
     if validation:
         job.recipe["data.validation"] = validation.path
         job.default("data.overlap", "keep", f"{job.tool} trains on rows that also stand in the validation file")
-    if all(source.exact for source in sources):
-        job.default("data.template", "plain", "the prompt's layout stands in data.columns")
+    if all(source.exact or source.format == "text" for source in sources):
+        job.default("data.template", "plain", "these rows go without a chat template there")
     job.default("data.duplicates", "keep", f"{job.tool} trains on every copy of a row")
     return "" if shared or not validation else "their format differs from that of the training rows: check data.format"
 

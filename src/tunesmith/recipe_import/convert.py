@@ -69,7 +69,12 @@ def import_recipe(path: str | Path) -> Imported:
     closing(job)
     keys = job.finish(_known(table))
     recipe = _checked(job)
-    return Imported(recipe, _yaml(recipe, file.name, tool, keys), source, keys, job.defaults)
+    changes = [f"{key.line} {key.key}: {key.note}" for key in keys if LOUD in key.note]
+    changes += [line for line in job.defaults if LOUD in line]
+    head = [f"From {file.name}, a file of {tool}."]
+    if changes:
+        head += ["It trains differently in what follows; numbers are lines of that file.", *changes]
+    return Imported(recipe, _yaml(recipe, head), source, keys, job.defaults)
 
 
 def migration_table(source: Source) -> str:
@@ -128,18 +133,13 @@ def _checked(job: Job) -> Recipe:
         raise InputError(what, where=f"{job.shown} {'.'.join(location)}") from error
 
 
-def _yaml(recipe: Recipe, name: str, tool: str, keys: Sequence[ImportedKey]) -> str:
+def _yaml(recipe: Recipe, head: Sequence[str]) -> str:
     values = recipe.model_dump(mode="json", exclude_defaults=True)
     if set(values["model"]) == {"path"}:
         values["model"] = values["model"]["path"]
     for section in ("method", "objective"):
         values[section] = {"kind": getattr(recipe, section).kind, **values.get(section, {})}
     ordered = {key: values[key] for key in Recipe.model_fields if key in values}
-    head = [f"From {name}, a file of {tool}."]
-    changes = [key for key in keys if LOUD in key.note]
-    if changes:
-        head.append("It trains differently in what follows; the numbers are that file's lines.")
-        head += [f"{key.line}  {key.key}: {key.note.replace(LOUD, '')}" for key in changes]
     # A key may hold a line break, and a comment may not.
-    comment = "".join(f"# {' '.join(line.split())}\n" for line in head)
+    comment = "".join(f"# {' '.join(line.replace(LOUD, '').split())}\n" for line in head)
     return comment + yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=120)

@@ -112,6 +112,7 @@ class Job:
         """Sets a key of the recipe and says that ``key`` did it."""
         self.recipe[to] = value
         self.origin[to] = key
+        self.defaults = [line for line in self.defaults if not line.startswith(f"{to}: ")]
         self.say(key, outcome or ("taken" if _alike(self.get(key), value) else "translated"), to, note)
 
     def default(self, to: str, value: Any, why: str) -> None:
@@ -143,7 +144,8 @@ class Job:
             if self.get(key) is None:
                 self.say(key, "ignored", note=f"empty: {self.tool} then uses its default, and so does this recipe")
             elif above and above.key not in self.opened:
-                self.say(key, above.outcome, above.to, f"part of `{above.key}`")
+                note = above.note if above.note.startswith("part of ") else f"part of `{above.key}`"
+                self.say(key, above.outcome, above.to, note)
             else:
                 hint = nearest(key.rpartition(".")[2], self.opened[above.key] if above else known)
                 self.lose(key, f"not known as a key of {self.tool}{hint}; check whether it matters", loud=False)

@@ -214,6 +214,9 @@ def template(job: Job) -> None:
     name = job.text("template")
     if name is None:
         return
+    if job.recipe.get("data.template") == "plain":
+        job.say("template", "ignored", "data.template", "raw text has none")
+        return
     if name in TEMPLATES:
         ours, note = TEMPLATES[name]
         job.put("data.template", ours, "template", note)

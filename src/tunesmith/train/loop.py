@@ -21,6 +21,8 @@ from tunesmith.train.optim import learning_rate_at, set_learning_rate
 from tunesmith.train.parallel import from_main, sum_gradients, summed
 from tunesmith.train.precision import Precision
 
+RESUME = "continue with --resume"
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -175,7 +177,7 @@ def train(
         if best or due or stopping or number == plan.steps or progress.stopped_early:
             job.save(progress, best)
         if stopping and number < plan.steps:
-            raise Interrupted(f"stopped after step {number} of {plan.steps}; a checkpoint is written")
+            raise Interrupted(f"stopped after step {number} of {plan.steps}; a checkpoint is written", fix=RESUME)
     progress.health.conclude()
     return progress
 

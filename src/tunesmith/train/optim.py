@@ -62,21 +62,35 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The optimizer's state as named tensors and plain numbers, for files without pickle."""
+    """The optimizer's state as named tensors and plain numbers, for files without pickle.
+
+    Names are paths: the parameter's index, the state's name, and one more step where a state is a group of its own,
+    as bitsandbytes has them.
+    """
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, Any] = {}
+
+    def collect(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                collect(f"{path}/{name}", inner)
+        elif isinstance(value, torch.Tensor):
+            tensors[path] = value.detach().cpu().contiguous().clone()
+        else:
+            numbers[path] = value
+
     for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
-            else:
-                numbers[f"{index}.{name}"] = value
+        collect(str(index), state)
     return tensors, numbers
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+    """Puts back what `optimizer_tensors` gave."""
     state: dict[int, dict[str, Any]] = {}
-    for key, value in [*tensors.items(), *numbers.items()]:
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+    for path, value in [*tensors.items(), *numbers.items()]:
+        index, *groups, name = path.split("/")
+        place = state.setdefault(int(index), {})
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

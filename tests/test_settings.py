@@ -1,0 +1,280 @@
+"""Every setting takes effect: changing any field of the schema changes the plan or the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from conftest import build_model, colour_rows, write_jsonl
+from tunesmith.base import InputError
+from tunesmith.data.spec import DataSpec, SourceSpec
+from tunesmith.methods import Full, Lora
+from tunesmith.objectives import Supervised
+from tunesmith.pipeline import finetune
+from tunesmith.recipe import EarlyStopping, EvaluateSpec, ModelSpec, Recipe, TrainSpec
+from tunesmith.recipe_file import check_recipe
+
+BASE: dict[str, Any] = {
+    "data": {"validation": 0.2, "test": 0.2},
+    "method": {"kind": "lora", "rank": 2},
+    "train": {"steps": 4, "batch_size": 4, "learning_rate": 0.05, "dtype": "fp32", "warmup": 1, "evaluate_every": 1},
+    "evaluate": {"max_new_tokens": 4, "resamples": 20, "rows": 8, "forgetting": "off", "samples": 1},
+}
+MESSY = [
+    *colour_rows(36),
+    colour_rows(1)[0],
+    {"prompt": "Say nothing 99", "completion": " "},
+    {"prompt": "Say " + "very " * 40 + "long 100", "completion": "LONG very " * 8},
+]
+CLEANING = {"empty": "drop", "overlong": "drop", "max_length": 40}
+
+# For every field: the sections that it is changed in, beside which the same job with the default is run.
+# A value that must be refused is marked so: a refusal is an effect too.
+REFUSED = object()
+CHANGES: dict[str, Any] = {
+    "model.path": ({}, {"model": {"path": "OTHER"}}),
+    "model.revision": None,
+    "model.dtype": ({}, {"model": {"dtype": "bf16"}}),
+    "model.quantize": ({}, {"model": {"quantize": "int8"}}),
+    "data.train": ({}, {"data": {"train": "MORE"}}),
+    "data.validation": ({}, {"data": {"validation": 0.4}}),
+    "data.test": ({}, {"data": {"test": 0.3}}),
+    "data.format": ({}, {"data": {"format": "alpaca"}}),
+    "data.columns": ({}, {"data": {"columns": {"prompt": "completion", "completion": "prompt"}}}),
+    "data.answer_after": ({"data": {"train": "TEXT"}}, {"data": {"train": "TEXT", "answer_after": "A: "}}),
+    "data.system": ({}, {"data": {"system": "Be brief."}}),
+    "data.template": ({}, {"data": {"template": "plain"}}),
+    "data.train_on": ({}, {"data": {"train_on": "everything"}}),
+    "data.max_length": ({}, {"data": {"max_length": 50}}),
+    "data.overlong": (
+        {"data": {**CLEANING, "train": "MESSY"}},
+        {"data": {**CLEANING, "train": "MESSY", "overlong": "truncate"}},
+    ),
+    "data.empty": ({"data": {"train": "MESSY"}}, {"data": {"train": "MESSY", "empty": "drop"}}),
+    "data.duplicates": (
+        {"data": {**CLEANING, "train": "MESSY"}},
+        {"data": {**CLEANING, "train": "MESSY", "duplicates": "keep"}},
+    ),
+    "data.overlap": ({"data": {"test": "SAME"}}, {"data": {"test": "SAME", "overlap": "keep"}}),
+    "data.train[].path": ({"data": {"train": [{"path": "ROWS"}]}}, {"data": {"train": [{"path": "MORE"}]}}),
+    "data.train[].weight": (
+        {"data": {"train": [{"path": "ROWS", "weight": 1}, {"path": "MORE", "weight": 1}]}},
+        {"data": {"train": [{"path": "ROWS", "weight": 1}, {"path": "MORE", "weight": 9}]}},
+    ),
+    "data.train[].format": (
+        {"data": {"train": [{"path": "ROWS"}]}},
+        {"data": {"train": [{"path": "ROWS", "format": "alpaca"}]}},
+    ),
+    "data.train[].columns": (
+        {"data": {"train": [{"path": "ROWS"}]}},
+        {"data": {"train": [{"path": "ROWS", "columns": {"prompt": "completion", "completion": "prompt"}}]}},
+    ),
+    "method.kind": ({}, {"method": {"kind": "full"}}),
+    "method.rank": ({}, {"method": {"rank": 3}}),
+    "method.alpha": ({}, {"method": {"alpha": 8}}),
+    "method.dropout": ({}, {"method": {"dropout": 0.5}}),
+    "method.targets": ({}, {"method": {"targets": "qv"}}),
+    "method.rslora": ({}, {"method": {"rslora": True}}),
+    "method.rank_pattern": ({}, {"method": {"rank_pattern": {"q_proj": 4}}}),
+    "method.alpha_pattern": ({}, {"method": {"alpha_pattern": {"q_proj": 64}}}),
+    "method.modules_to_save": ({}, {"method": {"modules_to_save": ["norm"]}}),
+    "objective.kind": ({}, REFUSED),
+    "train.epochs": ({}, {"train": {"epochs": 0.2}}),
+    "train.steps": ({}, {"train": {"steps": 3}}),
+    "train.batch_size": ({}, {"train": {"batch_size": 6}}),
+    "train.micro_batch": ({}, {"train": {"micro_batch": 1}}),
+    "train.learning_rate": ({}, {"train": {"learning_rate": 0.01}}),
+    "train.schedule": ({}, {"train": {"schedule": "wsd"}}),
+    "train.warmup": ({}, {"train": {"warmup": 3}}),
+    "train.weight_decay": ({}, {"train": {"weight_decay": 0.5}}),
+    "train.clip": ({}, {"train": {"clip": 0.001}}),
+    # bitsandbytes keeps states of fewer than 4,096 weights in 32 bits.
+    "train.optimizer": (
+        {"method": {"rank": 128}},
+        {"method": {"rank": 128}, "train": {"optimizer": "adamw-8bit"}},
+    ),
+    "train.dtype": ({}, {"train": {"dtype": "bf16"}}),
+    "train.packing": ({}, {"train": {"packing": False}}),
+    "train.gradient_checkpointing": ({}, {"train": {"gradient_checkpointing": True}}),
+    "train.evaluate_every": ({}, {"train": {"evaluate_every": 2}}),
+    "train.generate_every": ({}, {"train": {"generate_every": 2}}),
+    "train.checkpoint_every": (
+        {"train": {"evaluate_every": "off", "checkpoint_every": "off"}},
+        {"train": {"evaluate_every": "off", "checkpoint_every": 1}},
+    ),
+    "train.keep": (
+        {"train": {"evaluate_every": "off", "checkpoint_every": 1}},
+        {"train": {"evaluate_every": "off", "checkpoint_every": 1, "keep": 1}},
+    ),
+    "train.early_stopping": (
+        {"train": {"learning_rate": 1e-12}},
+        {"train": {"learning_rate": 1e-12, "early_stopping": {"patience": 1, "min_delta": 1}}},
+    ),
+    "train.early_stopping.patience": (
+        {"train": {"early_stopping": {"patience": 1, "min_delta": 9}}},
+        {"train": {"early_stopping": {"patience": 2, "min_delta": 9}}},
+    ),
+    "train.early_stopping.min_delta": (
+        {"train": {"learning_rate": 0.002, "early_stopping": {"patience": 1, "min_delta": 0}}},
+        {"train": {"learning_rate": 0.002, "early_stopping": {"patience": 1, "min_delta": 9}}},
+    ),
+    "train.best": (
+        {"train": {"learning_rate": 3.0, "steps": 8, "warmup": 0}},
+        {"train": {"learning_rate": 3.0, "steps": 8, "warmup": 0, "best": "last"}},
+    ),
+    "train.log": ({}, {"train": {"log": ["tensorboard"]}}),
+    "evaluate": ({}, {"evaluate": "off"}),
+    "evaluate.rows": ({}, {"evaluate": {"rows": 3}}),
+    "evaluate.metrics": ({}, {"evaluate": {"metrics": ["chrf"]}}),
+    "evaluate.max_new_tokens": ({}, {"evaluate": {"max_new_tokens": 2}}),
+    "evaluate.batch_size": None,
+    "evaluate.resamples": ({}, {"evaluate": {"resamples": 40}}),
+    "evaluate.confidence": ({}, {"evaluate": {"confidence": 0.6}}),
+    "evaluate.forgetting": ({}, {"evaluate": {"forgetting": "GENERAL"}}),
+    "evaluate.samples": ({}, {"evaluate": {"samples": 2}}),
+    "gate": ({}, {"gate": {"f1": 0.9}}),
+    "output": None,
+    "seed": ({}, {"seed": 1}),
+}
+ELSEWHERE = {
+    "evaluate.batch_size": "answers do not depend on it; test_batch_size_reaches_generation",
+    "model.revision": "test_a_revision_reaches_the_hub_client",
+    "output": "the directory itself; test_pipeline",
+}
+
+
+def schema_fields() -> set[str]:
+    """Every field of the schema by its dotted name."""
+    nested: dict[str, list[type[BaseModel]]] = {
+        "model": [ModelSpec],
+        "data": [DataSpec],
+        "data.train[]": [SourceSpec],
+        "method": [Full, Lora],
+        "objective": [Supervised],
+        "train": [TrainSpec],
+        "train.early_stopping": [EarlyStopping],
+        "evaluate": [EvaluateSpec],
+    }
+    names = {name for name in Recipe.model_fields if name not in nested} | {"evaluate", "train.early_stopping"}
+    for prefix, models in nested.items():
+        for model in models:
+            names |= {f"{prefix}.{name}" for name in model.model_fields}
+    return names
+
+
+def test_no_field_of_the_schema_is_missing_from_this_table() -> None:
+    assert schema_fields() == set(CHANGES)
+    assert {name for name, change in CHANGES.items() if change is None} == set(ELSEWHERE)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("settings")
+    rows = colour_rows(36)
+    general = root / "general.txt"
+    general.write_text("The quick brown fox jumps over the lazy dog.\n\nAnother passage of text.\n" * 4)
+    return {
+        "MODEL": build_model(root / "model"),
+        "OTHER": build_model(root / "other", hidden_size=48),
+        "ROWS": write_jsonl(root / "rows.jsonl", rows),
+        "MORE": write_jsonl(root / "more.jsonl", colour_rows(40, start=200)),
+        "SAME": write_jsonl(root / "same.jsonl", rows[:8]),
+        "MESSY": write_jsonl(root / "messy.jsonl", MESSY),
+        "TEXT": write_jsonl(root / "text.jsonl", [{"text": f"Q: {r['prompt']} A: {r['completion']}"} for r in rows]),
+        "GENERAL": general,
+        "ROOT": root,
+    }
+
+
+def fingerprint(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:
+    """What a job planned and did, without times, paths and the echo of its recipe; or the error that refused it."""
+    values: dict[str, Any] = json.loads(json.dumps(BASE))
+    values["model"] = {"path": str(places["MODEL"])}
+    values["data"]["train"] = str(places["ROWS"])
+    for name, section in sections.items():
+        if name == "method" and isinstance(section, dict) and section.get("kind") == "full":
+            values[name] = section
+        elif isinstance(section, dict) and isinstance(values.get(name), dict):
+            values[name] = {**values[name], **section}
+        else:
+            values[name] = section
+    text = json.dumps(values)
+    for name, path in places.items():
+        text = text.replace(f'"{name}"', json.dumps(str(path)))
+    values = json.loads(text)
+    values["output"] = str(output)
+    try:
+        run = finetune(check_recipe(values, "test"))
+    except InputError as error:
+        return {"refused": error.what}
+    plan = run.read("plan.json")
+    plan.pop("time")
+    events = [{k: v for k, v in event.items() if k not in ("seconds", "report")} for event in run.events()]
+    report = run.report or {}
+    evidence = {name: report[name] for name in ("verdict", "metrics", "forgetting", "samples", "gate", "data")}
+    files = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_dir())
+    result = next(run.path.glob("*/*model.safetensors"))
+    digest = hashlib.sha256(result.read_bytes()).hexdigest()
+    return {"plan": plan, "events": events, "evidence": evidence, "files": files, "weights": digest}
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, dict[str, Any]]:
+    return {}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, change in CHANGES.items() if change is not None and change[1] is not REFUSED]
+)
+def test_changing_a_setting_changes_the_plan_or_the_run(
+    name: str, places: dict[str, Path], references: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    before, after = CHANGES[name]
+    key = json.dumps(before)
+    if key not in references:
+        references[key] = fingerprint(before, places, tmp_path / "before")
+    found = fingerprint(after, places, tmp_path / "after")
+    assert found != references[key]
+
+
+def test_what_is_refused_is_an_effect_too(places: dict[str, Path]) -> None:
+    with pytest.raises(InputError):
+        check_recipe({"model": "x", "data": {"train": "y"}, "objective": {"kind": "nothing"}}, "test")
+
+
+def test_a_revision_reaches_the_hub_client(monkeypatch: pytest.MonkeyPatch, places: dict[str, Path]) -> None:
+    from tunesmith.pipeline import planning
+
+    asked: list[Any] = []
+    read = planning.read_config
+
+    def recorded(path: str, revision: str | None = None) -> Any:
+        asked.append(revision)
+        return read(path)
+
+    monkeypatch.setattr(planning, "read_config", recorded)
+    model = {"path": str(places["MODEL"]), "revision": "abc"}
+    planning.plan_job(check_recipe({"model": model, "data": {"train": str(places["ROWS"])}}, "test"))
+    assert asked == ["abc"]
+
+
+def test_batch_size_reaches_generation(
+    monkeypatch: pytest.MonkeyPatch, places: dict[str, Path], tmp_path: Path
+) -> None:
+    from tunesmith.engine import generate as engine
+
+    sizes: list[int] = []
+    answered = engine._generate_batch
+
+    def recorded(model: Any, prompts: Any, *rest: Any) -> Any:
+        sizes.append(len(prompts))
+        return answered(model, prompts, *rest)
+
+    monkeypatch.setattr(engine, "_generate_batch", recorded)
+    fingerprint({"evaluate": {"batch_size": 3}}, places, tmp_path / "run")
+    assert max(sizes) == 3
