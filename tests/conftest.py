@@ -52,7 +52,10 @@ def build_tokenizer(directory: Path, chat_template: str | None = NAMED_TEMPLATES
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=384,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     corpus = [f"{row['prompt']} {row['completion']}" for row in colour_rows(200)] + ["user\nassistant\nsystem\n"] * 20
     tokenizer.train_from_iterator(corpus, trainer)
@@ -85,3 +88,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("rows") / "train.jsonl", colour_rows(120))
+
+
+@pytest.fixture(scope="session")
+def demo_directory() -> Path:
+    """The 135 M demo model; skips where it cannot be fetched, except in continuous integration."""
+    from tunesmith.base import InputError
+    from tunesmith.models.demo import demo_model
+
+    try:
+        return demo_model()
+    except InputError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the demo model cannot be fetched here: {error.what}")

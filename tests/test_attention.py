@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import random_rows, reference_logits, tiny
 from torch import Tensor, nn
 
+from tiny import random_rows, reference_logits, tiny
 from tunesmith.batch import NO_PARENT, Batch, Example, pack
 from tunesmith.models import attention
 from tunesmith.models.attention import UnsupportedAttention, segment_attention
@@ -60,7 +60,8 @@ def queries_keys_values(segments: Tensor, heads: int, key_heads: int, seed: int 
     generator = torch.Generator().manual_seed(seed)
     tokens = int(segments[:, 1].sum())
     return tuple(
-        torch.randn(1, count, tokens, 8, generator=generator, requires_grad=True) for count in (heads, key_heads, key_heads)
+        torch.randn(1, count, tokens, 8, generator=generator, requires_grad=True)
+        for count in (heads, key_heads, key_heads)
     )
 
 
@@ -161,14 +162,14 @@ MUST_PAD = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("model_type", MAY_PACK)
 def test_architectures_that_may_be_packed(model_type: str, dtype: torch.dtype) -> None:
-    assert packing_obstacle(tiny(model_type).to(dtype)) is None
+    assert packing_obstacle(tiny(model_type, dtype=dtype)) is None
 
 
 @pytest.mark.parametrize("initializer_range", [0.2, 0.02])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("model_type", MUST_PAD)
 def test_architectures_that_must_be_padded(model_type: str, dtype: torch.dtype, initializer_range: float) -> None:
-    model = tiny(model_type, initializer_range=initializer_range).to(dtype)
+    model = tiny(model_type, dtype=dtype, initializer_range=initializer_range)
     assert MUST_PAD[model_type] in str(packing_obstacle(model))
 
 

@@ -293,7 +293,7 @@ def test_a_file_that_is_not_what_the_hub_promised_is_refused(tmp_path, hub, name
 
 
 @pytest.mark.demo
-def test_the_real_model_speaks():
+def test_the_real_model_speaks(demo_directory):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -124,8 +124,8 @@ CHANGES: dict[str, Any] = {
         {"train": {"learning_rate": 0.002, "early_stopping": {"patience": 1, "min_delta": 9}}},
     ),
     "train.best": (
-        {"train": {"learning_rate": 3.0, "steps": 8, "warmup": 0}},
-        {"train": {"learning_rate": 3.0, "steps": 8, "warmup": 0, "best": "last"}},
+        {"train": {"learning_rate": 0.3, "steps": 24, "schedule": "constant"}},
+        {"train": {"learning_rate": 0.3, "steps": 24, "schedule": "constant", "best": "last"}},
     ),
     "train.log": ({}, {"train": {"log": ["tensorboard"]}}),
     "evaluate": ({}, {"evaluate": "off"}),

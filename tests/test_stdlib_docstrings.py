@@ -202,12 +202,10 @@ def test_general_text_falls_back_and_then_says_what_to_do(monkeypatch, tmp_path)
 
 
 @pytest.mark.demo
-def test_rows_fit_the_demo_model(demo):
+def test_rows_fit_the_demo_model(demo, demo_directory):
     from transformers import AutoTokenizer
 
-    from tunesmith.models.demo import demo_model
-
-    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    tokenizer = AutoTokenizer.from_pretrained(demo_directory)
     _, rows = demo
     chats = [
         [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]

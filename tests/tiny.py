@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tunesmith.batch import Example
-from tunesmith.methods.lora import lora_layers
+from tunesmith.methods.low_rank import lora_layers
 
 VOCABULARY = 96
 SIZES: dict[str, Any] = {
@@ -46,10 +46,12 @@ def tiny_config(model_type: str = "llama", **overrides: Any) -> Any:
     return AutoConfig.for_model(model_type, **{**SIZES, **PECULIARITIES.get(model_type, {}), **overrides})
 
 
-def tiny(model_type: str = "llama", *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def tiny(
+    model_type: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedModel:
     """A random model of an architecture, in evaluation mode; the same one for the same arguments."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides)).eval()
+    return AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides), dtype=dtype).eval()
 
 
 def shake(model: nn.Module, seed: int = 1) -> nn.Module:

@@ -162,11 +162,13 @@ class Recipe(Spec):
     model: ModelSpec
     """A path or hub id, or `{path, revision, dtype, quantize}`."""
     data: DataSpec
+    """What is trained on and what is judged on."""
     method: Method = Lora()
     """What is trainable."""
     objective: Objective = Supervised()
     """What is minimised."""
     train: TrainSpec = TrainSpec()
+    """How long, how fast, how many rows at a time."""
     evaluate: EvaluateSpec | Off = EvaluateSpec()
     """How the result is proven; `off` skips it, and the report says so."""
     gate: Gate = Field(default_factory=dict)

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import math
+import re
+import reprlib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NoReturn, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tunesmith.base import InputError, Spec, nearest
+from tunesmith.metrics import METRICS
 from tunesmith.recipe import Recipe
+
+COMMAND_LINE = "command line"
+FROM_COMMAND_LINE = 0
+"""Stands for a line in the table of lines, which are counted from 1."""
+
+SHORT_FORMS = {"model": "path", "method": "kind", "objective": "kind"}
+
+PLAIN_WORDS = {
+    "model_type": "should be settings, one `key: value` a line",
+    "model_attributes_type": "should be settings, one `key: value` a line",
+    "dict_type": "should be a mapping, `{name: value, …}`",
+    "list_type": "should be a list, `[…]`",
+    "string_type": "should be text",
+    "int_type": "should be a whole number",
+    "int_parsing": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "float_type": "should be a number",
+    "float_parsing": "should be a number",
+    "bool_type": "should be true or false",
+    "bool_parsing": "should be true or false",
+}
+"""What pydantic finds wrong, for people."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 UNION_MEMBERS = ("str", "int", "float", "bool", "constrained-int", "constrained-float", "constrained-str")
 """Names that pydantic puts into the path of an error inside a union of plain types."""
@@ -27,16 +56,23 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        content = file.read_bytes()
     except FileNotFoundError as error:
         raise InputError(
-            "no such recipe", where=path, fix="see `tunesmith recipe --schema` for what goes into one"
+            "no such recipe", where=path, fix="check the path; `tunesmith recipe --schema` says what goes into one"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the recipe cannot be read: {error}", where=path) from error
+    except OSError as error:
+        raise InputError(f"the recipe cannot be read: {error.strerror}", where=path, fix="name a YAML file") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"not UTF-8: byte 0x{content[error.start]:02x}", where=f"{path}:{line}", fix="save the recipe as UTF-8"
+        ) from error
     values, lines = parse_yaml(text, str(path))
     for override in overrides:
-        _override(values, override)
+        _override(values, override, lines)
     recipe = check_recipe(values, str(path), lines)
     return recipe.model_copy(update={"output": recipe.output.replace("{name}", file.stem)})
 
@@ -47,14 +83,20 @@ def parse_yaml(text: str, shown: str) -> tuple[dict[str, Any], dict[str, int]]:
     Raises:
         InputError: for malformed YAML, a key that stands twice, or a file that is no mapping.
     """
+    correct = "correct that line"
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InputError(f"not YAML: {error.problem}", where=f"{shown}:{line}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"not YAML: {error}", where=shown) from error
+        raise InputError(f"not YAML: {error.problem}", where=f"{shown}:{line}", fix=correct) from error
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        character = f"U+{ord(text[error.position]):04X}"
+        raise InputError(f"not YAML: the character {character}", where=f"{shown}:{line}", fix=correct) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        said = str(error).splitlines()[0] if not isinstance(error, RecursionError) else "nested too deeply"
+        raise InputError(f"not YAML: {said}", where=shown, fix="write plain keys and values") from error
     if not isinstance(values, dict):
         raise InputError(
             "a recipe is a mapping of keys to settings",
@@ -62,7 +104,7 @@ def parse_yaml(text: str, shown: str) -> tuple[dict[str, Any], dict[str, int]]:
             fix="it needs at least `model:` and `data: {train: …}`",
         )
     lines: dict[str, int] = {}
-    _collect_lines(node, "", lines, shown)
+    _collect_lines(node, "", lines, shown, set())
     return cast(dict[str, Any], values), lines
 
 
@@ -72,7 +114,13 @@ def check_recipe(values: dict[str, Any], shown: str, lines: dict[str, int] | Non
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise _explained(error, shown, lines or {}) from None
-    _refuse_contradictions(recipe, shown, lines or {})
+
+    def refuse(key: str, what: str, fix: str) -> NoReturn:
+        raise InputError(what, where=_place(key, shown, lines or {}), fix=fix)
+
+    _refuse_odd_numbers(values, recipe, "", refuse)
+    _refuse_contradictions(recipe, refuse)
+    _refuse_unknown_metrics(recipe, refuse)
     return recipe
 
 
@@ -81,7 +129,11 @@ def recipe_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _collect_lines(node: Any, prefix: str, lines: dict[str, int], shown: str) -> None:
+def _collect_lines(node: Any, prefix: str, lines: dict[str, int], shown: str, seen: set[int]) -> None:
+    """Notes the line of every key; what an alias repeats keeps the lines of its first place."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name = f"{prefix}{key.value}"
@@ -89,36 +141,71 @@ def _collect_lines(node: Any, prefix: str, lines: dict[str, int], shown: str) ->
                 raise InputError(
                     f"the key {name!r} stands twice (first in line {lines[name]})",
                     where=f"{shown}:{key.start_mark.line + 1}",
+                    fix="remove one of them",
                 )
             lines[name] = key.start_mark.line + 1
-            _collect_lines(value, f"{name}.", lines, shown)
+            _collect_lines(value, f"{name}.", lines, shown, seen)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             lines[f"{prefix}{index}"] = value.start_mark.line + 1
-            _collect_lines(value, f"{prefix}{index}.", lines, shown)
+            _collect_lines(value, f"{prefix}{index}.", lines, shown, seen)
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _override(values: dict[str, Any], override: str, lines: dict[str, int]) -> None:
     name, equals, text = override.partition("=")
-    if not equals or not name.strip():
-        raise InputError(f"{override!r} is not key=value", fix="for example train.steps=100")
+    name = name.strip()
+    if not equals or not all(name.split(".")):
+        raise InputError(f"{override!r} is not key=value", where=COMMAND_LINE, fix="for example train.steps=100")
+    where = f"{COMMAND_LINE} {name}"
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"the value is not YAML: {text!r}", where=name) from error
-    place: dict[str, Any] = values
-    *parents, leaf = name.strip().split(".")
-    for parent in parents:
-        inner = place.get(parent)
-        if parent == "model" and isinstance(inner, str):
-            inner = {"path": inner}
+        if isinstance(value, dict) and not text.lstrip().startswith("{"):
+            value = text  # a marker such as "Answer: " is meant as text, not as a mapping
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"the value is not YAML: {text!r}", where=where, fix="put it into quotes") from error
+    place: Any = values
+    *parents, leaf = name.split(".")
+    for depth, parent in enumerate(parents):
+        inner = _item(place, parent, where)
+        if depth == 0 and isinstance(inner, str) and parent in SHORT_FORMS:
+            inner = {SHORT_FORMS[parent]: inner}
         if inner is None or inner is False or inner == "off":
             inner = {}
-        if not isinstance(inner, dict):
-            raise InputError(f"{parent!r} holds a value, not settings", where=name)
-        place[parent] = inner = dict(inner)
+        if not isinstance(inner, (dict, list)):
+            raise InputError(f"{parent!r} holds a value, not settings", where=where, fix=f"set {parent} itself")
+        lines.setdefault(".".join(parents[: depth + 1]), FROM_COMMAND_LINE)
+        inner = inner.copy()
+        _set_item(place, parent, inner)
         place = inner
-    place[leaf] = value
+    _item(place, leaf, where)
+    _set_item(place, leaf, value)
+    for known in [known for known in lines if known.startswith(f"{name}.")]:
+        del lines[known]
+    lines[name] = FROM_COMMAND_LINE
+
+
+def _item(place: Any, key: str, where: str) -> Any:
+    if isinstance(place, dict):
+        return place.get(key)
+    if not key.isdigit() or int(key) >= len(place):
+        raise InputError(
+            f"there is no item {key} in this list", where=where, fix=f"it has the items 0 to {len(place) - 1}"
+        )
+    return place[int(key)]
+
+
+def _set_item(place: Any, key: str, value: Any) -> None:
+    place[int(key) if isinstance(place, list) else key] = value
+
+
+def _place(key: str, shown: str, lines: dict[str, int]) -> str:
+    """Where a key stands: file and line, the command line, or just the file for one that is missing."""
+    parts = key.split(".")
+    known = (name for name in (".".join(parts[:n]) for n in range(len(parts), 0, -1)) if name in lines)
+    line = lines.get(next(known, ""))
+    if line is None:
+        return f"{shown} {key}"
+    return f"{COMMAND_LINE} {key}" if line == FROM_COMMAND_LINE else f"{shown}:{line} {key}"
 
 
 def _explained(error: ValidationError, shown: str, lines: dict[str, int]) -> InputError:
@@ -126,18 +213,17 @@ def _explained(error: ValidationError, shown: str, lines: dict[str, int]) -> Inp
     details = error.errors()
     first = max(details, key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
     path, model = _real_path(first)
-    key = ".".join(path)
-    line = next((lines[name] for name in (".".join(path[:n]) for n in range(len(path), 0, -1)) if name in lines), None)
-    where = f"{shown}:{line} {key}" if line else f"{shown} {key}"
-    if first["type"] == "extra_forbidden" and model is not None:
+    where = _place(".".join(path), shown, lines)
+    if first["type"] in ("extra_forbidden", "invalid_key") and model is not None:
         known = list(model.model_fields)
         return InputError(
             f"unknown key {path[-1]!r}{nearest(path[-1], known)}",
             where=where,
             fix=f"known keys here: {', '.join(known)}",
         )
+    meaning = _meaning(path)
     if first["type"] == "missing":
-        return InputError("this key is missing", where=where, fix="see `tunesmith recipe --schema`")
+        return InputError("this key is missing", where=where, fix=f"add it; {meaning}")
     if first["type"] == "union_tag_invalid":
         context = first.get("ctx", {})
         known = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")]
@@ -145,10 +231,33 @@ def _explained(error: ValidationError, shown: str, lines: dict[str, int]) -> Inp
         return InputError(f"unknown kind {tag!r}{nearest(tag, known)}", where=where, fix=f"known: {', '.join(known)}")
     alternatives = [item for item in details if _real_path(item)[0] == path]
     said = dict.fromkeys(_sentence(item) for item in alternatives)
-    return InputError(f"{' or '.join(said)}, found {first['input']!r:.80}", where=where)
+    found = first["input"]
+    shown_value = "nothing" if found is None else _SHORT.repr(found)
+    known = [
+        text for item in alternatives for text in re.findall(r"'([^']+)'", item.get("ctx", {}).get("expected", ""))
+    ]
+    close = nearest(found, known) if isinstance(found, str) else ""
+    wanted = " or ".join(said).replace(" or should be ", " or ")
+    return InputError(f"{wanted}, found {shown_value}{close}", where=where, fix=meaning)
+
+
+def _meaning(path: Sequence[str]) -> str:
+    """The first sentence of the documentation of the deepest key that has one."""
+    found, current = "`tunesmith recipe --schema` says what is allowed", cast(Any, Recipe)
+    for part in path:
+        holder = next((model for model in _models_in(current) if part in model.model_fields), None)
+        if holder is not None:
+            field = holder.model_fields[part]
+            current = field.annotation
+            sentence = re.split(r"(?<!et al)\. ", " ".join((field.description or "").split()))[0].rstrip(".")
+            found = f"{part}: {sentence}" if sentence else found
+    return found
 
 
 def _sentence(item: ErrorDetails) -> str:
+    kind = item["type"]
+    if kind in PLAIN_WORDS:
+        return PLAIN_WORDS[kind]
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return message[0].lower() + message[1:]
 
@@ -186,13 +295,44 @@ def _models_in(annotation: Any) -> list[type[Spec]]:
     return []
 
 
-def _refuse_contradictions(recipe: Recipe, shown: str, lines: dict[str, int]) -> None:
+Refuse = Callable[[str, str, str], NoReturn]
+"""Key, what is wrong, what to do."""
+
+
+def _refuse_odd_numbers(given: Any, checked: Any, key: str, refuse: Refuse) -> None:
+    """Infinity, NaN, and `yes` or `off` where a number is meant: pydantic takes them for numbers."""
+    inner = {}
+    if isinstance(checked, BaseModel) and isinstance(given, dict):
+        inner = {name: (given[name], getattr(checked, name)) for name in type(checked).model_fields if name in given}
+    elif isinstance(checked, dict) and isinstance(given, dict):
+        inner = {name: (given[name], value) for name, value in checked.items() if name in given}
+    elif isinstance(checked, list) and isinstance(given, list):
+        inner = dict(enumerate(zip(given, checked, strict=True)))
+    elif isinstance(checked, (int, float)) and not isinstance(checked, bool):
+        if isinstance(given, bool):
+            word = "yes, on or true" if given else "no, off or false"
+            refuse(key, f"should be a number, found {word}", "write a number")
+        if not math.isfinite(checked):
+            refuse(key, f"should be a number, found {given}", "write a finite number")
+    for name, pair in inner.items():
+        _refuse_odd_numbers(*pair, f"{key}.{name}" if key else str(name), refuse)
+
+
+def _refuse_unknown_metrics(recipe: Recipe, refuse: Refuse) -> None:
+    known = [*METRICS, "perplexity"]
+    asked = recipe.evaluate.metrics if recipe.evaluate != "off" else "auto"
+    named = {f"evaluate.metrics.{at}": name for at, name in enumerate(asked if isinstance(asked, list) else [])}
+    named |= {f"gate.{name}": name for name in recipe.gate if name != "forgetting"}
+    for key, name in named.items():
+        if name not in known:
+            refuse(key, f"unknown metric {name!r}{nearest(name, known)}", f"choose one of {', '.join(known)}")
+
+
+def _refuse_contradictions(recipe: Recipe, refuse: Refuse) -> None:
     train = recipe.train
-
-    def refuse(key: str, what: str, fix: str) -> None:
-        line = lines.get(key)
-        raise InputError(what, where=f"{shown}:{line} {key}" if line else f"{shown} {key}", fix=fix)
-
+    for key, share in (("data.validation", recipe.data.validation), ("data.test", recipe.data.test)):
+        if isinstance(share, float) and not 0 < share < 1:
+            refuse(key, f"{share:g} is not a fraction between 0 and 1", "use 0.1 for a tenth, or a path")
     if recipe.data.validation is None:
         needing = {
             "train.early_stopping": train.early_stopping != "off",
@@ -215,3 +355,7 @@ def _refuse_contradictions(recipe: Recipe, shown: str, lines: dict[str, int]) ->
         refuse("model.quantize", "quantized weights cannot be trained whole", "use method.kind: lora")
     if recipe.evaluate != "off" and "forgetting" in recipe.gate and recipe.evaluate.forgetting == "off":
         refuse("gate.forgetting", "forgetting is not measured", "remove evaluate.forgetting: off")
+    unknown = [name for name in re.findall(r"\{([^{}]*)\}", recipe.output) if name != "name"]
+    if unknown or not recipe.output.strip():
+        what = f"unknown placeholder {{{unknown[0]}}}" if unknown else "the path is empty"
+        refuse("output", what, "name a new directory; {name} stands for the recipe's file name")

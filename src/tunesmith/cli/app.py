@@ -17,7 +17,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 data_app = typer.Typer(help="Look at data as the model will see it.", no_args_is_help=True, rich_markup_mode=None)
-recipe_app = typer.Typer(help="The format of recipes, and recipes from other tools.", invoke_without_command=True, rich_markup_mode=None)
+recipe_app = typer.Typer(
+    help="The format of recipes, and recipes from other tools.", invoke_without_command=True, rich_markup_mode=None
+)
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 
@@ -205,7 +207,13 @@ def demo(
 def recipe_main(
     context: typer.Context,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False,
+    reference: Annotated[bool, typer.Option("--reference", help="Print the reference page in Markdown.")] = False,
 ) -> None:
+    if reference:
+        from tunesmith.recipe_reference import recipe_reference
+
+        typer.echo(recipe_reference())
+        raise typer.Exit(0)
     if schema:
         from tunesmith.recipe import Recipe
 

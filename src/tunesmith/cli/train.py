@@ -61,8 +61,8 @@ def demo_recipe(data: Path, output: Path) -> Recipe:
             "test": str(data / "test.jsonl"),
         },
         "method": {"kind": "lora", "rank": 16},
-        "train": {"steps": 100, "batch_size": 16, "learning_rate": 1e-3},
-        "evaluate": {"rows": 100, "max_new_tokens": 48},
+        "train": {"steps": 60, "batch_size": 16, "learning_rate": 1e-3, "evaluate_every": 15, "checkpoint_every": 15},
+        "evaluate": {"rows": 96, "max_new_tokens": 40, "batch_size": 48},
         "output": str(output),
     }
     return check_recipe(values, "the demo's recipe")

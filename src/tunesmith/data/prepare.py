@@ -6,30 +6,30 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tunesmith.base import InputError
-from tunesmith.data.mix import RowOrder
+from tunesmith.data.clean import (
+    Losses,
+    Lost,
+    truncated,
+    with_targets,
+    within_length,
+    without_duplicates,
+    without_empty,
+    without_overlap,
+)
+from tunesmith.data.formats import BadRow
+from tunesmith.data.mix import RowOrder, shares
 from tunesmith.data.read import RowErrors, read_records
 from tunesmith.data.render import Rendered, Renderer
-from tunesmith.data.rows import BadRow, Row, to_rows
+from tunesmith.data.rows import Row, to_rows
 from tunesmith.data.spec import DataSpec, SourceSpec
 from tunesmith.data.split import hold_back, hold_back_test
 from tunesmith.files import file_sha256
 
 Progress = Callable[[str, int, int | None], None]
-CUT = "cut at the end of the answer"
-"""Such a row is used; only its cut targets are lost."""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Training rows that are not used, by reason."""
-
-    reason: str
-    rows: int
-    target_tokens: int
-    example: str
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,14 @@ def prepare(
         InputError: for anything wrong with the data or its settings.
     """
     sources, rows = _read_train(spec, progress)
-    held = _Held(spec, seed, wants_test, sources)
-    rows, validation, test = held.split(rows)
-    lost = _Losses(renderer)
-    rows = _without_duplicates(rows, spec, lost)
-    rows = _without_overlap(rows, [*validation, *test], spec, lost)
-    rows = _without_empty(rows, spec, lost)
+    lost, notes = Losses(renderer), list[str]()
+    rows = without_duplicates(rows, spec, lost)
+    rows, empty = without_empty(rows, spec)
+    for row in empty:
+        lost.add("empty", row)
+    held = _Held(spec, seed, wants_test, sources, notes)
+    rows, validation, test = held.split(_some(rows))
+    rows = without_overlap(rows, [*validation, *test], spec, lost)
     rendered = _rendered(rows, renderer, "rendering training rows", progress)
     longest = max((len(item.example) for item in rendered), default=0)
     limit = min(longest, model_limit) if spec.max_length == "auto" else spec.max_length
@@ -106,17 +108,20 @@ def prepare(
             where="data.max_length",
             fix=f"use at most {model_limit}",
         )
-    train = _within_length(rendered, limit, spec, lost)
-    _refuse_untrainable(train)
-    validation_rendered = _held_out(validation, renderer, model_limit, "validation", progress)
-    test_rendered = _held_out(test, renderer, model_limit, "test", progress)
-    weights = _source_weights(spec)
-    notes = [f"{note} ({count} times)" if count > 1 else note for note, count in Counter(renderer.notes).items()]
+    kept = within_length(rendered, limit, limit == model_limit, spec, lost)
+    train = with_targets(_some(kept), lost)
+    judged = [
+        _fitting(
+            _rendered(some, renderer, f"rendering {role} rows", progress), model_limit, spec, role=role, notes=notes
+        )
+        for role, some in (("validation", validation), ("test", test))
+    ]
+    notes += [f"{note} ({count} times)" if count > 1 else note for note, count in Counter(renderer.notes).items()]
     return Prepared(
         train=train,
-        validation=validation_rendered,
-        test=test_rendered,
-        order=RowOrder([item.row.origin for item in train], weights, seed),
+        validation=judged[0],
+        test=judged[1],
+        order=_order(train, spec, seed),
         max_length=limit,
         stop_ids=set(renderer.stop_ids),
         lost=lost.summary(),
@@ -178,37 +183,94 @@ def _read(source: SourceSpec, spec: DataSpec, role: str) -> tuple[list[Row], dic
     return rows, {"path": source.path, "role": role, "format": name, "rows": len(rows), "sha256": digest}
 
 
+def _order(train: list[Rendered], spec: DataSpec, seed: int) -> RowOrder:
+    """Raises InputError when a source with a weight could give no row to an epoch."""
+    weights, origins = _source_weights(spec), [item.row.origin for item in train]
+    counts = shares(weights, len(train)) if weights else []
+    for index, source in enumerate(source_specs(spec) if weights else []):
+        if index not in origins:
+            raise InputError(
+                f"no row of {source.path} is left, so its weight cannot be kept",
+                where=f"data.train.{index}.weight",
+                fix="see data.duplicates, data.overlap, data.empty and data.overlong, or remove this source",
+            )
+        if not counts[index]:
+            raise InputError(
+                f"with this weight none of an epoch's {len(train)} rows comes from {source.path}",
+                where=f"data.train.{index}.weight",
+                fix="raise the weight, or remove this source",
+            )
+    return RowOrder(origins, weights, seed)
+
+
+@dataclass
 class _Held:
     """Where validation and test rows come from."""
 
-    def __init__(self, spec: DataSpec, seed: int, wants_test: bool, sources: list[dict[str, Any]]) -> None:
-        self.spec, self.seed, self.wants_test, self.sources = spec, seed, wants_test, sources
-        self.test_from = self.validation_from = ""
+    spec: DataSpec
+    seed: int
+    wants_test: bool
+    sources: list[dict[str, Any]]
+    notes: list[str]
+    test: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
+    test_from: str = ""
+    validation_from: str = ""
 
     def split(self, rows: list[Row]) -> tuple[list[Row], list[Row], list[Row]]:
-        test: list[Row] = []
-        validation: list[Row] = []
+        """The rows that are trained on, those of validation, and those of the test."""
         if isinstance(self.spec.test, str) and self.spec.test != "auto":
-            test, self.test_from = self._file(self.spec.test, "test"), self.spec.test
+            self.test, self.test_from = self._file(self.spec.test, "test"), self.spec.test
         elif isinstance(self.spec.test, float):
-            rows, test = hold_back(rows, _share(self.spec.test, "data.test"), seed=self.seed, key="data.test")
+            rows, self.test = hold_back(rows, _share(self.spec.test, "data.test"), seed=self.seed, key="data.test")
             self.test_from = f"{self.spec.test:.0%} of the training rows, held back before training"
         elif self.wants_test:
-            rows, test = hold_back_test(rows, seed=self.seed)
-            self.test_from = f"{len(test)} training rows, held back before training"
+            rows, self.test = hold_back_test(rows, seed=self.seed)
+            self.test_from = f"{len(self.test)} training rows, held back before training"
         if isinstance(self.spec.validation, str):
-            validation, self.validation_from = self._file(self.spec.validation, "validation"), self.spec.validation
+            self.validation = self._file(self.spec.validation, "validation")
+            self.validation_from = self.spec.validation
+            self._keep_apart()
         elif isinstance(self.spec.validation, float):
             share = _share(self.spec.validation, "data.validation")
-            rows, validation = hold_back(rows, share, seed=self.seed, key="data.validation")
+            rows, self.validation = hold_back(rows, share, seed=self.seed, key="data.validation")
             self.validation_from = f"{share:.0%} of the training rows, held back before training"
-        return rows, validation, test
+        return rows, self.validation, self.test
 
     def _file(self, path: str, role: str) -> list[Row]:
-        source = SourceSpec(path=path, format=self.spec.format, columns=self.spec.columns)
-        rows, described = _read(source, self.spec, role)
+        """Reads held-out rows as the training rows are read, when all of those are read alike."""
+        like = source_specs(self.spec)
+        same = all((other.format, other.columns) == (like[0].format, like[0].columns) for other in like)
+        kind, columns = (like[0].format, like[0].columns) if same else (self.spec.format, self.spec.columns)
+        rows, described = _read(SourceSpec(path=path, format=kind, columns=columns), self.spec, role)
         self.sources.append(described)
-        return rows
+        kept, empty = without_empty(rows, self.spec)
+        if empty:
+            self.notes.append(f"{_rows(len(empty))} of {path} left out: empty, the first at {empty[0].source}")
+        if not kept:
+            raise InputError("every row is empty", where=path, fix=f"name another file in data.{role}")
+        return kept
+
+    def _keep_apart(self) -> None:
+        """The rows that choose the checkpoint must not be those that judge it."""
+        if self.spec.overlap == "keep":
+            return
+        judged = {row.prompt_key: row for row in self.test}
+        shared = [row for row in self.validation if row.prompt_key in judged]
+        errors = RowErrors()
+        for row in shared:
+            errors.add(row.source, f"the same prompt as {judged[row.prompt_key].source}, which is a test row")
+        if self.spec.overlap == "error":
+            errors.raise_any("remove them from validation, or set data.overlap: drop or keep")
+        self.validation = [row for row in self.validation if row.prompt_key not in judged]
+        if not self.validation:
+            raise InputError(
+                "every validation row also stands in the test rows",
+                where="data.validation",
+                fix="name other rows, or a fraction such as 0.1",
+            )
+        if shared:
+            self.notes.append(f"{_rows(len(shared))} left out of validation, because the test has the same prompts")
 
 
 def _share(value: float, key: str) -> float:
@@ -217,79 +279,16 @@ def _share(value: float, key: str) -> float:
     return value
 
 
-class _Losses:
-    """Counts rows that are not used; their targets are counted by rendering them."""
-
-    def __init__(self, renderer: Renderer) -> None:
-        self.renderer = renderer
-        self.found: dict[str, list[tuple[Row, int]]] = {}
-
-    def add(self, reason: str, row: Row, targets: int | None = None) -> None:
-        self.found.setdefault(reason, []).append((row, self._targets(row) if targets is None else targets))
-
-    def _targets(self, row: Row) -> int:
-        try:
-            return self.renderer.render(row).example.targets
-        except BadRow:
-            return 0
-
-    def summary(self) -> list[Lost]:
-        return [
-            Lost(reason, 0 if reason == CUT else len(rows), sum(n for _, n in rows), str(rows[0][0].source))
-            for reason, rows in self.found.items()
-        ]
-
-
-def _without_duplicates(rows: list[Row], spec: DataSpec, lost: _Losses) -> list[Row]:
-    if spec.duplicates == "keep":
-        return rows
-    first: dict[str, Row] = {}
-    errors = RowErrors()
-    for row in rows:
-        earlier = first.setdefault(row.key, row)
-        if earlier is not row:
-            errors.add(row.source, f"the same row as {earlier.source}")
-            lost.add("duplicate", row)
-    if spec.duplicates == "error":
-        errors.raise_any("remove them, or set data.duplicates: drop or keep")
-    return list(first.values())
-
-
-def _without_overlap(rows: list[Row], held: list[Row], spec: DataSpec, lost: _Losses) -> list[Row]:
-    if spec.overlap == "keep" or not held:
-        return rows
-    prompts = {row.prompt_key: row for row in held}
-    errors, kept = RowErrors(), []
-    for row in rows:
-        twin = prompts.get(row.prompt_key)
-        if twin is None:
-            kept.append(row)
-        else:
-            errors.add(row.source, f"the same prompt as {twin.source}, which is held out")
-            lost.add("stands in the held-out rows", row)
-    if spec.overlap == "error":
-        errors.raise_any("remove them from training, or set data.overlap: drop or keep")
-    if not kept:
+def _some(rows: list[T]) -> list[T]:
+    if not rows:
         raise InputError(
-            "every training row also stands in the held-out rows",
-            where="data.overlap",
-            fix="use other rows for validation and test; data.overlap: keep trains on them all the same",
+            "no training row is left", where="data.train", fix="see data.overlong, data.empty, data.overlap"
         )
-    return kept
+    return rows
 
 
-def _without_empty(rows: list[Row], spec: DataSpec, lost: _Losses) -> list[Row]:
-    errors, kept = RowErrors(), []
-    for row in rows:
-        said = [m["content"] for m in row.messages if m["role"] == "assistant" and not m.get("tool_calls")]
-        if all(text.strip() for text in said) and (row.messages or row.text.strip()):
-            kept.append(row)
-        else:
-            errors.add(row.source, "the answer is empty" if row.messages else "the text is empty")
-            lost.add("empty", row)
-    if spec.empty == "error":
-        errors.raise_any("fill them in, or leave them out with data.empty: drop")
-    return kept
+def _rows(count: int) -> str:
+    return "1 row was" if count == 1 else f"{count} rows were"
 
 
 def _rendered(rows: list[Row], renderer: Renderer, label: str, progress: Progress) -> list[Rendered]:
@@ -305,57 +304,22 @@ def _rendered(rows: list[Row], renderer: Renderer, label: str, progress: Progres
     return rendered
 
 
-def _within_length(rendered: list[Rendered], limit: int, spec: DataSpec, lost: _Losses) -> list[Rendered]:
+def _fitting(items: list[Rendered], limit: int, spec: DataSpec, *, role: str, notes: list[str]) -> list[Rendered]:
+    """Answers for judging are never cut: what the model cannot hold is left out or an error, as for training rows."""
     errors, kept = RowErrors(), []
-    for item in rendered:
-        length = len(item.example)
-        if length <= limit:
+    for item in items:
+        if len(item.example) <= limit:
             kept.append(item)
-        elif spec.overlong == "truncate" and (shorter := truncated(item, limit)) is not None:
+        elif spec.overlong == "truncate" and not item.row.messages and (shorter := truncated(item, limit)):
             kept.append(shorter)
-            lost.add(CUT, item.row, shorter.cut_targets)
         else:
-            errors.add(item.row.source, f"{length} tokens, {length - limit} over the limit of {limit}")
-            reason = "overlong" if spec.overlong == "drop" else "no answer left within max_length"
-            lost.add(reason, item.row, item.example.targets)
-    if spec.overlong == "error":
-        errors.raise_any("raise data.max_length, or set data.overlong: drop or truncate")
-    return kept
-
-
-def truncated(item: Rendered, limit: int) -> Rendered | None:
-    """Cuts the end of the answer; None when no target would be left."""
-    example = item.example
-    weights = example.tensors["target_weights"]
-    if not bool((weights[:limit] > 0).any()):
-        return None
-    shorter = replace(example, token_ids=example.token_ids[:limit], tensors={"target_weights": weights[:limit]})
-    return replace(
-        item,
-        example=shorter,
-        cut_ids=tuple(example.token_ids[limit:].tolist()),
-        cut_targets=int((weights[limit:] > 0).sum()),
-    )
-
-
-def _refuse_untrainable(train: list[Rendered]) -> None:
-    if not train:
-        raise InputError(
-            "no training row is left", where="data.train", fix="see data.overlong, data.empty, data.overlap"
-        )
-    if not any(item.example.targets for item in train):
-        raise InputError("nothing would be trained on: no row has a target token", where="data.train_on")
-
-
-def _held_out(rows: list[Row], renderer: Renderer, limit: int, role: str, progress: Progress) -> list[Rendered]:
-    """Rows for judging are never cut: one that the model cannot hold is an error."""
-    filled = [row for row in rows if not row.messages or row.references[0].strip()]
-    rendered = _rendered(filled, renderer, f"rendering {role} rows", progress)
-    errors = RowErrors()
-    for item in rendered:
-        if len(item.example) > limit:
             errors.add(item.row.source, f"{len(item.example)} tokens do not fit into the model's {limit} positions")
-    errors.raise_any(f"shorten these {role} rows or leave them out")
-    if rows and not rendered:
-        raise InputError(f"every {role} row has an empty answer", where=f"data.{role}")
-    return rendered
+    if spec.overlong == "error":
+        errors.raise_any(f"shorten these {role} rows, or leave them out with data.overlong: drop")
+    if items and not kept:
+        raise InputError(
+            f"no {role} row fits into the model's {limit} positions", where=f"data.{role}", fix="name shorter rows"
+        )
+    if errors.count:
+        notes.append(f"{_rows(errors.count)} left out of {role}: too long for the model, the first at {errors.first}")
+    return kept

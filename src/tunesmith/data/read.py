@@ -39,9 +39,11 @@ class RowErrors:
     def __init__(self) -> None:
         self.shown: list[str] = []
         self.count = 0
+        self.first: Source | None = None
 
     def add(self, source: Source, what: str) -> None:
         self.count += 1
+        self.first = self.first or source
         if self.count <= SHOWN_ERRORS:
             self.shown.append(f"{source}: {what}")
 
@@ -286,9 +288,7 @@ def _parquet_records(content: bytes, shown: str) -> list[Record]:
     return _table_records(rows, names, shown)
 
 
-def _table_records(
-    rows: Iterable[Mapping[str, Any]], names: Mapping[str, list[str]], shown: str
-) -> list[Record]:
+def _table_records(rows: Iterable[Mapping[str, Any]], names: Mapping[str, list[str]], shown: str) -> list[Record]:
     """Rows of a table whose class labels are numbers; the names are what a model should learn to say."""
     records = []
     for number, row in enumerate(rows, start=1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -10,38 +10,24 @@ from typing import Any
 
 from tunesmith.base import InputError, nearest
 from tunesmith.batch import Source
+from tunesmith.data.formats import BadRow, choose_format, mapped, plain_text
 from tunesmith.data.read import Record, RowErrors
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
+ROLES = {
     "system": "system",
-    "human": "user",
+    "developer": "developer",
     "user": "user",
-    "gpt": "assistant",
+    "human": "user",
     "assistant": "assistant",
+    "gpt": "assistant",
     "chatgpt": "assistant",
     "bard": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
-    "observation": "tool",
     "tool": "tool",
+    "observation": "tool",
 }
-
-PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ()),
-    "sharegpt": (("conversations",), ("system",)),
-    "task": (("task", "input", "output"), ()),
-    "alpaca": (("instruction", "output"), ("input", "system")),
-    "dolly": (("instruction", "context", "response"), ("category",)),
-    "instruction-response": (("instruction", "response"), ("system",)),
-    "prompt-completion": (("prompt", "completion"), ("system",)),
-    "labelled": (("text", "label"), ()),
-    "text": (("text",), ()),
-}
-"""Required and optional columns of each format, in the order in which they are tried."""
-
-
-class BadRow(ValueError):
-    """What is wrong with one row."""
+"""OpenAI's and ShareGPT's names of who speaks, and how chat templates call them."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +39,7 @@ class Row:
         text: raw text, when there is no conversation.
         references: every acceptable last answer; the first one is trained on.
         task: name of the task in a mixture.
+        tools: definitions of the tools that the conversation may call.
     """
 
     source: Source
@@ -60,44 +47,26 @@ class Row:
     text: str = ""
     references: tuple[str, ...] = ()
     task: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
     origin: int = field(default=0, compare=False)
     """Index of the training source that the row was read from."""
 
     @property
     def prompt_key(self) -> str:
         """Hash of everything before the last answer, with case and white space folded."""
-        said = [f"{m['role']}:{m.get('content')}" for m in self.messages[:-1]] or [self.text]
-        return _folded_hash(said)
+        folded = [" ".join(part.casefold().split()) for part in self._said(self.messages[:-1])]
+        return sha256("\x00".join(folded).encode()).hexdigest()
 
     @property
     def key(self) -> str:
         """Hash of the whole row as it is, for exact duplicates."""
-        said = [f"{m['role']}:{m.get('content')}:{m.get('tool_calls')}" for m in self.messages] or [self.text]
-        return sha256("\x00".join(said).encode()).hexdigest()
+        return sha256("\x00".join(self._said(self.messages)).encode()).hexdigest()
 
-
-def detect_format(record: Record) -> str:
-    """Raises InputError, listing the columns found, when no format fits."""
-    columns = set(record.fields)
-    for name, (required, _) in PARTS.items():
-        if columns.issuperset(required):
-            return name
-    if {"text", "category"} <= columns:
-        return "labelled"
-    if {"chosen", "rejected"} <= columns:
-        raise InputError(
-            "these are preference pairs (chosen, rejected), which objective.kind: sft does not use",
-            where=str(record.source),
-            fix="name the answer to imitate: data.columns: {completion: chosen}",
-        )
-    known = [column for required, optional in PARTS.values() for column in required + optional]
-    hints = [f"{column}{nearest(column, known)}" for column in sorted(columns) if nearest(column, known)]
-    raise InputError(
-        f"no known format has the columns {', '.join(sorted(columns)) or '(none)'}"
-        + (f" ({'; '.join(hints)})" if hints else ""),
-        where=str(record.source),
-        fix="map your columns, for example data.columns: {prompt: question, completion: answer}",
-    )
+    def _said(self, messages: Sequence[dict[str, Any]]) -> list[str]:
+        if not self.messages:
+            return [self.text]
+        tools = [json.dumps(tool, sort_keys=True, default=str) for tool in self.tools]
+        return tools + [f"{m['role']}:{m['content']}:{m.get('tool_calls', '')}" for m in messages]
 
 
 def to_rows(
@@ -113,19 +82,20 @@ def to_rows(
     Raises:
         InputError: for unknown columns, rows of another format, wrong types, roles out of order; all are counted.
     """
-    mapped = _map_columns(records, columns) if columns else list(records)
-    chosen = detect_format(mapped[0]) if format_name == "auto" else format_name
-    convert = CONVERTERS.get(chosen)
-    if convert is None:
-        raise InputError(f"{chosen!r} rows cannot be used for objective.kind: sft", where="data.format")
+    chosen, parts = choose_format(records, format_name, columns)
+    convert = CONVERTERS[chosen]
     if answer_after is not None:
         if chosen != "text":
-            raise InputError(f"applies to raw text only, and these rows are {chosen}", where="data.answer_after")
-        chosen, convert = "text", _text_split_at(answer_after)
+            raise InputError(
+                f"applies to raw text only, and these rows are {chosen}",
+                where="data.answer_after",
+                fix="remove it, or say data.format: text",
+            )
+        convert = _text_split_at(answer_after)
     errors, rows = RowErrors(), []
-    for record in mapped:
+    for record in records:
         try:
-            row = convert(record)
+            row = convert(mapped(record, parts) if parts else record)
             rows.append(_with_system(row, system) if system and row.messages else row)
         except BadRow as error:
             errors.add(record.source, str(error))
@@ -136,85 +106,100 @@ def to_rows(
     return chosen, rows
 
 
-def _map_columns(records: Sequence[Record], columns: dict[str, str]) -> list[Record]:
-    known = sorted({part for required, optional in PARTS.values() for part in required + optional})
-    for part in columns:
-        if part not in known:
-            raise InputError(
-                f"{part!r} is no part of a row{nearest(part, known)}",
-                where=f"data.columns.{part}",
-                fix=f"parts: {', '.join(known)}",
-            )
-    present = set(records[0].fields)
-    for part, value in columns.items():
-        for name in re.findall(r"\{(\w[\w .-]*)\}", value) or [value]:
-            if name not in present:
-                raise InputError(
-                    f"there is no column {name!r}{nearest(name, sorted(present))}",
-                    where=f"data.columns.{part}",
-                    fix=f"columns of {records[0].source.file}: {', '.join(sorted(present))}",
-                )
-    return [
-        Record({part: _filled(record.fields, value) for part, value in columns.items()}, record.source)
-        for record in records
-    ]
-
-
-def _filled(fields: dict[str, Any], value: str) -> Any:
-    if "{" not in value or value in fields:
-        return fields.get(value)
-    return re.sub(r"\{(\w[\w .-]*)\}", lambda found: str(fields.get(found[1], "")), value)
-
-
 def _text(record: Record, name: str, *, optional: bool = False) -> str:
-    value = record.fields.get(name)
-    if value is None and optional:
-        return ""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        found = "nothing" if value is None else type(value).__name__
-        raise BadRow(f"{name!r} must be text, found {found}")
-    return value
+    if name not in record.fields and not optional:
+        raise BadRow(f"there is no {name!r}")
+    return plain_text(record.fields.get(name), name)
 
 
 def _answers(record: Record, name: str) -> tuple[str, ...]:
     """One answer, or a list of equally good ones."""
     value = record.fields.get(name)
-    if isinstance(value, list):
-        if not value or not all(isinstance(item, str) for item in value):
-            raise BadRow(f"{name!r} must be text or a list of texts, found {value!r:.60}")
-        return tuple(value)
-    return (_text(record, name),)
+    if not isinstance(value, list):
+        return (_text(record, name),)
+    try:
+        texts = [plain_text(item, name) for item in value]
+    except BadRow as error:
+        raise BadRow(f"{name!r} must be text or a list of texts, found {value!r:.60}") from error
+    return tuple(text for text in texts if text.strip()) or ("",)
 
 
 def _exchange(record: Record, prompt: str, answers: tuple[str, ...], *, task: str | None = None) -> Row:
-    messages: list[dict[str, Any]] = []
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answers[0]}]
     if system := _text(record, "system", optional=True):
-        messages.append({"role": "system", "content": system})
-    if not prompt.strip():
-        raise BadRow("the prompt is empty")
-    messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answers[0]}]
+        messages.insert(0, {"role": "system", "content": system})
     return Row(record.source, tuple(messages), references=answers, task=task)
 
 
-def _conversation(record: Record, messages: Any, *, column: str) -> Row:
-    if not isinstance(messages, list) or not messages:
-        raise BadRow(f"{column!r} must be a list of turns, found {type(messages).__name__}")
-    turns: list[dict[str, Any]] = []
-    for index, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or "role" not in message:
-            raise BadRow(f"turn {index} is not an object with a role and a content")
-        role, content = message["role"], message.get("content")
-        if role not in ROLES:
-            raise BadRow(f"turn {index} has the unknown role {role!r}{nearest(str(role), ROLES)}")
-        if content is None and message.get("tool_calls"):
-            content = ""
-        if not isinstance(content, str):
-            raise BadRow(f"the content of turn {index} must be text, found {type(content).__name__}")
-        turns.append({**{k: v for k, v in message.items() if v is not None}, "content": content})
-    _check_order([turn["role"] for turn in turns])
-    return Row(record.source, tuple(turns), references=(turns[-1]["content"],))
+def _conversation(record: Record, turns: Any, *, column: str) -> Row:
+    if not isinstance(turns, list) or not turns:
+        found = "nothing" if turns is None else "an empty list" if turns == [] else type(turns).__name__
+        raise BadRow(f"{column!r} must be a list of turns, found {found}")
+    messages = [_message(turn, index) for index, turn in enumerate(turns, start=1)]
+    system = _text(record, "system", optional=True)
+    if system and messages[0]["role"] not in ("system", "developer"):
+        messages.insert(0, {"role": "system", "content": system})
+    _check_order([message["role"] for message in messages])
+    return Row(record.source, tuple(messages), references=(messages[-1]["content"],), tools=_tools(record))
+
+
+def _message(turn: Any, index: int) -> dict[str, Any]:
+    """A turn as chat templates know it; tool calls, names and other keys are kept."""
+    if not isinstance(turn, dict) or not {"role", "from"} & turn.keys():
+        raise BadRow(f"turn {index} is not an object with a role and a content")
+    named = turn.get("role", turn.get("from"))
+    if not isinstance(named, str) or named not in ROLES:
+        raise BadRow(f"turn {index} has the unknown role {named!r}{nearest(str(named), list(ROLES))}")
+    content = turn["content"] if "content" in turn else turn.get("value")
+    if content is None and turn.get("tool_calls"):
+        content = ""
+    if isinstance(content, list):
+        content = _joined_parts(content, index)
+    if not isinstance(content, str):
+        found = "nothing" if content is None else type(content).__name__
+        raise BadRow(f"the content of turn {index} must be text, found {found}")
+    message = {k: v for k, v in turn.items() if v is not None and k not in ("role", "from", "content", "value")}
+    if isinstance(message.get("tool_calls"), list):
+        message["tool_calls"] = [_call(call, index) for call in message["tool_calls"]]
+    if message.get("weight", 1) not in (0, 1):
+        raise BadRow(f"the weight of turn {index} must be 0 or 1, found {message['weight']!r:.40}")
+    return {"role": ROLES[named], "content": content, **message}
+
+
+def _joined_parts(parts: list[Any], index: int) -> str:
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise BadRow(f"turn {index} holds a part of the type {kind!r}; only text can be used")
+    return "".join(part["text"] for part in parts)
+
+
+def _call(call: Any, index: int) -> dict[str, Any]:
+    """OpenAI writes the arguments of a call as JSON in a string; templates want the object."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRow(f"turn {index} holds a tool call without the name of a function")
+    if isinstance(function.get("arguments"), str):
+        try:
+            arguments = json.loads(function["arguments"])
+        except ValueError as error:
+            raise BadRow(f"the arguments of a tool call in turn {index} are not JSON") from error
+        function = {**function, "arguments": arguments}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _tools(record: Record) -> tuple[dict[str, Any], ...]:
+    value = record.fields.get("tools")
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRow("'tools' is text that is not JSON") from error
+    if not value:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise BadRow("'tools' must be a list of definitions")
+    return tuple(value)
 
 
 def _check_order(roles: list[str]) -> None:
@@ -241,18 +226,7 @@ def _messages(record: Record) -> Row:
 
 
 def _sharegpt(record: Record) -> Row:
-    turns = record.fields.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise BadRow("'conversations' must be a list of turns")
-    messages = []
-    for index, turn in enumerate(turns, start=1):
-        role = turn.get("from", turn.get("role"))
-        if role not in SHAREGPT_ROLES:
-            raise BadRow(f"turn {index} has the unknown role {role!r}{nearest(str(role), list(SHAREGPT_ROLES))}")
-        messages.append({"role": SHAREGPT_ROLES[role], "content": turn.get("value", turn.get("content"))})
-    if system := _text(record, "system", optional=True):
-        messages.insert(0, {"role": "system", "content": system})
-    return _conversation(record, messages, column="conversations")
+    return _conversation(record, record.fields.get("conversations"), column="conversations")
 
 
 def _prompt_completion(record: Record) -> Row:
@@ -281,9 +255,8 @@ def _task(record: Record) -> Row:
 
 
 def _labelled(record: Record) -> Row:
-    return _exchange(
-        record, _text(record, "text"), _answers(record, "label" if "label" in record.fields else "category")
-    )
+    label = "category" if "category" in record.fields and "label" not in record.fields else "label"
+    return _exchange(record, _text(record, "text"), _answers(record, label))
 
 
 def _raw_text(record: Record) -> Row:
@@ -292,10 +265,15 @@ def _raw_text(record: Record) -> Row:
 
 def _text_split_at(marker: str) -> Callable[[Record], Row]:
     def convert(record: Record) -> Row:
-        prompt, found, answer = _text(record, "text").partition(marker)
-        if not found:
+        prompt, *answers = _text(record, "text").split(marker)
+        if not answers:
             raise BadRow(f"the marker {marker!r} of data.answer_after does not occur")
-        return _exchange(record, prompt + found, (answer,))
+        if len(answers) > 1:
+            raise BadRow(
+                f"the marker {marker!r} of data.answer_after occurs {len(answers)} times, so that the answer could "
+                "begin at any of them"
+            )
+        return _exchange(record, prompt + marker, (answers[0],))
 
     return convert
 
@@ -317,8 +295,3 @@ def _with_system(row: Row, system: str) -> Row:
     if row.messages[0]["role"] in ("system", "developer"):
         return row
     return replace(row, messages=({"role": "system", "content": system}, *row.messages))
-
-
-def _folded_hash(parts: Sequence[str]) -> str:
-    folded = "\x00".join(" ".join(part.casefold().split()) for part in parts)
-    return sha256(folded.encode()).hexdigest()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from tunesmith.base import Spec
 
@@ -25,9 +26,28 @@ Columns = Annotated[
     dict[str, str],
     Field(
         description="Which column of the file holds which part of a row, for example `{prompt: question, completion: "
-        "answer}`. A value may also be a template over columns: `{prompt: 'Summarise: {document}'}`."
+        "answer}`. A value may also be a template over columns: `{prompt: 'Summarise: {document}', completion: "
+        "summaries}`, with `{{` and `}}` for braces themselves. Name every part that is to be used: other columns "
+        "are read only where a part that the format needs would be missing. A column that holds a list of answers "
+        "gives several references; the first one is trained on."
     ),
 ]
+
+
+_REFUSED = object()
+
+
+def _no_boolean(off: Any = _REFUSED) -> Callable[[Any], Any]:
+    """YAML reads `off` and `no` as false, which would become the number 0."""
+
+    def checked(value: Any) -> Any:
+        if isinstance(value, bool):
+            if value or off is _REFUSED:
+                raise ValueError("a path or a fraction such as 0.1 is needed")
+            return off
+        return value
+
+    return checked
 
 
 class SourceSpec(Spec):
@@ -48,17 +68,19 @@ class DataSpec(Spec):
 
     train: str | list[str | SourceSpec]
     """A path, a list of paths, or a list of `{path, weight, format, columns}`."""
-    validation: str | float | None = None
-    """A path, or the fraction of the training rows to hold back for early stopping and the best checkpoint."""
-    test: str | float = "auto"
+    validation: Annotated[str | float | None, BeforeValidator(_no_boolean(off=None))] = None
+    """A path, or the fraction of the training rows to hold back for early stopping and the best checkpoint. Rows that
+    also stand in the test are left out of it, unless `overlap` is `keep`."""
+    test: Annotated[str | float, BeforeValidator(_no_boolean())] = "auto"
     """A path, or the fraction of the training rows to hold back for the verdict; `auto` is a tenth, but at least 20
     and at most 200 rows. These rows are never trained on and never used for early stopping."""
     format: Format = "auto"
     """How the rows are written; `auto` is detected from the columns and printed."""
     columns: Columns = Field(default_factory=dict)
-    answer_after: str | None = None
+    answer_after: str | None = Field(default=None, min_length=1)
     """For rows of raw text: the marker after which the answer begins (for example `"\\nA: "`). What stands before and
-    the marker itself become the prompt. Without it every token of a text row is trained on."""
+    the marker itself become the prompt. It must occur once in every row. Without it every token of a text row is
+    trained on."""
     system: str | None = None
     """A system turn put before every conversation that has none."""
     template: str = "auto"
@@ -73,9 +95,10 @@ class DataSpec(Spec):
     """Longest row in tokens; `auto` is the longest row of the data, but never more than the model's own limit."""
     overlong: Literal["error", "drop", "truncate"] = "error"
     """What happens to rows longer than `max_length`: refuse, leave them out, or cut the end of the answer. The question
-    is never cut; a row whose answer would vanish is dropped. What was lost is counted and reported."""
+    is never cut, nor the end-of-turn of an answer that fits; a row whose answer would vanish is dropped. What was lost
+    is counted and reported. Held-out answers that the model cannot hold are refused or left out, never cut."""
     empty: Literal["error", "drop"] = "error"
-    """What happens to rows whose answer is empty."""
+    """What happens to rows whose answer or prompt is empty."""
     duplicates: Literal["drop", "keep", "error"] = "drop"
     """What happens to rows that stand in the training data more than once."""
     overlap: Literal["drop", "keep", "error"] = "drop"

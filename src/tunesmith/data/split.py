@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 
@@ -31,21 +31,23 @@ def hold_back_test(rows: Sequence[Row], *, seed: int) -> tuple[list[Row], list[R
 
 
 def _hold_back_count(rows: Sequence[Row], count: int, *, seed: int, key: str) -> tuple[list[Row], list[Row]]:
-    groups: dict[str, int] = defaultdict(int)
-    for row in rows:
-        groups[row.prompt_key] += 1
+    """Takes groups in an order drawn from their content while they fit, and at least the smallest one."""
+    keys = [row.prompt_key for row in rows]
+    groups = Counter(keys)
+    if len(groups) < 2:
+        noun = "row is" if len(rows) == 1 else "rows with one and the same prompt are"
+        raise InputError(
+            f"{len(rows)} {noun} too few to hold any back",
+            where=key,
+            fix="name a file of its own, or add rows" + ("; evaluate: off needs none" if key == "data.test" else ""),
+        )
+    drawn = sorted(groups, key=lambda name: sha256(f"{seed}:{key}:{name}".encode()).digest())
     held: set[str] = set()
     taken = 0
-    for group in sorted(groups, key=lambda name: sha256(f"{seed}:{key}:{name}".encode()).digest()):
-        if taken >= count or len(held) == len(groups) - 1:
-            break
-        held.add(group)
-        taken += groups[group]
-    if not held:
-        raise InputError(
-            f"{len(rows)} rows with {len(groups)} different prompts are too few to hold any back",
-            where=key,
-            fix="name a file of its own, or add rows",
-        )
-    kept = [row for row in rows if row.prompt_key not in held]
-    return kept, [row for row in rows if row.prompt_key in held]
+    for group in drawn:
+        if taken + groups[group] <= count and len(held) < len(groups) - 1:
+            held.add(group)
+            taken += groups[group]
+    held = held or {min(drawn, key=lambda name: groups[name])}
+    kept = [row for row, group in zip(rows, keys, strict=True) if group not in held]
+    return kept, [row for row, group in zip(rows, keys, strict=True) if group in held]

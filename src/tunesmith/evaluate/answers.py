@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -144,5 +144,3 @@ def mean_nll(model: nn.Module, examples: Sequence[Example], *, packed: bool) -> 
 
 Evaluation = dict[str, Any]
 """What is stored of one model's evaluation: `rows` (of `Judged`) and `general` (losses on general text)."""
-
-Score = Callable[[Sequence[Judged]], dict[str, float]]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tunesmith.base import InputError
 from tunesmith.evaluate.answers import Judged
 from tunesmith.metrics import METRICS, RowStatistics, metric, paired_bootstrap, perplexity_rows
 from tunesmith.recipe import EvaluateSpec
@@ -29,19 +31,27 @@ def choose_metrics(asked: Sequence[str] | str, references: Sequence[str]) -> tup
         names = list(dict.fromkeys(asked))
         for name in names:
             if name != PERPLEXITY:
-                metric(name)
+                _known(name)
         return (names if PERPLEXITY in names else [*names, PERPLEXITY]), "as the recipe says"
     if not references:
         return [PERPLEXITY], "the rows are raw text"
-    distinct = len({text.strip().casefold() for text in references})
+    counts = Counter(text.strip().casefold() for text in references)
     words = sum(len(text.split()) for text in references) / len(references)
-    if words <= 4 and distinct <= max(2, len(references) // 3):
-        return ["accuracy", PERPLEXITY], f"the answers are {distinct} labels"
+    repeated = sum(count for count in counts.values() if count > 1)
+    if words <= 4 and (len(counts) <= 2 or repeated > len(references) / 2):
+        return ["accuracy", PERPLEXITY], f"the answers are {len(counts)} labels"
     if words <= 4:
         return ["exact_match", "f1", PERPLEXITY], f"the answers are short ({words:.0f} words on average)"
     if words <= 25 and _look_formal(references):
         return ["exact_match", "rougeL", "f1", PERPLEXITY], "the answers look like code, queries or records"
     return ["rougeL", "rouge1", "rouge2", "chrf", PERPLEXITY], f"the answers are text of {words:.0f} words on average"
+
+
+def _known(name: str) -> None:
+    try:
+        metric(name)
+    except InputError as error:
+        raise InputError(error.what, where="evaluate.metrics", fix=f"{error.fix}, {PERPLEXITY}") from error
 
 
 def _look_formal(references: Sequence[str]) -> bool:
@@ -71,12 +81,18 @@ def compare_metrics(
     """One entry per metric for the report, and a warning for each that could not be computed."""
     entries, warnings = [], []
     for name in names:
-        both = [(b, t) for b, t in zip(base, tuned, strict=True) if name != PERPLEXITY or None not in (b.nll, t.nll)]
+        both, dead = _comparable(name, base, tuned)
         base_rows = metric_rows(name, [b for b, _ in both])
         tuned_rows = metric_rows(name, [t for _, t in both])
+        if dead:
+            warnings.append(f"{name} could not be computed: the tuned model's likelihood of {dead} rows is not finite")
+            continue
         if base_rows is None or tuned_rows is None:
             warnings.append(f"{name} could not be computed: no row has what it needs")
             continue
+        if len(both) < len(base):
+            lost = len(base) - len(both)
+            warnings.append(f"{name} leaves out {lost} of {len(base)} rows: the base's likelihood is not finite")
         interval = paired_bootstrap(
             base_rows, tuned_rows, resamples=spec.resamples, confidence=spec.confidence, seed=seed
         )
@@ -90,10 +106,20 @@ def compare_metrics(
                 "high": interval.high,
                 "better": "lower" if name == PERPLEXITY else METRICS[name].better,
                 "n": interval.n,
-                "primary": not entries,
+                "primary": name == names[0],
             }
         )
     return entries, warnings
+
+
+def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tuple[list[tuple[Judged, Judged]], int]:
+    """The rows on which both can be measured, and on how many only the tuned model fails."""
+    pairs = list(zip(base, tuned, strict=True))
+    if name != PERPLEXITY:
+        return pairs, 0
+    return [(b, t) for b, t in pairs if None not in (b.nll, t.nll)], sum(
+        t.nll is None for b, t in pairs if b.nll is not None
+    )
 
 
 def compare_forgetting(
@@ -144,7 +170,7 @@ def gain(entry: dict[str, Any]) -> tuple[float, float | None]:
 
 def judgement(metrics: Sequence[dict[str, Any]], forgetting: dict[str, Any], gate: dict[str, float]) -> Judgement:
     """The verdict: by the gate when there is one, else by the deciding metric's interval."""
-    primary = metrics[0] if metrics else None
+    primary = metrics[0] if metrics and metrics[0].get("primary", True) else None
     checks = [_check(name, required, metrics, forgetting) for name, required in gate.items()]
     verdict: Verdict
     if checks:
@@ -153,7 +179,8 @@ def judgement(metrics: Sequence[dict[str, Any]], forgetting: dict[str, Any], gat
         verdict = "no_difference"
     else:
         verdict = _by_interval(primary)
-    return Judgement(verdict, _sentence(verdict, primary, forgetting, checks), checks)
+    unmeasured = "the deciding metric could not be measured" if metrics else "nothing was measured"
+    return Judgement(verdict, _sentence(verdict, primary or unmeasured, forgetting, checks), checks)
 
 
 def _by_interval(entry: dict[str, Any]) -> Verdict:
@@ -186,12 +213,12 @@ def _check(name: str, required: float, metrics: Sequence[dict[str, Any]], forget
 
 
 def _sentence(
-    verdict: Verdict, primary: dict[str, Any] | None, forgetting: dict[str, Any], checks: Sequence[dict[str, Any]]
+    verdict: Verdict, primary: dict[str, Any] | str, forgetting: dict[str, Any], checks: Sequence[dict[str, Any]]
 ) -> str:
     opening = {"ship": "Ship it", "dont_ship": "Don't ship it", "no_difference": "No difference shown"}[verdict]
     parts = []
-    if primary is None:
-        parts.append("nothing was measured")
+    if isinstance(primary, str):
+        parts.append(primary)
     else:
         figures = f"{primary['name']} went from {_figure(primary['base'])} to {_figure(primary['tuned'])}"
         if primary["low"] is not None:

@@ -11,84 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.base import InputError, nearest
-from tunesmith.methods.method import AdaptationMethod, freeze, make_trainable, read_adapter_config
-from tunesmith.methods.targets import available, compile_pattern, linear_modules, matches, select_modules
+from tunesmith.methods.low_rank import lora_layers, names_of, untie, wrap
+from tunesmith.methods.method import AdaptationMethod, freeze, read_adapter_config, train_in_fp32
+from tunesmith.methods.targets import available, compile_pattern, matches, select_modules
 
 PEFT_PREFIX = "base_model.model."
-
-
-class LoraLayer(nn.Module):
-    """A frozen layer with a trained low-rank update beside it.
-
-    Attributes:
-        base: the frozen layer as it was found (plain, fused or quantized).
-        lora_A: fp32 ``[rank, in_features]``; lora_B: fp32 ``[out_features, rank]``.
-        scale: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
-    """
-
-    suffixes: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
-
-    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        self.base = base
-        self.scale = scale
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        in_features, out_features = _features(base)
-        device = cast(Tensor, base.weight).device
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight: some architectures look at its dtype."""
-        return cast(Tensor, self.base.weight)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return cast("Tensor | None", getattr(self.base, "bias", None))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        output = self.base(hidden)
-        low_rank = F.linear(self.dropout(hidden), self.lora_A.to(hidden.dtype)) * self.scale  # [..., rank]
-        update = low_rank.reshape(-1, low_rank.shape[-1])
-        # One fused product and sum: a separate sum would pass over the whole output once more.
-        flat = torch.addmm(output.reshape(-1, output.shape[-1]), update, self.lora_B.to(output.dtype).T)
-        return flat.view(output.shape)
-
-    def delta(self) -> Tensor:
-        """The update of the weight in fp32, laid out as the base's weight."""
-        update = (self.lora_B @ self.lora_A) * self.scale
-        return update.T if isinstance(self.base, Conv1D) else update
-
-
-class LoraEmbedding(LoraLayer):
-    """LoRA of an embedding table: lora_A ``[rank, vocabulary]``, lora_B ``[dimension, rank]``, as PEFT has it."""
-
-    suffixes: ClassVar[tuple[str, str]] = ("lora_embedding_A", "lora_embedding_B")
-
-    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float) -> None:
-        super().__init__(base, rank, scale, dropout)
-        # PEFT starts an embedding's A at zero and B at random, so that only rows of seen tokens ever move.
-        nn.init.zeros_(self.lora_A)
-        nn.init.normal_(self.lora_B)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        token_ids = hidden
-        output = self.base(token_ids)
-        low_rank = F.embedding(token_ids, self.lora_A.T)  # [..., rank]
-        scale = self.scale * getattr(self.base, "embed_scale", 1.0)  # Gemma scales what the table returns
-        return output + (F.linear(low_rank, self.lora_B) * scale).to(output.dtype)
-
-    def delta(self) -> Tensor:
-        return (self.lora_B @ self.lora_A).T * self.scale
+HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of PEFT's `init_lora_weights` that leave the base as it is."""
 
 
 class Lora(AdaptationMethod):
@@ -123,6 +59,7 @@ class Lora(AdaptationMethod):
     default_learning_rate: ClassVar[float] = 2e-4
 
     def adapt(self, model: nn.Module) -> list[str]:
+        _refuse_adapted(model)
         chosen = select_modules(model, self.targets, key="method.targets")
         whole = self._modules_to_save(model, chosen)
         ranks = _matched(self.rank_pattern, chosen, key="method.rank_pattern")
@@ -132,35 +69,43 @@ class Lora(AdaptationMethod):
             rank, alpha = int(ranks.get(name, self.rank)), alphas.get(name, self.alpha)
             scale = alpha / (math.sqrt(rank) if self.rslora else rank)
             wrap(model, name, rank, scale, self.dropout)
-        for module in whole.values():
-            for parameter in module.parameters():
-                make_trainable(parameter)
+        train_in_fp32(model, whole)
         return _unreached(model)
 
-    def _modules_to_save(self, model: nn.Module, adapted: dict[str, nn.Module]) -> dict[str, nn.Module]:
-        whole: dict[str, nn.Module] = {}
+    def _modules_to_save(self, model: nn.Module, adapted: dict[str, nn.Module]) -> list[nn.Parameter]:
+        """The weights of those modules."""
+        whole: dict[int, nn.Parameter] = {}
         for pattern in self.modules_to_save:
             compile_pattern(pattern, key="method.modules_to_save")
-            found = {name: module for name, module in model.named_modules() if name and matches(pattern, name)}
+            named = {name: module for name, module in model.named_modules() if any(True for _ in module.parameters())}
+            found = [
+                parameter for name in named if name and matches(pattern, name) for parameter in named[name].parameters()
+            ]
             if not found:
-                leaves = {name: module for name, module in model.named_modules() if not list(module.children())}
+                leaves = {name: module for name, module in named.items() if not list(module.children())}
                 raise InputError(
-                    f"{pattern!r} matches no module" + nearest(pattern, [n.rsplit(".", 1)[-1] for n in leaves]),
+                    f"{pattern!r} matches no module with weights"
+                    + nearest(pattern, [name.rsplit(".", 1)[-1] for name in leaves]),
                     where="method.modules_to_save",
                     fix=f"this model has: {available(leaves)}",
                 )
-            if both := sorted(found.keys() & adapted.keys()):
+            whole |= {id(parameter): parameter for parameter in found}
+        for name, module in adapted.items():
+            if any(id(parameter) in whole for parameter in module.parameters()):
                 raise InputError(
-                    f"{both[0]} is a target of the adapter already",
+                    f"{name} is a target of the adapter already, by its own name or by weights that it shares",
                     where="method.modules_to_save",
-                    fix="train a module whole or with an adapter, not both",
+                    fix="train a weight whole or with an adapter, not both",
                 )
-            whole.update(found)
-        return whole
+        return list(whole.values())
 
     def save(self, model: nn.Module, directory: Path, *, base: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.trained_tensors(model).items()}
+        for parameter in _whole(model).values():
+            first, *others = names_of(model, parameter)
+            # PEFT looks for a shared weight under each of its names.
+            tensors |= {f"{PEFT_PREFIX}{name}": tensors[f"{PEFT_PREFIX}{first}"].clone() for name in others}
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         config = json.dumps(self._peft_config(model, base), indent=2) + "\n"
         (directory / "adapter_config.json").write_text(config, encoding="utf-8")
@@ -170,24 +115,13 @@ class Lora(AdaptationMethod):
         for name, layer in lora_layers(model).items():
             for suffix, parameter in zip(layer.suffixes, (layer.lora_A, layer.lora_B), strict=True):
                 tensors[f"{PEFT_PREFIX}{name}.{suffix}"] = parameter
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not name.endswith((".lora_A", ".lora_B")):
-                tensors[f"{PEFT_PREFIX}{name}"] = parameter
-        return tensors
+        return tensors | {f"{PEFT_PREFIX}{name}": parameter for name, parameter in _whole(model).items()}
 
     def _peft_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """The settings PEFT needs to rebuild exactly these layers, whatever its own presets mean."""
-        layers = lora_layers(model)
+        layers, whole = lora_layers(model), _whole(model)
         ranks = {name: layer.lora_A.shape[0] for name, layer in layers.items() if layer.lora_A.shape[0] != self.rank}
         alphas = _matched(self.alpha_pattern, layers, key="method.alpha_pattern")
-        convolutions = [isinstance(layer.base, Conv1D) for layer in layers.values()]
-        whole = sorted(
-            {
-                name.rpartition(".")[0]
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad and not name.endswith((".lora_A", ".lora_B"))
-            }
-        )
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -197,54 +131,24 @@ class Lora(AdaptationMethod):
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": _shortest_names(model, list(layers)),
-            "rank_pattern": {f"^{_escaped(name)}": rank for name, rank in ranks.items()},
-            "alpha_pattern": {f"^{_escaped(name)}": alpha for name, alpha in alphas.items()},
+            "rank_pattern": {_exactly(name): rank for name, rank in ranks.items()},
+            "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items()},
             "use_rslora": self.rslora,
             "bias": "none",
-            "fan_in_fan_out": all(convolutions),
+            "fan_in_fan_out": all(isinstance(layer.base, Conv1D) for layer in layers.values()),
             "init_lora_weights": True,
-            "modules_to_save": whole or None,
-            "ensure_weight_tying": bool(whole) and _ties_embeddings(model),
+            "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
+            "ensure_weight_tying": any(len(names_of(model, parameter)) > 1 for parameter in whole.values()),
         }
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-
-
-def wrap(model: nn.Module, name: str, rank: int, scale: float, dropout: float) -> None:
-    """Puts a LoRA layer in the place of the module ``name``."""
-    parent_name, _, leaf = name.rpartition(".")
-    module = model.get_submodule(name)
-    layer = LoraEmbedding if isinstance(module, nn.Embedding) else LoraLayer
-    setattr(model.get_submodule(parent_name), leaf, layer(module, rank, scale, dropout))
-
-
-def merge_layers(model: nn.Module) -> int:
-    """Folds every LoRA layer into the weight beside it and puts the plain layer back.
-
-    A weight that another module shares (a tied head) is first given a copy of its own, so that only the adapted
-    module changes. Quantized weights cannot take an update; merge into the unquantized base instead.
-
-    Returns:
-        Number of layers merged.
-    """
-    layers = lora_layers(model)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            base = layer.base
-            weight = cast(nn.Parameter, base.weight)
-            if not weight.is_floating_point():
-                raise InputError(f"{name} is quantized and cannot take a merged update", where="model.quantize")
-            merged = weight.float() + layer.delta()
-            if _is_shared(model, weight, base):
-                base.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
-                cast(Any, model).config.tie_word_embeddings = False
-            else:
-                weight.copy_(merged)
-            parent_name, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent_name), leaf, base)
-    return len(layers)
+def _whole(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights that are trained whole beside adapters, shared ones once."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.endswith((".lora_A", ".lora_B"))
+    }
 
 
 def load_adapter(model: nn.Module, directory: Path) -> Lora:
@@ -258,42 +162,81 @@ def load_adapter(model: nn.Module, directory: Path) -> Lora:
     """
     config = read_adapter_config(directory)
     weights = directory / "adapter_model.safetensors"
+    _refuse_adapted(model)
     _refuse_unknown_variants(config, directory / "adapter_config.json")
-    try:
-        tensors = load_file(weights)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot read the adapter's weights: {error}", where=weights) from error
-    names = {key.removeprefix(PEFT_PREFIX): tensor.shape for key, tensor in tensors.items()}
+    tensors = _read_tensors(weights)
     ranks = {
-        name.rpartition(".lora_")[0]: shape[0]
-        for name, shape in names.items()
-        if name.endswith(("lora_A.weight", "lora_embedding_A"))
+        name.rpartition(".lora_")[0]: tensor.shape[0]
+        for name, tensor in tensors.items()
+        if name.endswith((".lora_A.weight", ".lora_embedding_A"))
     }
-    modules = {name for name, _ in model.named_modules()}
-    if unknown := sorted(ranks.keys() - modules):
+    below = {name: tensor for name, tensor in tensors.items() if ".base_layer." in name}
+    whole = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name and name not in below}
+    plain = [name.replace(".base_layer.", ".") for name in (*below, *whole)]
+    if unknown := sorted(set(ranks) - dict(model.named_modules()).keys() | set(plain) - model.state_dict().keys()):
         raise InputError(
             f"the adapter changes {unknown[0]}, which this model does not have",
             where=weights,
             fix=f"load it on the model it was trained on: {config.get('base_model_name_or_path')}",
         )
+    _refuse_other_base(model, below, weights)
+    _separate(model, whole)
+    patterns = cast(dict[str, float], config.get("alpha_pattern") or {})
+    usual = float(config["lora_alpha"])
+    alphas = {name: next((a for key, a in patterns.items() if matches(key, name)), usual) for name in ranks}
     freeze(model)
-    alphas = cast(dict[str, float], config.get("alpha_pattern") or {})
     for name, rank in ranks.items():
-        alpha = next((value for pattern, value in alphas.items() if matches(pattern, name)), config["lora_alpha"])
-        wrap(model, name, rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), 0.0)
-    for name in names:
-        if ".lora_" not in name:
-            make_trainable(model.get_parameter(name))
+        wrap(model, name, rank, alphas[name] / (math.sqrt(rank) if config.get("use_rslora") else rank), 0.0)
+    train_in_fp32(model, [model.get_parameter(name) for name in whole])
     method = Lora(
         rank=config["r"],
-        alpha=config["lora_alpha"],
+        alpha=usual,
         dropout=config.get("lora_dropout") or 0.0,
-        targets=[_escaped(name) for name in ranks],
+        targets=[_exactly(name) for name in ranks],
         rslora=bool(config.get("use_rslora")),
-        alpha_pattern=alphas,
+        rank_pattern={_exactly(name): rank for name, rank in ranks.items() if rank != config["r"]},
+        alpha_pattern={_exactly(name): alpha for name, alpha in alphas.items() if alpha != usual},
+        modules_to_save=sorted({_exactly(name.rpartition(".")[0]) for name in whole}),
     )
-    method.load_trained(model, tensors, where=weights)
+    again = {name for name in whole if name != names_of(model, model.get_parameter(name))[0]}
+    trained = {f"{PEFT_PREFIX}{name}": tensors[name] for name in tensors.keys() - below.keys() - again}
+    method.load_trained(model, trained, where=weights)
     return method
+
+
+def _read_tensors(weights: Path) -> dict[str, Tensor]:
+    """The file's tensors under the names that their modules have in the model."""
+    try:
+        return {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in load_file(weights).items()}
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"cannot read the adapter's weights: {error}", where=weights) from error
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    if lora_layers(model):
+        raise InputError("the model has an adapter already", fix="merge it first, or load the model anew")
+
+
+def _refuse_other_base(model: nn.Module, below: dict[str, Tensor], where: Path) -> None:
+    """PEFT saves the embeddings below an adapter along with it; they must be those of this model."""
+    for name, saved in below.items():
+        own = model.get_parameter(name.replace(".base_layer.", "."))
+        narrow = min((own.dtype, saved.dtype), key=lambda dtype: dtype.itemsize)
+        if own.shape != saved.shape or not torch.equal(own.detach().cpu().to(narrow), saved.to(narrow)):
+            raise InputError(
+                f"the adapter was trained over another {name.partition('.base_layer.')[0]} than this model has "
+                f"(its shape is {list(saved.shape)}, here {list(own.shape)})",
+                where=where,
+                fix="merge it with PEFT, which keeps the changed weights in the adapter's file",
+            )
+
+
+def _separate(model: nn.Module, whole: dict[str, Tensor]) -> None:
+    """Gives modules that share a weight in the base, but not in the adapter, weights of their own."""
+    for name, saved in whole.items():
+        sharing = names_of(model, model.get_parameter(name))
+        if any(other not in whole or not torch.equal(whole[other], saved) for other in sharing):
+            untie(model, name)
 
 
 def _refuse_unknown_variants(config: dict[str, Any], path: Path) -> None:
@@ -314,6 +257,8 @@ def _refuse_unknown_variants(config: dict[str, Any], path: Path) -> None:
         "arrow_config",
     ]
     used = [name for name in changes_arithmetic if config.get(name)]
+    if config.get("init_lora_weights", True) not in HARMLESS_STARTS:
+        used.append(f"init_lora_weights={config['init_lora_weights']!r} (it changes the base weights too)")
     if config.get("bias", "none") != "none":
         used.append("bias")
     if used:
@@ -322,16 +267,6 @@ def _refuse_unknown_variants(config: dict[str, Any], path: Path) -> None:
             where=path,
             fix="merge it with PEFT, or train it again without that variant",
         )
-
-
-def _features(base: nn.Module) -> tuple[int, int]:
-    """In and out features of a linear layer; vocabulary and dimension of an embedding."""
-    if isinstance(base, Conv1D):
-        return int(base.weight.shape[0]), int(base.weight.shape[1])
-    if isinstance(base, nn.Embedding):
-        return base.num_embeddings, base.embedding_dim
-    linear = cast(nn.Linear, base)
-    return linear.in_features, linear.out_features
 
 
 def _matched(patterns: dict[str, Any], modules: dict[str, Any], *, key: str) -> dict[str, Any]:
@@ -352,29 +287,16 @@ def _matched(patterns: dict[str, Any], modules: dict[str, Any], *, key: str) -> 
 def _shortest_names(model: nn.Module, adapted: list[str]) -> list[str]:
     """Last components where they pick exactly the adapted layers, else whole names (PEFT accepts both)."""
     leaves = {name.rsplit(".", 1)[-1] for name in adapted}
-    present = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) or (name in linear_modules(model) and not name.endswith(".base"))
+    inside = tuple(f"{name}." for name in adapted)
+    picked = {
+        name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in leaves and not name.startswith(inside)
     }
-    picked = {name for name in present if name.rsplit(".", 1)[-1] in leaves}
     return sorted(leaves) if picked == set(adapted) else sorted(adapted)
 
 
-def _escaped(name: str) -> str:
-    return name.replace(".", r"\.")
-
-
-def _is_shared(model: nn.Module, weight: nn.Parameter, owner: nn.Module) -> bool:
-    return any(
-        module is not owner and getattr(module, "weight", None) is weight
-        for module in model.modules()
-        if not isinstance(module, LoraLayer)
-    )
-
-
-def _ties_embeddings(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+def _exactly(name: str) -> str:
+    """A regular expression for one module."""
+    return "^" + name.replace(".", r"\.")
 
 
 def _unreached(model: nn.Module) -> list[str]:

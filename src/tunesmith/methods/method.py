@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -85,6 +87,61 @@ def make_trainable(parameter: nn.Parameter) -> None:
     """Trains a weight in fp32 whatever the dtype it was loaded in: bf16 cannot hold small updates."""
     parameter.data = parameter.data.float()
     parameter.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class CastIn:
+    """A forward hook: what enters a module becomes fp32."""
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(_cast(argument, torch.float32) for argument in arguments)
+
+
+@dataclass(frozen=True)
+class CastOut:
+    """A forward hook: what leaves a module gets the dtype that the model had there before."""
+
+    dtype: torch.dtype
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        return (
+            tuple(_cast(value, self.dtype) for value in output)
+            if isinstance(output, tuple)
+            else _cast(output, self.dtype)
+        )
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def train_in_fp32(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Makes some weights trainable in fp32 inside a model of any dtype, which goes on to run without autocast.
+
+    Modules that share one of them, such as a tied head, are cared for too.
+    """
+    chosen: dict[int, torch.dtype] = {}
+    for parameter in parameters:
+        chosen.setdefault(id(parameter), parameter.dtype)
+        make_trainable(parameter)
+    for module in model.modules():
+        before = {chosen[id(own)] for own in module.parameters(recurse=False) if id(own) in chosen}
+        for dtype in before - {torch.float32}:
+            module.register_forward_pre_hook(CastIn())
+            module.register_forward_hook(CastOut(dtype))
+
+
+def settle(model: nn.Module) -> None:
+    """Undoes `train_in_fp32` for a model that is no longer trained: one dtype everywhere, and no hooks."""
+    for module in model.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, CastOut):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(hook.dtype)
+                del module._forward_hooks[key]
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, CastIn):
+                del module._forward_pre_hooks[key]
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:

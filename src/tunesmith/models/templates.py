@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, nearest
@@ -28,10 +28,15 @@ NAMED_TEMPLATES = {
         "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
     ),
+    # Gemma has no system turn; like its own newer templates, this one opens the first user turn with that text.
     "gemma": (
-        "{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant'"
-        " else message['role']) + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+        "{{ bos_token }}{% if messages[0]['role'] in ('system', 'developer') %}{% set lead = messages[0]['content'] |"
+        " trim + '\n\n' %}{% set turns = messages[1:] %}{% else %}{% set lead = '' %}{% set turns = messages %}"
+        "{% endif %}{% for message in turns %}{% if message['role'] in ('system', 'developer') %}"
+        "{{ raise_exception('only one system turn fits') }}{% endif %}{{ '<start_of_turn>' + ('model' if"
+        " message['role'] == 'assistant' else message['role']) + '\n' + (lead if loop.first else '') +"
+        " message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
     ),
 }
 
@@ -55,27 +60,44 @@ class Template:
     tokenizer: PreTrainedTokenizerBase
     bos: str = ""
 
-    def text(self, messages: Sequence[dict[str, Any]], *, generation_prompt: bool) -> str:
-        """Raises TemplateRefused when the template does not accept the conversation."""
+    def text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        generation_prompt: bool,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> str:
+        """The conversation as the model reads it.
+
+        Raises:
+            TemplateRefused: the template does not accept the conversation.
+            InputError: the template is no Jinja.
+        """
         if self.jinja is None:
-            return self._plain(messages)
+            return self._plain(messages, tools)
         try:
             return cast(
                 str,
                 self.tokenizer.apply_chat_template(
                     list(messages),
+                    tools=list(tools) or None,
                     chat_template=self.jinja,
                     tokenize=False,
                     add_generation_prompt=generation_prompt,
                 ),
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except TemplateSyntaxError as error:
+            raise InputError(
+                f"not a Jinja template: {error.message}", where=f"{self.name}:{error.lineno}", fix="correct that line"
+            ) from error
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise TemplateRefused(str(error) or type(error).__name__) from error
 
-    def _plain(self, messages: Sequence[dict[str, Any]]) -> str:
-        end = cast(str, self.tokenizer.eos_token)
-        closed = [m["content"] + end if m["role"] == "assistant" else m["content"] for m in messages]
-        return self.bos + "".join(closed)
+    def _plain(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
+        if tools or any(message.get("tool_calls") for message in messages):
+            raise TemplateRefused("the plain layout has no place for tools and their calls")
+        after = {"assistant": cast(str, self.tokenizer.eos_token), "system": "\n\n", "developer": "\n\n"}
+        return self.bos + "".join(m["content"] + after.get(m["role"], "") for m in messages)
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -107,9 +129,16 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
             fix=f"named templates: {', '.join(known)}",
         )
     try:
-        return Template(str(path), path.read_text(encoding="utf-8"), tokenizer)
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the template: {error}", where=path) from error
+        raise InputError(f"cannot read the template: {error}", where=path, fix="save it as UTF-8 text") from error
+    if path.suffix == ".json":
+        raise InputError(
+            "this is JSON, and a template is Jinja", where=path, fix="put its `chat_template` into a file of its own"
+        )
+    if not text.strip():
+        raise InputError("the template is empty", where=path, fix="name a file with a Jinja chat template")
+    return Template(str(path), text, tokenizer)
 
 
 def opening_text(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -120,3 +149,11 @@ def opening_text(tokenizer: PreTrainedTokenizerBase) -> str:
         if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
         else ""
     )
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Text and id of the control tokens: those that a vocabulary marks so, and those that the tokenizer names."""
+    added = cast(dict[int, Any], getattr(tokenizer, "added_tokens_decoder", {}))
+    marked = {str(token): int(token_id) for token_id, token in added.items() if token.special}
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return marked | {text: int(token_id) for text, token_id in named}

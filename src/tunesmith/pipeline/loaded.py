@@ -215,7 +215,7 @@ def batches(
 
 
 def evaluate(
-    model: nn.Module | Speaker,
+    model: nn.Module,
     data: str | Path | DataSpec,
     spec: EvaluateSpec | None = None,
     progress: Progress = silent,

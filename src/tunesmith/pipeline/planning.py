@@ -19,7 +19,7 @@ from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.templates import resolve_template
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
-from tunesmith.recipe import Plan, Recipe, Workload
+from tunesmith.recipe import Plan, Recipe, Resolved, Workload
 
 ASSUMED_ROWS, ASSUMED_TOKENS = 1000, 512
 CHARACTERS_PER_TOKEN = 4
@@ -81,8 +81,24 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     hardware = detect_hardware()
     judged = _judged(recipe, prepared)
     plan = resolve(recipe, model, workload, hardware, judged, prepared.max_length)
-    plan = plan.model_copy(update={"notes": [*plan.notes, *prepared.notes]})
+    found = [*plan.resolved, *_found_in_data(recipe, prepared)]
+    plan = plan.model_copy(update={"notes": [*plan.notes, *prepared.notes], "resolved": found})
     return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared)
+
+
+def _found_in_data(recipe: Recipe, prepared: Prepared) -> list[Resolved]:
+    """What `auto` became by looking at the files themselves."""
+    found = []
+    declared = {source.path: source.format for source in source_specs(recipe.data)}
+    for source in prepared.sources:
+        if declared.get(source["path"], recipe.data.format) == "auto":
+            reason = f"the columns of {source['path']}"
+            found.append(Resolved(name="data.format", value=source["format"], reason=reason))
+    if recipe.data.template == "auto":
+        found.append(Resolved(name="data.template", value=prepared.template, reason="what the model was made for"))
+    if recipe.data.test == "auto" and prepared.test:
+        found.append(Resolved(name="data.test", value=f"{len(prepared.test)} rows", reason=prepared.test_from))
+    return found
 
 
 def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:

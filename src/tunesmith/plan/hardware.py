@@ -63,12 +63,12 @@ def multiply_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2
     right = torch.randn(768, 1536, device=device).to(dtype)
     operations = 2 * 1024 * 768 * 1536
     for _ in range(3):
-        left @ right
+        torch.matmul(left, right)
     _wait(device)
     count, started = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < seconds:
         for _ in range(4):
-            left @ right
+            torch.matmul(left, right)
         _wait(device)
         count += 4
     return operations * count / elapsed

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from tunesmith.base import InputError
+from tunesmith.base import InputError, TunesmithError
 from tunesmith.files import committed_directory, file_sha256, read_json
 from tunesmith.methods import AdaptationMethod
 from tunesmith.train.health import Health
@@ -58,20 +59,34 @@ class Checkpoints:
     def save(
         self, progress: Progress, model: nn.Module, method: AdaptationMethod, optimizer: Optimizer, precision: Precision
     ) -> None:
-        """Commits a checkpoint, and only then removes those that are no longer kept."""
+        """Commits a checkpoint, and only then removes those that are no longer kept.
+
+        Later ones are removed too: they are damaged, or the run would not be here again.
+
+        Raises:
+            TunesmithError: when it cannot be written, for example on a full disk; the older ones stay.
+        """
         tensors, numbers = optimizer_tensors(optimizer)
         state: dict[str, Any] = {"progress": asdict(progress), "optimizer": numbers, "precision": precision.state()}
         trained = {name: t.detach().cpu().contiguous() for name, t in method.trained_tensors(model).items()}
-        with committed_directory(self.path(progress.step)) as directory:
-            save_file(trained, directory / WEIGHTS)
-            save_file(tensors, directory / OPTIMIZER)
-            save_file(_random_tensors(), directory / RANDOM)
-            python_state = random.getstate()
-            state["python_random"] = [python_state[0], list(python_state[1]), python_state[2]]
-            (directory / STATE).write_text(json.dumps(state), encoding="utf-8")
-            hashes = {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
-            (directory / MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
-        kept = {*self.steps()[-self.keep :], progress.best_step}
+        python_state = random.getstate()
+        state["python_random"] = [python_state[0], list(python_state[1]), python_state[2]]
+        try:
+            with committed_directory(self.path(progress.step)) as directory:
+                save_file(trained, directory / WEIGHTS)
+                save_file(tensors, directory / OPTIMIZER)
+                save_file(_random_tensors(), directory / RANDOM)
+                (directory / STATE).write_text(json.dumps(state), encoding="utf-8")
+                hashes = {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
+                (directory / MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            raise TunesmithError(
+                f"the checkpoint cannot be written: {error}",
+                where=self.path(progress.step),
+                fix="make room, then continue with --resume",
+            ) from error
+        past = [step for step in self.steps() if step <= progress.step]
+        kept = {*past[-self.keep :], progress.best_step}
         for step in self.steps():
             if step not in kept:
                 shutil.rmtree(self.path(step))
@@ -89,12 +104,23 @@ class Checkpoints:
         directory = self.path(step)
         try:
             hashes = read_json(directory / MANIFEST)
+            if not isinstance(hashes, dict) or hashes.keys() != {WEIGHTS, OPTIMIZER, RANDOM, STATE}:
+                return f"{MANIFEST} does not list its files"
             wrong = [name for name, expected in hashes.items() if file_sha256(directory / name) != expected]
         except (OSError, ValueError) as error:
             return str(error)
         return f"{wrong[0]} has changed" if wrong else None
 
     def load_weights(self, step: int, model: nn.Module, method: AdaptationMethod) -> None:
+        """Puts a checkpoint's weights into the adapted model.
+
+        Raises:
+            InputError: when it is damaged, or belongs to another model or method.
+        """
+        if damage := self.damage(step):
+            raise InputError(
+                f"the checkpoint is damaged ({damage})", where=self.path(step), fix="restore it, or start a new run"
+            )
         path = self.path(step) / WEIGHTS
         method.load_trained(model, load_file(path), where=path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from tunesmith.base import TrainingError
 
 RECENT = 5
 NOT_FINITE_IN_A_ROW = 8
+LEAST_NORM = 1e-7
+"""A gradient below this has vanished whatever it was at the start: a run may be dead from its first step."""
 FIX = "lower train.learning_rate, lengthen train.warmup, or look at the rows with `tunesmith data show`"
 
 
@@ -22,6 +25,7 @@ class Health:
     Attributes:
         vocabulary: number of tokens of the model; a model that knows nothing has a loss of its logarithm.
         first_loss, first_norm: of the first step, before any update.
+        opening: the first losses; their median is not misled by one easy or hard batch.
         recent: the last losses and gradient norms.
         not_finite: steps in a row whose gradient could not be used.
         skipped: all such steps.
@@ -30,6 +34,7 @@ class Health:
     vocabulary: int = 0
     first_loss: float | None = None
     first_norm: float | None = None
+    opening: list[float] = field(default_factory=list)
     recent: list[tuple[float, float]] = field(default_factory=list)
     not_finite: int = 0
     skipped: int = 0
@@ -52,6 +57,7 @@ class Health:
         self.not_finite = 0
         if self.first_loss is None or self.first_norm is None:
             self.first_loss, self.first_norm = loss, grad_norm
+        self.opening = [*self.opening, loss][:RECENT]
         self.recent = [*self.recent, (loss, grad_norm)][-RECENT:]
         if len(self.recent) == RECENT:
             self._check(f"step {step}", margin=2.0)
@@ -66,15 +72,17 @@ class Health:
 
     def _check(self, moment: str, margin: float) -> None:
         first, norm = self.first_loss or 0.0, self.first_norm or 0.0
-        loss = sum(value for value, _ in self.recent) / len(self.recent)
-        gradient = sum(value for _, value in self.recent) / len(self.recent)
-        if loss > margin * first + 0.5:
+        # Medians, because one spike is no divergence.
+        loss, gradient = (median(values) for values in zip(*self.recent, strict=True))
+        ignorance = math.log(self.vocabulary) if self.vocabulary > 1 else math.inf
+        # A small first batch may be an easy one: against it alone, only a model that knows little has diverged.
+        knows_little = loss > ignorance / 2 or self.vocabulary < 2
+        if loss > margin * median(self.opening) + 0.5 or (loss > margin * first + 0.5 and knows_little):
             raise TrainingError(
                 f"diverged: the loss is {loss:.3g} at {moment}, and was {first:.3g} at the start", fix=FIX
             )
-        ignorance = math.log(self.vocabulary) if self.vocabulary > 1 else math.inf
-        stuck = abs(loss - ignorance) < 0.05 * ignorance and gradient < 1e-3 * norm
-        if stuck and len(self.recent) == RECENT:
+        vanished = gradient <= max(1e-3 * norm, LEAST_NORM)
+        if abs(loss - ignorance) < 0.05 * ignorance and vanished and len(self.recent) == RECENT:
             raise TrainingError(
                 f"collapsed: the loss stands at {loss:.3g}, which is the logarithm of the vocabulary, and the gradient "
                 f"has vanished at {moment}",

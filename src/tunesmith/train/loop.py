@@ -18,7 +18,7 @@ from tunesmith.objectives import TrainingObjective
 from tunesmith.recipe import Plan, TrainSpec
 from tunesmith.train.health import Health
 from tunesmith.train.optim import learning_rate_at, set_learning_rate
-from tunesmith.train.parallel import from_main, sum_gradients, summed
+from tunesmith.train.parallel import anywhere, from_main, sum_gradients, summed
 from tunesmith.train.precision import Precision
 
 RESUME = "continue with --resume"
@@ -148,7 +148,7 @@ def train(
         emit: receives one event per step and evaluation.
 
     Raises:
-        TrainingError: when the run diverged or collapsed; the last checkpoint is from before.
+        TrainingError: when the run diverged or collapsed; the last checkpoint is from before that was noticed.
         Interrupted: after a signal, when a checkpoint has been written.
     """
     plan, spec = job.plan, job.spec
@@ -173,12 +173,14 @@ def train(
         progress.health.observe(number, result.loss, result.grad_norm)
         best = _evaluate_when_due(job, progress, evaluate)
         due = plan.checkpoint_every is not None and number % plan.checkpoint_every == 0
-        stopping = job.stop()
-        if best or due or stopping or number == plan.steps or progress.stopped_early:
+        finished = number == plan.steps or progress.stopped_early
+        if finished:
+            progress.health.conclude()
+        stopping = anywhere(job.stop(), next(job.model.parameters()).device)
+        if best or due or stopping or finished:
             job.save(progress, best)
-        if stopping and number < plan.steps:
+        if stopping and not finished:
             raise Interrupted(f"stopped after step {number} of {plan.steps}; a checkpoint is written", fix=RESUME)
-    progress.health.conclude()
     return progress
 
 

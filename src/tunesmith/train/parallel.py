@@ -58,16 +58,25 @@ def from_main(value: float, device: torch.device) -> float:
     return float(carrier.item())
 
 
+def anywhere(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set on any process, so that all of them act on it at the same step."""
+    return bool(summed(torch.tensor(float(flag), device=device)) > 0)
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up gradients over processes, in one message per dtype. A rank without rows contributes zeros."""
-    if not dist.is_initialized():
-        return
+    """Adds up gradients over processes, in one message per dtype.
+
+    A weight that no row of a process reached has a gradient of zero there. One process does the same, or an optimizer
+    would treat such a weight differently from several.
+    """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    if not dist.is_initialized():
+        return
     grads = [parameter.grad for parameter in trained if parameter.grad is not None]
-    for dtype in {grad.dtype for grad in grads}:
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):
         group = [grad for grad in grads if grad.dtype == dtype]
         flat = torch.cat([grad.reshape(-1) for grad in group])
         dist.all_reduce(flat)

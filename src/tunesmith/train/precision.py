@@ -28,6 +28,9 @@ class Precision:
         self.device_type = (device or torch.device("cpu")).type
         self.casts = autocast and dtype != torch.float32
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=dtype == torch.float16)
+        if self.scaler.is_enabled():
+            # The scale comes to be with the first loss, which a process without rows never sees.
+            self.scaler.scale(torch.zeros((), device=device))
 
     def arithmetic(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device_type, self.dtype) if self.casts else nullcontext()

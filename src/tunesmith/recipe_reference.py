@@ -1,0 +1,98 @@
+"""The reference page of recipes, written from the types themselves."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from tunesmith.data.spec import DataSpec, SourceSpec
+from tunesmith.methods import Full, Lora
+from tunesmith.objectives import Supervised
+from tunesmith.recipe import EarlyStopping, EvaluateSpec, ModelSpec, Recipe, TrainSpec
+
+SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("", Recipe),
+    ("model", ModelSpec),
+    ("data", DataSpec),
+    ("data.train[]", SourceSpec),
+    ("method (kind: lora)", Lora),
+    ("method (kind: full)", Full),
+    ("objective (kind: sft)", Supervised),
+    ("train", TrainSpec),
+    ("train.early_stopping", EarlyStopping),
+    ("evaluate", EvaluateSpec),
+)
+HEAD = """# Recipe reference
+
+Written by `tunesmith recipe --reference`; `tunesmith recipe --schema` prints the same as JSON schema. An unknown key is
+an error. `auto` is resolved by the plan, which says what it became and why.
+"""
+
+
+def recipe_reference() -> str:
+    """Markdown: every field with its type, default and meaning."""
+    parts = [HEAD]
+    for name, model in SECTIONS:
+        parts.append(f"## {f'`{name}`' if name else 'Top level'}\n")
+        parts.append("| key | values | default | meaning |\n|---|---|---|---|")
+        parts += [_line(key, field) for key, field in model.model_fields.items()]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _line(key: str, field: FieldInfo) -> str:
+    values = _values(field.annotation, field.metadata)
+    if field.default_factory is not None:
+        default = "empty"
+    elif field.default is PydanticUndefined:
+        default = "required"
+    elif isinstance(field.default, BaseModel):
+        default = "see below"
+    else:
+        default = f"`{_plain(field.default)}`"
+    meaning = re.sub(r"\s+", " ", field.description or "")
+    return f"| `{key}` | {values} | {default} | {meaning} |".replace("\\n", "\\\\n")
+
+
+def _values(annotation: Any, metadata: list[Any] | None = None) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        inner, *metadata = typing.get_args(annotation)
+        return _values(inner, metadata)
+    if origin is Literal:
+        return " · ".join(f"`{_plain(value)}`" for value in typing.get_args(annotation))
+    if origin in (typing.Union, types.UnionType):
+        return " · ".join(_values(part) for part in typing.get_args(annotation) if part is not type(None))
+    if origin is list:
+        return f"list of {_values(typing.get_args(annotation)[0])}"
+    if origin is dict:
+        return f"mapping to {_values(typing.get_args(annotation)[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "a section"
+    names = {str: "text", int: "whole number", float: "number", bool: "`true` · `false`"}
+    return names.get(annotation, "value") + _bounds(metadata or [])
+
+
+def _bounds(metadata: list[Any]) -> str:
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+    found = [
+        f"{sign} {bound}"
+        for item in metadata
+        for name, sign in signs.items()
+        if (bound := getattr(item, name, None)) is not None
+    ]
+    return f" {', '.join(found)}" if found else ""
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:g}" if isinstance(value, float) else str(value)

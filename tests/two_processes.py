@@ -1,0 +1,130 @@
+"""Run under torchrun by test_step.py: trains tiny models on this process's share, and leaves what came of it.
+
+Run by hand as one process it does the same, so that both ways go through the same lines.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim import SGD
+
+from tiny import random_rows, shake, tiny
+from tunesmith.base import Interrupted
+from tunesmith.methods import Full, Lora, trainable_parameters
+from tunesmith.objectives import Supervised
+from tunesmith.recipe import TrainSpec
+from tunesmith.train.batches import StepBatches
+from tunesmith.train.loop import Job, Progress, step, train
+from tunesmith.train.optim import build_optimizer
+from tunesmith.train.parallel import is_main, join_processes, leave_processes, rank, wait_for_all
+from tunesmith.train.precision import Precision
+
+METHODS: dict[str, Any] = {
+    "full": Full(),
+    "lora": Lora(rank=4),
+    "whole": Lora(rank=4, targets="qv", modules_to_save=["embed_tokens"]),
+}
+LENGTHS = [9, 4, 14, 6, 3, 11, 7]
+BATCH_SIZE, MICRO_BATCH = 5, 2  # five rows are three micro-batches, and the two of the last step are one
+
+
+class Straight:
+    """Rows in their order."""
+
+    def rows(self, start: int, stop: int) -> list[int]:
+        return list(range(start, stop))
+
+
+def step_batches(packed: bool) -> StepBatches:
+    rows: Any = [SimpleNamespace(example=row) for row in random_rows(LENGTHS, weights=(0.5, 1.0, 2.0))]
+    plan: Any = SimpleNamespace(micro_batch=MICRO_BATCH, packing=packed)
+    order: Any = Straight()
+    return StepBatches(rows, order, batch_size=BATCH_SIZE, total_rows=len(LENGTHS), plan=plan)
+
+
+class Unreached(nn.Module):
+    """A weight that no row reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 3))
+
+
+def steps_of(name: str, packed: bool, directory: Path) -> None:
+    """Two optimizer steps, the second with rows for one process only."""
+    model = tiny(tie_word_embeddings=True)
+    METHODS[name].adapt(model)
+    shake(model)
+    if name == "full":
+        model.add_module("unreached", Unreached())
+    # Not Adam: it blows up the rounding of gradients near zero to whole steps.
+    optimizer = SGD(trainable_parameters(model).values(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    batches = step_batches(packed)
+    results = [asdict(step(model, Supervised(), optimizer, batches(at), clip=0.5)) for at in (1, 2)]
+    stem = f"{name}-{packed}-{rank()}"
+    save_file(
+        {key: tensor.detach().clone() for key, tensor in METHODS[name].trained_tensors(model).items()},
+        directory / f"{stem}.safetensors",
+    )
+    (directory / f"{stem}.json").write_text(json.dumps(results))
+
+
+def stop_on_one_process(directory: Path) -> None:
+    """Only the last process is asked to stop; only the main one knows the validation loss."""
+    model = tiny()
+    METHODS["lora"].adapt(model)
+    spec = TrainSpec()
+    plan: Any = SimpleNamespace(
+        steps=6,
+        learning_rate=1e-3,
+        warmup_steps=0,
+        evaluate_every=1,
+        checkpoint_every=None,
+        micro_batch=2,
+        packing=True,
+    )
+    batches, saved = step_batches(True), []
+
+    def save(progress: Progress, best: bool) -> None:
+        saved.append(progress.step)
+        wait_for_all()
+
+    def stop() -> bool:
+        return not is_main() and len(saved) >= 2
+
+    optimizer = build_optimizer(model, spec, 1e-3)
+    job = Job(model, Supervised(), optimizer, Precision(), spec, plan, lambda at: batches(1), save, stop)
+    losses = iter([3.0, 2.0, 2.5])
+    progress, said = Progress(), ""
+    try:
+        train(job, progress, evaluate=lambda at: next(losses) if is_main() else None, emit=lambda event: None)
+    except Interrupted as error:
+        said = error.what
+    found = {"said": said, "saved": saved, "best": [progress.best_step, progress.best_loss]}
+    (directory / f"stop-{rank()}.json").write_text(json.dumps(found))
+
+
+def main(directory: Path) -> None:
+    torch.set_num_threads(1)
+    join_processes(torch.device("cpu"))
+    try:
+        for name in METHODS:
+            for packed in (True, False):
+                steps_of(name, packed, directory)
+        if "--stop" in sys.argv:
+            stop_on_one_process(directory)
+    finally:
+        leave_processes()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
