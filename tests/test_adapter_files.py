@@ -87,6 +87,9 @@ def test_whole_modules_beside_adapters(whole: list[str], overrides: dict[str, An
         merge(again)
         assert_same(logits_of(again), expected, 1e-4)
         assert again.state_dict().keys() == base.state_dict().keys()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["ensure_weight_tying"] is (overrides is TIED)
+    with torch.no_grad():
         again.save_pretrained(tmp_path / "merged")
         assert_same(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()), expected, 1e-4)
     if overrides is TIED and "norm" not in whole[0]:

@@ -32,8 +32,10 @@ def test_merged_equals_adapter_and_is_plain(case: Case, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = logits_of(model)
         merge(model)
+        own_attention = model.config._attn_implementation
         assert_same(logits_of(model), expected, 1e-4)
     assert not lora_layers(model)
+    assert own_attention == "sdpa"
     assert model.state_dict().keys() == base.state_dict().keys()
     assert [name for name, _ in model.named_modules()] == [name for name, _ in base.named_modules()]
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, base.state_dict()[name])}

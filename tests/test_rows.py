@@ -180,7 +180,7 @@ def test_a_mapping_that_names_nothing_is_refused(columns: dict[str, str], key: s
         (["id", "document", "summaries"], "document, id, summaries", "{prompt: document, completion: summaries}"),
         (["Question", "Answer"], "Answer, Question", "{prompt: Question, completion: Answer}"),
         (["query", "sql"], "query, sql", "{prompt: query, completion: sql}"),
-        (["promt", "completion"], "promt; did you mean 'prompt'?", "completion: completion"),
+        (["promt", "completion"], "(promt; did you mean 'prompt'?)", "data.columns"),
         (["a", "b"], "a, b", "{prompt: question, completion: answer}"),
         ([], "(none)", "{prompt: question, completion: answer}"),
     ],

@@ -126,7 +126,19 @@ def check_recipe(values: dict[str, Any], shown: str, lines: dict[str, int] | Non
 
 def recipe_yaml(recipe: Recipe) -> str:
     """The recipe with every setting written out, as it is stored with a run."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts text with Unicode's rarer line ends into double quotes: elsewhere YAML reads them back as plain ones."""
+
+
+def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = '"' if re.search("[\x85\u2028\u2029\ufeff]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text_node)
 
 
 def _collect_lines(node: Any, prefix: str, lines: dict[str, int], shown: str, seen: set[int]) -> None:
@@ -232,7 +244,7 @@ def _explained(error: ValidationError, shown: str, lines: dict[str, int]) -> Inp
     alternatives = [item for item in details if _real_path(item)[0] == path]
     said = dict.fromkeys(_sentence(item) for item in alternatives)
     found = first["input"]
-    shown_value = "nothing" if found is None else _SHORT.repr(found)
+    shown_value = "nothing" if found is None else f"{_SHORT.repr(found):.120}"
     known = [
         text for item in alternatives for text in re.findall(r"'([^']+)'", item.get("ctx", {}).get("expected", ""))
     ]

@@ -61,7 +61,7 @@ def demo_recipe(data: Path, output: Path) -> Recipe:
             "test": str(data / "test.jsonl"),
         },
         "method": {"kind": "lora", "rank": 16},
-        "train": {"steps": 60, "batch_size": 16, "learning_rate": 1e-3, "evaluate_every": 15, "checkpoint_every": 15},
+        "train": {"steps": 40, "batch_size": 16, "learning_rate": 1e-3, "evaluate_every": 10, "checkpoint_every": 20},
         "evaluate": {"rows": 96, "max_new_tokens": 40, "batch_size": 48},
         "output": str(output),
     }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tunesmith.batch import Example, pack
 from tunesmith.engine.generate import Sampling, generate
 from tunesmith.methods.low_rank import lora_layers, merge_layers
-from tunesmith.models.forward import next_token_logits
+from tunesmith.models.forward import next_token_logits, use_default_attention
 
 GREEDY_TOKENS = 32
 KL_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -48,12 +48,13 @@ class MergeCheck:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Folds every LoRA layer into its base weight, in place, and returns the plain model.
+    """Folds every LoRA layer into its base weight, in place, and returns the plain model with its own attention.
 
     Raises:
         InputError: when base weights are quantized.
     """
     merge_layers(model)
+    use_default_attention(model)
     return model
 
 

@@ -102,7 +102,8 @@ def detect_format(columns: Collection[str], where: str, beside: Collection[str] 
     ]
     name = next(iter(exact + (completed if beside else [])), None)
     if name is None:
-        hints = [f"{column}{nearest(column, PARTS)}" for column in sorted(given) if nearest(column, PARTS)]
+        unknown = sorted(given.difference(PARTS))
+        hints = [f"{column}{nearest(column, PARTS)}" for column in unknown if nearest(column, PARTS)]
         raise InputError(
             f"no known format has the columns {', '.join(sorted(given)) or '(none)'}"
             + (f" ({'; '.join(hints)})" if hints else ""),

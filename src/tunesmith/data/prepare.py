@@ -246,7 +246,7 @@ class _Held:
         self.sources.append(described)
         kept, empty = without_empty(rows, self.spec)
         if empty:
-            self.notes.append(f"{_rows(len(empty))} of {path} left out: empty, the first at {empty[0].source}")
+            self.notes.append(f"{_left_out(len(empty), path)}: empty, the first at {empty[0].source}")
         if not kept:
             raise InputError("every row is empty", where=path, fix=f"name another file in data.{role}")
         return kept
@@ -270,7 +270,7 @@ class _Held:
                 fix="name other rows, or a fraction such as 0.1",
             )
         if shared:
-            self.notes.append(f"{_rows(len(shared))} left out of validation, because the test has the same prompts")
+            self.notes.append(f"{_left_out(len(shared), 'validation')}: the test has the same prompts")
 
 
 def _share(value: float, key: str) -> float:
@@ -287,8 +287,8 @@ def _some(rows: list[T]) -> list[T]:
     return rows
 
 
-def _rows(count: int) -> str:
-    return "1 row was" if count == 1 else f"{count} rows were"
+def _left_out(count: int, where: str) -> str:
+    return f"1 row of {where} was left out" if count == 1 else f"{count} rows of {where} were left out"
 
 
 def _rendered(rows: list[Row], renderer: Renderer, label: str, progress: Progress) -> list[Rendered]:
@@ -321,5 +321,5 @@ def _fitting(items: list[Rendered], limit: int, spec: DataSpec, *, role: str, no
             f"no {role} row fits into the model's {limit} positions", where=f"data.{role}", fix="name shorter rows"
         )
     if errors.count:
-        notes.append(f"{_rows(errors.count)} left out of {role}: too long for the model, the first at {errors.first}")
+        notes.append(f"{_left_out(errors.count, role)}: too long for the model, the first at {errors.first}")
     return kept

@@ -298,12 +298,14 @@ class Renderer:
 
     def _continuation(self, ids: list[int], done: str, piece: str) -> list[int]:
         """Token ids that spell ``piece`` after ``ids``."""
-        wanted = {self._decoded(self._encoded(done + piece)), self._decoded(ids) + piece}
+        before, whole = self._decoded(ids), self._decoded(self._encoded(done + piece))
         for anchor in ANCHORS:
             head = self._encoded(anchor) if anchor else []
             both = self._encoded(anchor + piece)
             found = both[len(head) :]
-            if both[: len(head)] == head and self._decoded([*ids, *found]) in wanted:
+            spelled = self._decoded([*ids, *found])
+            same = spelled == whole or (spelled.startswith(before) and _spells(spelled[len(before) :], piece))
+            if both[: len(head)] == head and same:
                 return found
         raise BadRow("the answer cannot be tokenized apart from its prompt")
 
@@ -348,6 +350,15 @@ def _any_of(tokens: dict[str, int]) -> re.Pattern[str]:
 
 def _folded(text: str) -> str:
     return "".join(text.split())
+
+
+def _spells(decoded: str, piece: str) -> bool:
+    """Whether both are the same text; some tokenizers put a blank of their own behind every control token."""
+
+    def lead(text: str) -> str:
+        return text[: len(text) - len(text.lstrip())]
+
+    return _folded(decoded) == _folded(piece) and lead(decoded) == lead(piece)
 
 
 def _rewritten(index: int, last: int) -> str:

@@ -66,7 +66,7 @@ class Row:
         if not self.messages:
             return [self.text]
         tools = [json.dumps(tool, sort_keys=True, default=str) for tool in self.tools]
-        return tools + [f"{m['role']}:{m['content']}:{m.get('tool_calls', '')}" for m in messages]
+        return tools + [str(part) for m in messages for part in (m["role"], m["content"], m.get("tool_calls", ""))]
 
 
 def to_rows(

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tunesmith.base import InputError, TrainingError, TunesmithError
-from tunesmith.evaluate.answers import Judging, judge, mean_nll
-from tunesmith.evaluate.compare import metric_rows
+from tunesmith.evaluation.answers import Judging, judge, mean_nll
+from tunesmith.evaluation.compare import metric_rows
 from tunesmith.files import committed_directory
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import Progress as ShowProgress

@@ -17,8 +17,8 @@ from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.render import Renderer
 from tunesmith.data.spec import DataSpec
 from tunesmith.engine.generate import Generation, Sampling, generate
-from tunesmith.evaluate.answers import Judged, Judging, judge
-from tunesmith.evaluate.compare import choose_metrics, compare_metrics, metric_rows
+from tunesmith.evaluation.answers import Judged, Judging, judge
+from tunesmith.evaluation.compare import choose_metrics, compare_metrics, metric_rows
 from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.method import read_adapter_config
 from tunesmith.metrics import bootstrap

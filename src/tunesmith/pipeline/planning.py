@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from tunesmith.base import InputError
 from tunesmith.data.prepare import Prepared, prepare, source_specs
 from tunesmith.data.render import Renderer
-from tunesmith.evaluate.compare import choose_metrics
+from tunesmith.evaluation.compare import choose_metrics
 from tunesmith.models.load import Progress, end_of_turn_ids, load_tokenizer, locate_model, read_config, silent
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.templates import resolve_template

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from tunesmith.batch import Example, pack
 from tunesmith.data.render import Rendered
 from tunesmith.engine.generate import Sampling, generate
+from tunesmith.models.forward import use_attention
 from tunesmith.models.load import Progress
 from tunesmith.objectives.logps import token_logps
 
@@ -101,7 +102,7 @@ def prompt_text(row: Rendered) -> str:
 def row_nlls(model: nn.Module, examples: Sequence[Example], *, packed: bool, progress: Progress) -> list[float]:
     """Negative log-likelihood of each row's targets, in nats, in the order given."""
     device = next(model.parameters()).device
-    was_training = model.training
+    was_training, attention = model.training, cast(Any, model).config._attn_implementation
     model.eval()
     sums = [0.0] * len(examples)
     order = sorted(range(len(examples)), key=lambda at: len(examples[at]))
@@ -118,6 +119,7 @@ def row_nlls(model: nn.Module, examples: Sequence[Example], *, packed: bool, pro
                 for at, total in zip(chosen, totals.tolist(), strict=True):
                     sums[at] = -total
     finally:
+        use_attention(model, attention)  # attention over segments knows no call without them
         model.train(was_training)
     progress("scoring", len(order), len(order))
     return sums

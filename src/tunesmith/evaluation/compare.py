@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunesmith.base import InputError
-from tunesmith.evaluate.answers import Judged
+from tunesmith.evaluation.answers import Judged
 from tunesmith.metrics import METRICS, RowStatistics, metric, paired_bootstrap, perplexity_rows
 from tunesmith.recipe import EvaluateSpec
 
