@@ -51,6 +51,7 @@ def test_what_we_save_peft_loads(case: Case, tmp_path: Path) -> None:
         assert_same(logits_of(again), expected)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "somewhere/base"
+    assert config["fan_in_fan_out"] is (case.model_type == "gpt2" and "head" not in case.name)
     loaded.save(again, tmp_path / "second", base="somewhere/base")
     one, two = (load_file(path / "adapter_model.safetensors") for path in (tmp_path, tmp_path / "second"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from chat_templates import FAMILIES, IM, Family, Kind, published, tokenizer
+from chat_templates import FAMILIES, IM, MISTRAL, Family, Kind, published, tokenizer
 from conftest import build_tokenizer
 from tunesmith.base import InputError
 from tunesmith.batch import Source
@@ -218,6 +218,11 @@ def test_a_named_template_whose_tokens_the_vocabulary_lacks_is_refused() -> None
 SECOND = conversation(*TURNS)
 ROW_REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "order of roles": (published("gemma"), conversation(*TURNS[:2], system="Be brief"), "System role not supported"),
+    "another order of roles": (
+        MISTRAL,
+        conversation(*TURNS[:2], system="Be brief"),
+        "refuses this conversation: Conversation roles must alternate",
+    ),
     "error in the template": ("{{ messages[0].content + 5 }}<|im_end|>", conversation(*TURNS[:2]), "refuses this"),
     "endless": ("{% for i in range(10**10) %}x{% endfor %}", conversation(*TURNS[:2]), "refuses this conversation"),
     "divides by zero": ("{{ 1 / 0 }}", conversation(*TURNS[:2]), "refuses this conversation"),

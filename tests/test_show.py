@@ -78,7 +78,7 @@ def test_text_is_whole_and_readable_without_colour(
     first = text.split("rows.jsonl:1: ")[1].split("\n\n")[0]
     assert "Sag 日本語 🙂👩‍👩‍👧<|im_end|>↵\n<|im_start|>assistant↵\n⟦é́ ﷽ 🇩🇪 né<|im_end|>⟧↵" in first
     second = text.split("rows.jsonl:2: ")[1].split("\n\n")[0]
-    assert "tab\tand␍↵\nbell␇␛[31m red" in second and "⟦line↵\nbreak<|im_end|>⟧" in second
+    assert "tab⇥" in second and "and␍↵\nbell␇␛[31m red" in second and "⟦line↵\nbreak<|im_end|>⟧" in second
     long = text.split("rows.jsonl:7: ")[1]
     assert long.count("⟦") == long.count("⟧") == 1 and long.rstrip().endswith("⟫") and "⟧⟪" in long
     of = AutoTokenizer.from_pretrained(tiny_model)

@@ -115,7 +115,7 @@ def _line(tokens: list[dict[str, Any]]) -> Text:
             line.append(MARKS[state][1], STYLES[state])
             line.append(MARKS[token["state"]][0], STYLES[token["state"]])
             state = token["state"]
-        seen = token["text"].translate(CONTROL_PICTURES).replace("\n", "↵\n")
+        seen = token["text"].translate(CONTROL_PICTURES).replace("\t", "⇥\t").replace("\n", "↵\n")
         if token["special"]:
             line.append(f"{marks[0]}{seen}{marks[1]}", STYLES[state] + " reverse")
         else:
