@@ -1,6 +1,6 @@
 """Trains the recipes of this folder on real data and writes what their reports say.
 
-    python bench/first_tasks.py DATA [--out docs/results/first-tasks.md]
+    python bench/first_tasks.py DATA [--only wikisql] [--out docs/results/first-tasks.md]
 
 DATA is a directory with `sql_wikisql_mlx` and `sum_scitldr`. Runs that are finished already are only read.
 """
@@ -20,7 +20,7 @@ from tunesmith.run import Run
 HERE = Path(__file__).parent
 HEAD = """# First tasks
 
-Two public data sets, the demo model (SmolLM2-135M-Instruct), LoRA with the defaults; written by
+Public data, the demo model (SmolLM2-135M-Instruct), LoRA with the defaults; written by
 `python bench/first_tasks.py DATA`, recipes in `bench/recipes/`. Two cores without a GPU, arithmetic in bf16. Intervals
 are 95 % paired bootstraps over the held-out rows, for one seed.
 """
