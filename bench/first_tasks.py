@@ -75,11 +75,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/results/first-tasks.md"))
+    parser.add_argument("--only", help="one of the recipes, by its name")
     given = parser.parse_args()
-    parts = [
-        HEAD,
-        *(section(recipe.stem, run_recipe(recipe, given.data)) for recipe in sorted(HERE.glob("recipes/*.yaml"))),
-    ]
+    recipes = sorted(HERE.glob(f"recipes/{given.only or '*'}.yaml"))
+    parts = [HEAD, *(section(recipe.stem, run_recipe(recipe, given.data)) for recipe in recipes)]
     given.out.write_text("\n".join(parts), encoding="utf-8")
     print(given.out)
 
