@@ -79,6 +79,7 @@ def main() -> None:
     given = parser.parse_args()
     recipes = sorted(HERE.glob(f"recipes/{given.only or '*'}.yaml"))
     parts = [HEAD, *(section(recipe.stem, run_recipe(recipe, given.data)) for recipe in recipes)]
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text("\n".join(parts), encoding="utf-8")
     print(given.out)
 
