@@ -132,7 +132,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(kind: str, tiny_model: Path, row
         "    if event.get('event') == 'step' and event['step'] == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
         "finetune(check_recipe(json.load(open(sys.argv[1])), 'test'), watcher=Watcher(event=kill))\n"
     )
-    died = subprocess.run([sys.executable, "-c", script, str(tmp_path / "recipe.json")], capture_output=True)
+    # Another number of threads sums in another order; the child must have as many as this process.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", script, str(tmp_path / "recipe.json")]
+    died = subprocess.run(command, capture_output=True, env=environment)
     assert died.returncode == -signal.SIGKILL
     assert (tmp_path / "killed" / "run.lock").exists()
     resumed = finetune(check_recipe(values, "test"), resume=True)

@@ -150,7 +150,7 @@ def _train(work: _Work, emit: Emit) -> dict[str, Any]:
     method.adapt(model)
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    casts = method.kind == "full" or bool(getattr(method, "modules_to_save", []))
+    casts = method.kind == "full" or bool(getattr(method, "modules_to_save", [])) or plan.dtype != plan.frozen_dtype
     precision = Precision(DTYPES[plan.dtype], planned.hardware.device, autocast=casts)
     optimizer = build_optimizer(model, recipe.train, plan.learning_rate)
     checkpoints = Checkpoints(run.checkpoints, recipe.train.keep)

@@ -72,7 +72,6 @@ def resolve(
     dtype, frozen_dtype = _dtypes(recipe, hardware, decided)
     steps, epochs = _length(recipe, workload, decided)
     fit = _Fit(workload, hardware, dtype, frozen_dtype)
-    fit = _Fit(workload, hardware, dtype, frozen_dtype)
     micro_batch, checkpointing, memory = _fit(recipe, adapted, shape, fit, decided)
     every = max(1, math.ceil(steps / 10))
     has_validation = recipe.data.validation is not None
