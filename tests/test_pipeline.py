@@ -33,7 +33,8 @@ def recipe_values(tiny: Path, rows: Path, output: Path, /, **sections: Any) -> d
         "output": str(output),
     }
     for name, value in sections.items():
-        values[name] = {**values[name], **value} if isinstance(value, dict) and name in values else value
+        before = values.get(name)
+        values[name] = {**before, **value} if isinstance(value, dict) and isinstance(before, dict) else value
     return values
 
 
@@ -293,6 +294,14 @@ def test_sigterm_commits_and_resumes(tiny_model: Path, rows_file: Path, tmp_path
     run = Run.open(tmp_path / "run")
     assert run.events()[-1]["event"] == "interrupted"
     assert list(run.checkpoints.iterdir()) and not (run.path / "run.lock").exists()
+
+
+def test_a_recipe_made_in_python_gets_a_directory_with_a_real_name(
+    tiny_model: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = run_job(tiny_model, rows_file, Path("runs/{name}"))
+    assert run.path == Path("runs/run") and not (tmp_path / "runs" / "{name}").exists()
 
 
 def test_two_runs_cannot_share_a_directory(finished: Run) -> None:

@@ -173,7 +173,8 @@ class Recipe(Spec):
     """How the result is proven; `off` skips it, and the report says so."""
     gate: Gate = Field(default_factory=dict)
     output: str = "runs/{name}"
-    """Directory of the run. `{name}` becomes the recipe's file name. An existing run is never overwritten."""
+    """Directory of the run. `{name}` becomes the recipe's file name (`run` for a recipe made in
+    Python). An existing run is never overwritten."""
     seed: NonNegativeInt = 0
     """Seed of every random choice: splits, order, initial weights, dropout, bootstrap."""
 

@@ -63,6 +63,8 @@ def finetune(recipe: Recipe, *, resume: bool = False, watcher: Watcher | None = 
         Interrupted: after Ctrl-C or SIGTERM; the run can be resumed.
     """
     watcher = watcher or Watcher()
+    # A recipe that was made in Python has no file whose name its run could take.
+    recipe = recipe.model_copy(update={"output": recipe.output.replace("{name}", "run")})
     path = Path(recipe.output)
     if resume and (path / REPORT).is_file():
         return Run.open(path)

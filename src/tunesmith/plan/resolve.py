@@ -160,7 +160,10 @@ def _dtypes(recipe: Recipe, hardware: Hardware, decided: Decisions) -> tuple[DTY
                 fix="remove it; train.dtype chooses the arithmetic",
             )
         return dtype, "fp32"
-    return dtype, cast(DTYPE, decided.settle("model.dtype", recipe.model.dtype, dtype, "follows train.dtype"))
+    frozen_dtype = cast(DTYPE, decided.settle("model.dtype", recipe.model.dtype, dtype, "follows train.dtype"))
+    if dtype == "fp32" and frozen_dtype != dtype:
+        decided.notes.append(f"frozen weights are kept in {frozen_dtype}, and their products are computed in it too")
+    return dtype, frozen_dtype
 
 
 def _length(recipe: Recipe, workload: Workload, decided: Decisions) -> tuple[int, float]:
