@@ -73,37 +73,10 @@ def resolve(
     steps, epochs = _length(recipe, workload, decided)
     fit = _Fit(workload, hardware, dtype, frozen_dtype)
     micro_batch, checkpointing, memory = _fit(recipe, adapted, shape, fit, decided)
-    every = max(1, math.ceil(steps / 10))
-    has_validation = recipe.data.validation is not None
-    evaluate_every = decided.settle(
-        "train.evaluate_every",
-        recipe.train.evaluate_every,
-        every if has_validation else "off",
-        "ten times a run" if has_validation else "there are no validation rows",
-    )
-    checkpoint_every = decided.settle(
-        "train.checkpoint_every",
-        recipe.train.checkpoint_every,
-        min(every, 500),
-        "ten times a run",
-    )
-    warmup = recipe.train.warmup
-    judging = recipe.evaluate
-    max_new = (
-        16
-        if judging == "off"
-        else decided.settle(
-            "evaluate.max_new_tokens",
-            judging.max_new_tokens,
-            max(16, math.ceil(1.5 * judged.longest_answer)),
-            f"one and a half times the longest reference answer ({judged.longest_answer} tokens)",
-        )
-    )
-    if judging != "off":
-        decided.settle(
-            "evaluate.metrics", judging.metrics if judging.metrics == "auto" else "", judged.metrics, judged.why
-        )
+    evaluate_every, checkpoint_every = _intervals(recipe, steps, decided)
+    max_new = _longest_answer(recipe, judged, decided)
     decided.settle("data.max_length", recipe.data.max_length, max_length, "the longest row")
+    warmup = recipe.train.warmup
     return Plan(
         device=str(hardware.device),
         dtype=dtype,
@@ -125,8 +98,8 @@ def resolve(
             recipe.method.default_learning_rate,
             f"the default for method {recipe.method.kind}",
         ),
-        evaluate_every=None if evaluate_every == "off" else evaluate_every,
-        checkpoint_every=None if checkpoint_every == "off" else checkpoint_every,
+        evaluate_every=evaluate_every,
+        checkpoint_every=checkpoint_every,
         max_length=max_length,
         max_new_tokens=max_new,
         metrics=judged.metrics,
@@ -137,6 +110,36 @@ def resolve(
         resolved=decided.made,
         notes=decided.notes,
     )
+
+
+def _intervals(recipe: Recipe, steps: int, decided: Decisions) -> tuple[int | None, int | None]:
+    """Steps between validations and between checkpoints; None is never."""
+    every = max(1, math.ceil(steps / 10))
+    validates = recipe.data.validation is not None
+    evaluate_every = decided.settle(
+        "train.evaluate_every",
+        recipe.train.evaluate_every,
+        every if validates else "off",
+        "ten times a run" if validates else "there are no validation rows",
+    )
+    checkpoint_every = decided.settle(
+        "train.checkpoint_every", recipe.train.checkpoint_every, min(every, 500), "ten times a run"
+    )
+    return None if evaluate_every == "off" else evaluate_every, None if checkpoint_every == "off" else checkpoint_every
+
+
+def _longest_answer(recipe: Recipe, judged: Judged, decided: Decisions) -> int:
+    """New tokens that an answer may have; the metrics are settled with it."""
+    if recipe.evaluate == "off":
+        return 16
+    longest = decided.settle(
+        "evaluate.max_new_tokens",
+        recipe.evaluate.max_new_tokens,
+        max(16, math.ceil(1.5 * judged.longest_answer)),
+        f"one and a half times the longest reference answer ({judged.longest_answer} tokens)",
+    )
+    decided.settle("evaluate.metrics", recipe.evaluate.metrics, judged.metrics, judged.why)
+    return longest
 
 
 def _parameters(adapted: nn.Module) -> Parameters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunesmith.recipe_import import common
+from tunesmith.recipe_import import trainer_settings
 from tunesmith.recipe_import.axolotl_data import data
 from tunesmith.recipe_import.axolotl_rest import REST
 from tunesmith.recipe_import.job import LOUD, Entry, Job, same
@@ -131,7 +131,7 @@ def _precision(job: Job) -> None:
 
 def _batch(job: Job) -> None:
     total = job.whole("batch_size", least=1)
-    common.batch(job, "micro_batch_size", "gradient_accumulation_steps", usual=1)
+    trainer_settings.batch(job, "micro_batch_size", "gradient_accumulation_steps", usual=1)
     if total is None:
         return
     if job.get("gradient_accumulation_steps") is not None:
@@ -158,18 +158,18 @@ def _packing(job: Job) -> None:
 
 
 def _evaluation(job: Job) -> None:
-    common.hold_back(job, "val_set_size")
-    common.evaluations(job, "eval_strategy", "evaluation_strategy")
+    trainer_settings.hold_back(job, "val_set_size")
+    trainer_settings.evaluations(job, "eval_strategy", "evaluation_strategy")
     for key, to in (("evals_per_epoch", "train.evaluate_every"), ("saves_per_epoch", "train.checkpoint_every")):
         if job.get(key) is not None:
             job.say(key, "ignored", to, "steps of an epoch are not known before the run: `auto` is ten times a run")
-    common.checkpoints(job)
-    common.early_stopping(job, "early_stopping_patience")
+    trainer_settings.checkpoints(job)
+    trainer_settings.early_stopping(job, "early_stopping_patience")
     asked = job.flag("load_best_model_at_end")
     job.say("load_best_model_at_end", "translated", "train.best")
     wanted = (asked or job.get("early_stopping_patience") is not None) and _checkpoints_are_evaluated(job)
     why = "axolotl keeps the last weights unless asked for the best with save_steps a multiple of eval_steps"
-    common.best(job, wanted=wanted, why=why)
+    trainer_settings.best(job, wanted=wanted, why=why)
 
 
 def _checkpoints_are_evaluated(job: Job) -> bool:
@@ -186,7 +186,7 @@ def _length(job: Job) -> None:
         job.put("train.steps", job.whole("max_steps"), "max_steps")
     else:
         job.say("max_steps", "ignored", note="no limit")
-    common.epochs(job, "num_epochs", usual=1.0)
+    trainer_settings.epochs(job, "num_epochs", usual=1.0)
 
 
 def _rate(job: Job) -> None:
@@ -195,9 +195,9 @@ def _rate(job: Job) -> None:
         job.defaults.append("train.learning_rate: auto (axolotl requires learning_rate and would refuse this file)")
     else:
         job.put("train.learning_rate", value, "learning_rate")
-    common.schedule(job, "lr_scheduler", "cosine")
+    trainer_settings.schedule(job, "lr_scheduler", "cosine")
     why = "3% of the steps; axolotl stops at 100 steps, so for more than 3333 steps set train.warmup: 100"
-    common.warmup(job, "lr_scheduler", 0.03, why, zero_steps_count=True)
+    trainer_settings.warmup(job, "lr_scheduler", 0.03, why, zero_steps_count=True)
 
 
 def _checkpointing(job: Job) -> None:
@@ -310,14 +310,14 @@ TABLE: tuple[Entry, ...] = (
         _rate,
     ),
     same("weight_decay", "train.weight_decay", Job.number),
-    Entry(("max_grad_norm",), "train.clip", "0 is off; 1 when absent", common.clip),
+    Entry(("max_grad_norm",), "train.clip", "0 is off; 1 when absent", trainer_settings.clip),
     Entry(
         ("optimizer",),
         "train.optimizer",
         "AdamW of any make, with 8-bit states or without",
-        lambda job: common.optimizer(job, "optimizer"),
+        lambda job: trainer_settings.optimizer(job, "optimizer"),
     ),
-    Entry(tuple(common.ADAM), "", "no counterpart unless it is AdamW's usual value", common.adam),
+    Entry(tuple(trainer_settings.ADAM), "", "no counterpart unless it is AdamW's usual value", trainer_settings.adam),
     Entry(("bf16", "fp16", "bfloat16", "float16", "float32"), "train.dtype", "bf16 wins; auto when absent", _precision),
     Entry(("gradient_checkpointing",), "train.gradient_checkpointing", "as it is", _checkpointing),
     Entry(

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.base import nearest
-from tunesmith.recipe_import.common import DataSource, put_data
 from tunesmith.recipe_import.job import LOUD, Job
+from tunesmith.recipe_import.trainer_settings import DataSource, put_data
 
 FILE_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".bz2", ".xz", ".zst", ".arrow")
 LOADERS = ("json", "csv", "parquet", "text", "arrow")

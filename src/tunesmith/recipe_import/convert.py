@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from tunesmith.base import InputError, nearest
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_import import axolotl, llamafactory
-from tunesmith.recipe_import.common import closing
 from tunesmith.recipe_import.job import LOUD, Entry, ImportedKey, Job
 from tunesmith.recipe_import.keys import Found, read_keys
+from tunesmith.recipe_import.trainer_settings import closing
 
 Source = Literal["axolotl", "llamafactory"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tunesmith.recipe_import import common
+from tunesmith.recipe_import import trainer_settings
 from tunesmith.recipe_import.job import LOUD, Entry, Job, same
 from tunesmith.recipe_import.llamafactory_data import data, length, template
 from tunesmith.recipe_import.llamafactory_rest import REST
@@ -103,7 +103,7 @@ def _length(job: Job) -> None:
         job.say("num_train_epochs", "ignored", note="max_steps wins over it")
         return
     job.say("max_steps", "ignored", note="no limit")
-    common.epochs(job, "num_train_epochs", usual=3.0)
+    trainer_settings.epochs(job, "num_train_epochs", usual=3.0)
 
 
 def _rate(job: Job) -> None:
@@ -112,8 +112,8 @@ def _rate(job: Job) -> None:
         job.default("train.learning_rate", 5e-5, "learning_rate is absent")
     else:
         job.put("train.learning_rate", value, "learning_rate")
-    common.schedule(job, "lr_scheduler_type", "linear")
-    common.warmup(
+    trainer_settings.schedule(job, "lr_scheduler_type", "linear")
+    trainer_settings.warmup(
         job, "lr_scheduler_type", 0, "warmup_steps and warmup_ratio are absent: no warmup", zero_steps_count=False
     )
 
@@ -168,13 +168,15 @@ def _checkpointing(job: Job) -> None:
 
 
 def _evaluation(job: Job) -> None:
-    common.hold_back(job, "val_size")
-    common.evaluations(job, "eval_strategy", "evaluation_strategy")
-    common.checkpoints(job)
-    common.early_stopping(job, "early_stopping_steps")
+    trainer_settings.hold_back(job, "val_size")
+    trainer_settings.evaluations(job, "eval_strategy", "evaluation_strategy")
+    trainer_settings.checkpoints(job)
+    trainer_settings.early_stopping(job, "early_stopping_steps")
     wanted = job.flag("load_best_model_at_end")
     job.say("load_best_model_at_end", "translated", "train.best")
-    common.best(job, wanted=bool(wanted), why="the last weights are the result unless load_best_model_at_end is on")
+    trainer_settings.best(
+        job, wanted=bool(wanted), why="the last weights are the result unless load_best_model_at_end is on"
+    )
 
 
 def _logs(job: Job) -> None:
@@ -223,7 +225,7 @@ TABLE: tuple[Entry, ...] = (
         ("per_device_train_batch_size", "gradient_accumulation_steps"),
         "train.batch_size, train.micro_batch",
         "rows × accumulation = rows of a step, for one process; 8 and 1 when absent",
-        lambda job: common.batch(job, "per_device_train_batch_size", "gradient_accumulation_steps", usual=8),
+        lambda job: trainer_settings.batch(job, "per_device_train_batch_size", "gradient_accumulation_steps", usual=8),
     ),
     Entry(("packing", "neat_packing"), "train.packing", "as it is, but their batch counts packed sequences", _packing),
     Entry(
@@ -233,14 +235,14 @@ TABLE: tuple[Entry, ...] = (
         _rate,
     ),
     same("weight_decay", "train.weight_decay", Job.number),
-    Entry(("max_grad_norm",), "train.clip", "0 is off; 1 when absent", common.clip),
+    Entry(("max_grad_norm",), "train.clip", "0 is off; 1 when absent", trainer_settings.clip),
     Entry(
         ("optim",),
         "train.optimizer",
         "AdamW of any make, with 8-bit states or without",
-        lambda job: common.optimizer(job, "optim"),
+        lambda job: trainer_settings.optimizer(job, "optim"),
     ),
-    Entry(tuple(common.ADAM), "", "no counterpart unless it is AdamW's usual value", common.adam),
+    Entry(tuple(trainer_settings.ADAM), "", "no counterpart unless it is AdamW's usual value", trainer_settings.adam),
     Entry(("bf16", "fp16", "pure_bf16"), "train.dtype", "as it is; auto when absent", _precision),
     Entry(
         ("disable_gradient_checkpointing", "gradient_checkpointing"),

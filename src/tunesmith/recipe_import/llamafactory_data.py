@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.base import InputError, nearest
-from tunesmith.recipe_import.common import DataSource, put_data
 from tunesmith.recipe_import.job import LOUD, Job
+from tunesmith.recipe_import.trainer_settings import DataSource, put_data
 
 INFO = "dataset_info.json"
 ALPACA_PARTS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
