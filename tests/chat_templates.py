@@ -81,6 +81,13 @@ MISTRAL = (
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 
+DEEPSEEK_V3 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
+    "{% else %}{{ '<｜Assistant｜>' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -90,6 +97,9 @@ class Family:
         header: what stands between a question and its answer.
         ending: what closes an answer, and is trained on with it.
         lead: what an answer opens with besides what is said; trained on.
+        rewrites: whether an earlier answer is written in another way than the last one.
+        closes: whether the template itself closes the last answer, and not the turn after it.
+        stops: tokens besides the end-of-text at which the model's generation stops.
     """
 
     template: str
@@ -100,6 +110,13 @@ class Family:
     lead: str = ""
     kind: Kind = "bytes"
     rstrip: bool = False
+    rewrites: bool = False
+    closes: bool = True
+    stops: tuple[str, ...] = ()
+
+    def stop_ids(self) -> set[int]:
+        """What the model's generation settings would list."""
+        return set(self.tokenizer().convert_tokens_to_ids([self.eos, *self.stops]))
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return tokenizer(self.controls, self.bos, self.eos, self.template, self.kind, self.rstrip)
@@ -110,6 +127,9 @@ LLAMA_3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|e
 GEMMA = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
 PHI_3 = ("<s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
 SENTENCEPIECE = ("<s>", "</s>")
+DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
+GLM_4 = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|endoftext|>")
+HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>")
 
 FAMILIES: dict[str, Family] = {
     "chatml": Family(NAMED_TEMPLATES["chatml"], IM, None, "<|im_end|>", "<|im_end|>"),
@@ -123,5 +143,31 @@ FAMILIES: dict[str, Family] = {
     "gemma-named": Family(NAMED_TEMPLATES["gemma"], GEMMA, "<bos>", "<eos>", "<end_of_turn>"),
     "phi-3": Family(published("phi3"), PHI_3, "<s>", "<|endoftext|>", "<|end|>", kind="llama-2", rstrip=True),
     "zephyr": Family(NAMED_TEMPLATES["zephyr"], SENTENCEPIECE, "<s>", "</s>", "</s>", kind="llama-2"),
-    "qwen3": Family(published("qwen3"), IM, None, "<|im_end|>", "<|im_end|>", lead="<think>\n\n</think>\n\n"),
+    "qwen2.5": Family(published("qwen2_5"), IM, None, "<|im_end|>", "<|im_end|>"),
+    "qwen3": Family(
+        published("qwen3"), IM, None, "<|im_end|>", "<|im_end|>", lead="<think>\n\n</think>\n\n", rewrites=True
+    ),
+    "deepseek-v3": Family(DEEPSEEK_V3, DEEPSEEK, DEEPSEEK[0], DEEPSEEK[1], DEEPSEEK[1]),
+    "glm-4": Family(
+        published("glm4moe"),
+        GLM_4,
+        None,
+        "<|user|>",
+        "<|user|>",
+        lead="\n<think></think>\n",
+        closes=False,
+        stops=("<|observation|>",),
+    ),
+    "gpt-oss": Family(
+        published("gptoss"),
+        HARMONY,
+        None,
+        "<|return|>",
+        "<|return|>",
+        lead="<|channel|>final<|message|>",
+        rewrites=True,
+    ),
 }
+
+KEEPING = [name for name, family in FAMILIES.items() if not family.rewrites]
+"""Families in which every answer can be trained on as the model would give it."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "TUNESMITH_DATA_CACHE" not in os.environ:
+    os.environ["TUNESMITH_DATA_CACHE"] = tempfile.mkdtemp(prefix="tunesmith-data-")
+    atexit.register(shutil.rmtree, os.environ["TUNESMITH_DATA_CACHE"], ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; threads that wait for each other across them are many times slower.

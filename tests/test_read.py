@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import os
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -16,33 +17,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reading import JSONL, ROWS, fields, lines, refusal, write
 from tunesmith.base import InputError
-from tunesmith.data.read import SHOWN_ERRORS, read_records
+from tunesmith.data.read import Reading, open_records
+from tunesmith.data.record import SHOWN_ERRORS, RowErrors
+from tunesmith.data.rows import open_rows
 
-ROWS = [{"prompt": "Say hé", "completion": "HÉ"}, {"prompt": 'with "quotes", commas\nand lines', "completion": "x"}]
-
-
-def write(path: Path, content: str | bytes) -> str:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(path)
-
-
-def fields(path: str) -> list[dict[str, Any]]:
-    return [record.fields for record in read_records(path)]
-
-
-def lines(path: str) -> list[int]:
-    return [record.source.line for record in read_records(path)]
-
-
-def refusal(path: str) -> InputError:
-    with pytest.raises(InputError) as caught:
-        read_records(path)
-    assert caught.value.fix, "every error says what to do"
-    return caught.value
-
-
-JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 CSV = 'prompt,completion\nSay hé,HÉ\n"with ""quotes"", commas\nand lines",x\n'
 
 
@@ -113,10 +93,23 @@ def test_class_labels_are_read_by_their_names(tmp_path: Path) -> None:
 
 def test_a_directory_with_several_splits_is_named_by_split(tmp_path: Path) -> None:
     data = Dataset.from_list([{"a": 1}])
-    DatasetDict({"train": data, "test": data}).save_to_disk(str(tmp_path / "saved"))
+    other = Dataset.from_list([{"a": 2}])
+    DatasetDict({"dev": data, "test": other}).save_to_disk(str(tmp_path / "saved"))
     error = refusal(f"{tmp_path / 'saved'}/")
-    assert "several splits: train, test" in error.what and error.fix
+    assert "several splits: dev, test, and no 'train'" in error.what and error.fix
     assert fields(error.fix.split()[-1]) == [{"a": 1}]
+    assert fields(str(tmp_path / "saved"), split="test") == [{"a": 2}]
+    assert "did you mean 'dev'?" in refusal(str(tmp_path / "saved"), split="deev").what
+    assert "there is no 'dev' in it" in refusal(str(tmp_path / "saved" / "dev"), split="dev").what
+
+
+def test_the_split_train_is_read_unless_another_is_named(tmp_path: Path) -> None:
+    splits = {name: Dataset.from_list([{"text": name}]) for name in ("test", "train")}
+    DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    stream = open_records(Reading(str(tmp_path / "saved")), RowErrors())
+    assert [record.fields for record in stream] == [{"text": "train"}]
+    assert stream.notes == [f"{tmp_path / 'saved'}: read the split 'train', not test"]
+    assert open_records(Reading(str(tmp_path / "saved"), split="test"), RowErrors()).notes == []
 
 
 def test_broken_lines_are_all_counted_and_the_first_twenty_shown(tmp_path: Path) -> None:
@@ -127,6 +120,7 @@ def test_broken_lines_are_all_counted_and_the_first_twenty_shown(tmp_path: Path)
     assert shown[0].startswith(f"{path}:2: not JSON: ") and "column" in shown[0]
     assert len(shown) == SHOWN_ERRORS + 2
     assert shown[-2:] == ["… and 6 more", "26 rows are wrong"]
+    assert error.fix == "every line of a JSONL file is one JSON object", "said once, not 26 times"
 
 
 @pytest.mark.parametrize(
@@ -178,12 +172,61 @@ def test_one_object_is_one_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
-@pytest.mark.parametrize(("encoding", "shown"), [("latin-1", "0xe9"), ("utf-16", "0xff")])
+@pytest.mark.parametrize(("encoding", "shown"), [("latin-1", "0xe9"), ("cp437", "0x82")])
 def test_another_encoding_is_named_with_its_line(name: str, encoding: str, shown: str, tmp_path: Path) -> None:
-    error = refusal(write(tmp_path / name, 'a,b\n1,2\n3,"é"\n'.encode(encoding)))
-    assert error.what == f"not UTF-8: byte {shown}"
-    assert error.where == f"{tmp_path / name}:{3 if encoding == 'latin-1' else 1}"
+    body = '{"a": 1}\n{"a": 2}\n{"a": "é"}\n' if name.endswith("jsonl") else 'a,b\n1,2\n3,"é"\n'
+    if name.endswith("json"):
+        body = '[{"a": 1},\n{"a": 2},\n{"a": "é"}]'
+    error = refusal(write(tmp_path / name, body.encode(encoding)))
+    assert str(error).startswith(f"{tmp_path / name}:3: not UTF-8: byte {shown}\n1 row is wrong")
     assert error.fix == "save the file as UTF-8"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.csv.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+def test_utf_16_and_32_are_named(name: str, encoding: str, tmp_path: Path) -> None:
+    raw = ("" if encoding in ("utf-16", "utf-32") else "\ufeff") + "a,b\n1,2\n"
+    content = raw.encode(encoding)
+    error = refusal(write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content))
+    assert error.what == f"this is {encoding[:6].upper()}, by its byte-order mark"
+    assert error.where == f"{tmp_path / name}:1" and error.fix == "save the file as UTF-8"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_a_nul_byte_is_no_text(name: str, tmp_path: Path) -> None:
+    content = b"a,b\nx,y\n1,\x002\n"
+    if name == "a.jsonl":
+        content = b'{"a": 1}\n\n{"a": "\x00"}\n'
+    elif name == "a.json":
+        content = b'[{"a": 1}, {"a": \n\n"\x00"}]'
+    error = refusal(write(tmp_path / name, content))
+    assert f"{tmp_path / name}:3: a NUL byte, which is no text" in error.what
+    unmarked = refusal(write(tmp_path / name, content.replace(b"\0", b"").decode().encode("utf-16-le")))
+    assert f"{tmp_path / name}:1: a NUL byte, which is no text (UTF-16" in unmarked.what
+
+
+def test_a_wrong_line_does_not_hide_the_others(tmp_path: Path) -> None:
+    """Every row that is wrong is counted in one pass, and the rows that are right are there."""
+    errors = RowErrors()
+    stream = open_records(Reading(write(tmp_path / "a.csv", b'a,b\n1\n\xe9,2\n3,"x"y\n5,6\n')), errors)
+    assert [record.fields for record in stream] == [{"a": "5", "b": "6"}]
+    assert [line.partition("a.csv:")[2][:1] for line in errors.shown] == ["2", "3", "4"]
+    with pytest.raises(InputError) as caught:
+        errors.raise_any("and this")
+    assert caught.value.fix is not None
+    assert [line.strip()[:20] for line in caught.value.fix.splitlines()] == [
+        "every row needs as m",
+        "→ save the file as U",
+        "→ put cells that con",
+        "→ and this",
+    ]
+
+
+def test_a_byte_order_mark_is_passed_over_and_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + b'{"text": "x"}\n')
+    stream = open_rows(Reading(path), RowErrors())
+    assert [row.text for row in stream] == ["x"]
+    assert f"{path}: its UTF-8 byte-order mark was passed over" in stream.notes
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt"])
@@ -204,8 +247,16 @@ def test_a_missing_file_is_refused_with_the_nearest_name(tmp_path: Path) -> None
     write(tmp_path / "train.jsonl", JSONL)
     error = refusal(str(tmp_path / "trian.jsonl"))
     assert error.what == "no such file; did you mean 'train.jsonl'?"
+    assert "did you mean 'alpaca'?" in refusal("alpca").what and "ultrafeedback" in (refusal("alpca").fix or "")
     for missing in ("nowhere/at/all.jsonl", "data.jsonl", "~nobody-here/x.jsonl", "x" * 300, "text with words"):
         assert refusal(missing).what.startswith("no such file")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such files")
+def test_a_named_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    error = refusal(str(tmp_path / "rows.jsonl"))
+    assert "no regular file" in error.what and "name - as the path" in (error.fix or "")
 
 
 def test_a_folder_that_is_here_settles_that_a_name_is_no_hub_id(
@@ -245,14 +296,18 @@ def test_long_cells_are_no_error(tmp_path: Path) -> None:
 
 @given(
     st.lists(
-        st.fixed_dictionaries({"a": st.text(st.characters(exclude_categories=["Cs"])), "b": st.text('ab\n\r",;\t ')}),
+        st.fixed_dictionaries(
+            {
+                "a": st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")),
+                "b": st.text('ab\n\r",;\t '),
+            }
+        ),
         min_size=1,
         max_size=8,
     )
 )
 def test_rows_survive_a_file(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, str]]) -> None:
     import csv
-    import io
 
     directory = tmp_path_factory.getbasetemp()
     jsonl = "".join(json.dumps(row, ensure_ascii=len(rows) % 2 == 0) + "\n" for row in rows)

@@ -12,8 +12,9 @@ import yaml
 
 from tunesmith.base import InputError
 from tunesmith.batch import Source
-from tunesmith.data.read import Record
-from tunesmith.data.rows import to_rows
+from tunesmith.data.read import Reading, RecordStream
+from tunesmith.data.record import Record, RowErrors
+from tunesmith.data.rows import RowStream
 from tunesmith.methods import Full, Lora
 from tunesmith.models.templates import NAMED_TEMPLATES
 from tunesmith.recipe_file import read_recipe
@@ -300,10 +301,9 @@ def test_axolotl_full_fine_tuning_on_its_own_layout(tmp_path: Path) -> None:
     assert (train.schedule, train.warmup, train.dtype) == ("constant", 0, "fp16")
     assert (train.evaluate_every, train.checkpoint_every, train.best) == ("off", "off", "last")
     record = Record({"input": "Why?", "reply": "Because."}, Source("notes.jsonl", 1))
-    _, rows = to_rows(
-        [record], format_name=recipe.data.format, columns=recipe.data.columns, answer_after=None, system=None
-    )
-    assert [turn["content"] for turn in rows[0].messages] == ["Q: Why?\nA:", "Because."]
+    reading = Reading("notes.jsonl", format=recipe.data.format, columns=recipe.data.columns)
+    [row] = RowStream(RecordStream([record]), reading, RowErrors())
+    assert [turn["content"] for turn in row.messages] == ["Q: Why?\nA:", "Because."]
 
 
 def test_llamafactory_looks_data_sets_up(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from chat_templates import FAMILIES, IM, MISTRAL, published
+from chat_templates import FAMILIES, IM, KEEPING, MISTRAL, published
 from rendering import TURNS, conversation, decoded, renderer, row, spelled, trained
 from tunesmith.base import InputError
 from tunesmith.batch import Source
@@ -31,11 +31,11 @@ def test_exactly_the_answer_and_its_end_are_targets(name: str, train_on: TrainOn
         assert item.example.tensors["target_weights"].tolist() == [0.0] + [1.0] * (len(item.example) - 1)
     else:
         assert trained(of, item) == [spelled(family, TURNS[1])]
-    whole = of.apply_chat_template(conversation(*TURNS[:2]), tokenize=False)
+    whole = of.apply_chat_template(conversation(*TURNS[:2]), tokenize=False) + ("" if family.closes else family.ending)
     assert item.example.token_ids.tolist() == of(whole, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen3"])
+@pytest.mark.parametrize("name", KEEPING)
 def test_every_answer_or_the_last_one_of_a_longer_conversation(name: str) -> None:
     family = FAMILIES[name]
     of = family.tokenizer()
@@ -199,7 +199,7 @@ ROW_REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
         "rewrites earlier turns",
     ),
     "generation prompt of another kind": (
-        CHATML.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>'"),
+        CHATML.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\nWell'"),
         conversation(*TURNS[:2]),
         "for training and for generation in two ways",
     ),
@@ -269,58 +269,6 @@ def test_named_templates_put_a_system_turn_somewhere(name: str) -> None:
     item = renderer(of, template=name).render(row(conversation(*TURNS, system="Be brief")))
     assert "Be brief" in decoded(of, list(item.prompt_ids))
     assert len(trained(of, item)) == 2
-
-
-# --- other people's masks ---
-
-MARKED = {
-    # published template with generation markers, and what it trains on after the end-of-turn, where nothing is learnt
-    "llama-3": ("llama3_training", ""),
-    "phi-3": ("phi3_training", "<|endoftext|>"),
-    "gemma": ("gemma_training", "\n"),
-    "qwen3": ("qwen3_training", "\n"),
-}
-
-
-@pytest.mark.parametrize("name", MARKED)
-def test_masks_equal_those_of_templates_with_generation_markers(name: str) -> None:
-    marked, after = MARKED[name]
-    of = FAMILIES[name].tokenizer()
-    messages = conversation(*(TURNS[:2] if name == "qwen3" else TURNS))
-    theirs = of.apply_chat_template(
-        messages, chat_template=published(marked), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ours = renderer(of).render(row(messages))
-    assert theirs["input_ids"] == ours.example.token_ids.tolist()
-    surplus = set(of(after, add_special_tokens=False)["input_ids"])
-    mask, closing = theirs["assistant_masks"], of.convert_tokens_to_ids(FAMILIES[name].ending)
-    ids = theirs["input_ids"]
-    expected = [
-        float(bit and not (ids[at] in surplus and closing in ids[max(0, at - 2) : at])) for at, bit in enumerate(mask)
-    ]
-    assert ours.example.tensors["target_weights"].tolist() == expected
-
-
-def test_masks_equal_those_of_trl_on_chatml(tiny_model: Path, tmp_path: Path) -> None:
-    """TRL trains on the line end after the end-of-turn too, which no generation reaches; all else is the same."""
-    from datasets import Dataset
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    of = AutoTokenizer.from_pretrained(tiny_model)
-    rows = [conversation(*TURNS[:2]), conversation(*TURNS), conversation("Hi", "é 日本", system="Be brief")]
-    data = Dataset.from_list([{"prompt": messages[:-1], "completion": messages[-1:]} for messages in rows])
-    settings = SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, disable_tqdm=True)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    theirs = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=of).train_dataset
-    assert theirs is not None
-    here = renderer(of, "last-answer")
-    for messages, their in zip(rows, theirs, strict=True):
-        ours = here.render(row(messages)).example
-        assert ours.token_ids.tolist() == their["input_ids"]
-        targets = [int(label != -100) for label in their["labels"]]
-        assert targets[-2:] == [1, 1]
-        assert (ours.tensors["target_weights"] > 0).int().tolist() == [*targets[:-1], 0]
 
 
 def test_the_control_tokens_of_a_vocabulary() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from chat_templates import FAMILIES, Kind, tokenizer
+from chat_templates import FAMILIES, KEEPING, Kind, tokenizer
 from conftest import build_tokenizer
 from rendering import TURNS, conversation, decoded, renderer, row, spelled, trained
 from tunesmith.batch import Source
@@ -28,7 +28,7 @@ INJECTIONS = [
 ]
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen3"])
+@pytest.mark.parametrize("name", KEEPING)
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_literal_control_tokens_are_text(name: str, text: str) -> None:
     """Neither a question nor an answer can end a turn or open one, and the text stays what it was."""

@@ -7,41 +7,12 @@ from typing import Any
 
 import pytest
 
-from tunesmith.base import InputError
-from tunesmith.batch import Source
-from tunesmith.data.read import SHOWN_ERRORS, Record
-from tunesmith.data.rows import Row, to_rows
+from conversions import ANSWER, USER, Turns, convert, refusal, turns
+from tunesmith.data.formats import preference_advice
+from tunesmith.data.record import SHOWN_ERRORS
+from tunesmith.data.rows import Row
 
-Turns = list[tuple[str, str]]
-USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}]}
-
-
-def records(*rows: dict[str, Any]) -> list[Record]:
-    return [Record(row, Source("rows.jsonl", line)) for line, row in enumerate(rows, start=1)]
-
-
-def convert(
-    *rows: dict[str, Any],
-    format_name: str = "auto",
-    columns: dict[str, str] | None = None,
-    answer_after: str | None = None,
-    system: str | None = None,
-) -> tuple[str, list[Row]]:
-    return to_rows(
-        records(*rows), format_name=format_name, columns=columns or {}, answer_after=answer_after, system=system
-    )
-
-
-def refusal(*rows: dict[str, Any], **settings: Any) -> InputError:
-    with pytest.raises(InputError) as caught:
-        convert(*rows, **settings)
-    assert caught.value.fix, "every error says what to do"
-    return caught.value
-
-
-def turns(row: Row) -> Turns:
-    return [(message["role"], message["content"]) for message in row.messages]
 
 
 FORMATS: dict[str, tuple[str, dict[str, Any], Turns]] = {
@@ -115,7 +86,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Turns]] = {
 @pytest.mark.parametrize("declared", [False, True])
 def test_every_format_is_detected_and_can_be_declared(case: str, declared: bool) -> None:
     name, fields, expected = FORMATS[case]
-    found, [row] = convert(fields, format_name=name if declared else "auto")
+    found, [row] = convert(fields, format=name if declared else "auto")
     assert found == name
     assert turns(row) == expected
     if expected:
@@ -192,10 +163,10 @@ def test_unknown_columns_are_answered_with_a_mapping(columns: list[str], what: s
 
 
 def test_a_declared_format_that_the_file_does_not_have_is_one_error() -> None:
-    error = refusal(*[{"prompt": "a", "completion": "b"}] * 30, format_name="alpaca")
+    error = refusal(*[{"prompt": "a", "completion": "b"}] * 30, format="alpaca")
     assert "rows of the format 'alpaca' have the columns instruction, output" in error.what
     assert len(error.what.splitlines()) == 1
-    error = refusal({"text": "a", "lable": "b"}, format_name="labelled")
+    error = refusal({"text": "a", "lable": "b"}, format="labelled")
     assert "there is no 'label'; did you mean 'lable'?" in error.what
 
 
@@ -203,7 +174,7 @@ def test_text_beside_answers_is_not_taken_for_raw_text() -> None:
     """Training on every token of a text whose summary stands beside it would go unnoticed."""
     error = refusal({"text": "Long", "summary": "Short"})
     assert "'summary'" in error.what and "{prompt: text, completion: summary}" in (error.fix or "")
-    assert convert({"text": "Long", "summary": "Short"}, format_name="text")[1][0].text == "Long"
+    assert convert({"text": "Long", "summary": "Short"}, format="text")[1][0].text == "Long"
     assert convert({"text": "Long", "title": "T", "url": "u"})[0] == "text"
 
 
@@ -217,10 +188,10 @@ def test_text_beside_answers_is_not_taken_for_raw_text() -> None:
     ],
 )
 def test_preference_pairs_are_told_apart_and_the_advice_works(fields: dict[str, Any], columns: dict[str, str]) -> None:
-    error = refusal(fields)
-    assert "preference pairs" in error.what
+    name, [pair] = convert(fields) if "question" not in fields else convert(fields, columns={"prompt": "question"})
+    assert name == "preference" and pair.rejected
     advised = "{" + ", ".join(f"{part}: {column}" for part, column in columns.items()) + "}"
-    assert advised in (error.fix or "")
+    assert advised in preference_advice(fields)
     _, [row] = convert(fields, columns=columns)
     assert turns(row) == [("user", "Hi"), ("assistant", "Hello")]
 
@@ -253,7 +224,10 @@ def test_rows_of_other_formats_are_counted_and_named() -> None:
     good, bad = {"prompt": "a", "completion": "b"}, {"instruction": "a", "output": "b"}
     error = refusal(good, *[bad] * 23)
     shown = error.what.splitlines()
-    assert shown[0] == "rows.jsonl:2: there is no 'prompt'"
+    assert shown[0] == (
+        "rows.jsonl:2: mixed formats: this row (instruction, output) is in the format 'alpaca', the first one is in "
+        "'prompt-completion'"
+    )
     assert len(shown) == SHOWN_ERRORS + 2 and shown[-1] == "23 rows are wrong"
     assert "'prompt-completion', which the first row has" in (error.fix or "")
 
@@ -279,7 +253,10 @@ CONVERSATIONS: list[tuple[Any, str]] = [
     ([USER, {"role": "assistant", "content": 5}], "the content of turn 2 must be text, found int"),
     ([USER, {"role": "assistant", "content": [{"type": "image_url"}]}], "a part of the type 'image_url'"),
     ([USER, {"role": "assistant", "content": ["x"]}], "a part of the type 'str'"),
-    ([USER, {**ANSWER, "weight": 0.5}], "the weight of turn 2 must be 0 or 1"),
+    ([USER, {**ANSWER, "weight": 1.5}], "the weight of turn 2 must be a number from 0 to 1, found 1.5"),
+    ([USER, {**ANSWER, "weight": -0.1}], "the weight of turn 2 must be a number from 0 to 1"),
+    ([USER, {**ANSWER, "weight": float("nan")}], "the weight of turn 2 must be a number from 0 to 1"),
+    ([USER, {**ANSWER, "weight": "1"}], "the weight of turn 2 must be a number from 0 to 1"),
     ([USER, {**CALL, "tool_calls": [{"id": 1}]}], "a tool call without the name"),
     ([USER, {**CALL, "tool_calls": [{"name": "f", "arguments": "{"}]}], "arguments of a tool call in turn 2 are not"),
 ]
@@ -293,11 +270,11 @@ def test_a_conversation_that_is_none_is_refused(conversation: Any, what: str) ->
 
 def test_a_longer_conversation_is_kept_whole() -> None:
     system = {"role": "developer", "content": "Be"}
-    conversation = [system, USER, {**ANSWER, "name": "Ada", "weight": 0, "audio": None}, USER, ANSWER]
+    conversation = [system, USER, {**ANSWER, "name": "Ada", "weight": 0.25, "audio": None}, USER, ANSWER]
     _, [row] = convert({"messages": conversation})
     expected = [("developer", "Be"), ("user", "Hi"), ("assistant", "Hello"), ("user", "Hi"), ("assistant", "Hello")]
     assert turns(row) == expected
-    assert row.messages[2] == {"role": "assistant", "content": "Hello", "name": "Ada", "weight": 0}
+    assert row.messages[2] == {"role": "assistant", "content": "Hello", "name": "Ada", "weight": 0.25}
 
 
 def test_parts_of_text_are_joined() -> None:

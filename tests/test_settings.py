@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from conftest import build_model, colour_rows, write_jsonl
 from tunesmith.base import InputError
-from tunesmith.data.spec import DataSpec, SourceSpec
+from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Full, Lora
 from tunesmith.objectives import Supervised
 from tunesmith.pipeline import finetune
@@ -60,11 +60,50 @@ CHANGES: dict[str, Any] = {
         {"data": {**CLEANING, "train": "MESSY"}},
         {"data": {**CLEANING, "train": "MESSY", "duplicates": "keep"}},
     ),
+    "data.temperature": (
+        {"data": {"train": ["ROWS", "MORE"]}},
+        {"data": {"train": ["ROWS", "MORE"], "temperature": 5}},
+    ),
+    "data.replay": ({}, {"data": {"replay": {"path": "MORE"}}}),
+    "data.replay.path": ({"data": {"replay": {"path": "MORE"}}}, {"data": {"replay": {"path": "TWIN"}}}),
+    "data.replay.share": (
+        {"data": {"replay": {"path": "MORE", "share": 0.2}}},
+        {"data": {"replay": {"path": "MORE", "share": 0.4}}},
+    ),
+    "data.replay.format": (
+        {"data": {"replay": {"path": "MORE"}}},
+        {"data": {"replay": {"path": "MORE", "format": "alpaca"}}},
+    ),
+    "data.replay.columns": (
+        {"data": {"replay": {"path": "MORE"}}},
+        {"data": {"replay": {"path": "MORE", "columns": {"prompt": "completion", "completion": "prompt"}}}},
+    ),
+    "data.replay.subset": (
+        {"data": {"replay": {"path": "MORE"}}},
+        {"data": {"replay": {"path": "MORE", "subset": "x"}}},
+    ),
+    "data.replay.split": ({"data": {"replay": {"path": "MORE"}}}, {"data": {"replay": {"path": "MORE", "split": "x"}}}),
+    "data.stratify": ({"data": {"train": "FIELDS"}}, {"data": {"train": "FIELDS", "stratify": "colour"}}),
+    "data.group": ({"data": {"train": "FIELDS"}}, {"data": {"train": "FIELDS", "group": "colour"}}),
+    "data.checks": ({"data": {"train": "ODD"}}, {"data": {"train": "ODD", "checks": False}}),
+    "data.benchmarks": ({"data": {"train": "WORDY"}}, {"data": {"train": "WORDY", "benchmarks": ["WORDY"]}}),
     "data.overlap": ({"data": {"test": "SAME"}}, {"data": {"test": "SAME", "overlap": "keep"}}),
     "data.train[].path": ({"data": {"train": [{"path": "ROWS"}]}}, {"data": {"train": [{"path": "MORE"}]}}),
     "data.train[].weight": (
         {"data": {"train": [{"path": "ROWS", "weight": 1}, {"path": "MORE", "weight": 1}]}},
         {"data": {"train": [{"path": "ROWS", "weight": 1}, {"path": "MORE", "weight": 9}]}},
+    ),
+    "data.train[].epochs": (
+        {"data": {"train": [{"path": "ROWS"}]}},
+        {"data": {"train": [{"path": "ROWS", "epochs": 2}]}},
+    ),
+    "data.train[].subset": (
+        {"data": {"train": [{"path": "ROWS"}]}},
+        {"data": {"train": [{"path": "ROWS", "subset": "main"}]}},
+    ),
+    "data.train[].split": (
+        {"data": {"train": [{"path": "ROWS"}]}},
+        {"data": {"train": [{"path": "ROWS", "split": "train"}]}},
     ),
     "data.train[].format": (
         {"data": {"train": [{"path": "ROWS"}]}},
@@ -154,6 +193,7 @@ def schema_fields() -> set[str]:
         "model": [ModelSpec],
         "data": [DataSpec],
         "data.train[]": [SourceSpec],
+        "data.replay": [ReplaySpec],
         "method": [Full, Lora],
         "objective": [Supervised],
         "train": [TrainSpec],
@@ -172,6 +212,9 @@ def test_no_field_of_the_schema_is_missing_from_this_table() -> None:
     assert {name for name, change in CHANGES.items() if change is None} == set(ELSEWHERE)
 
 
+WORDY = "and then in as many other words as a benchmark would need to have in a row"
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("settings")
@@ -186,6 +229,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "SAME": write_jsonl(root / "same.jsonl", rows[:8]),
         "MESSY": write_jsonl(root / "messy.jsonl", MESSY),
         "TEXT": write_jsonl(root / "text.jsonl", [{"text": f"Q: {r['prompt']} A: {r['completion']}"} for r in rows]),
+        "TWIN": write_jsonl(root / "twin.jsonl", colour_rows(40, start=400)),
+        "FIELDS": write_jsonl(root / "fields.jsonl", [{**row, "colour": row["prompt"].split()[1]} for row in rows]),
+        "ODD": write_jsonl(root / "odd.jsonl", [*rows, {"prompt": "Mail me", "completion": "ann.lee@web.de"}]),
+        "WORDY": write_jsonl(root / "wordy.jsonl", [{**r, "prompt": f"{r['prompt']} {WORDY}"} for r in rows]),
         "GENERAL": general,
         "ROOT": root,
     }

@@ -44,8 +44,12 @@ class Straight:
         return list(range(start, stop))
 
 
+class Rows(list[Any]):
+    lengths = LENGTHS
+
+
 def step_batches(packed: bool) -> StepBatches:
-    rows: Any = [SimpleNamespace(example=row) for row in random_rows(LENGTHS, weights=(0.5, 1.0, 2.0))]
+    rows: Any = Rows(SimpleNamespace(example=row) for row in random_rows(LENGTHS, weights=(0.5, 1.0, 2.0)))
     plan: Any = SimpleNamespace(micro_batch=MICRO_BATCH, packing=packed)
     order: Any = Straight()
     return StepBatches(rows, order, batch_size=BATCH_SIZE, total_rows=len(LENGTHS), plan=plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -17,10 +17,17 @@ ASIDE = ".partial"
 
 def write_text(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text`` (UTF-8) in one step: readers see the old file or the new one, never a part."""
-    aside = path.with_name(f"{path.name}{ASIDE}{os.getpid()}")
+    write_lines(path, [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> int:
+    """Replaces ``path`` by ``lines``, which bring their own ends, in one step; returns how many there were."""
+    aside, count = path.with_name(f"{path.name}{ASIDE}{os.getpid()}"), 0
     try:
         with open(aside, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+            for line in lines:
+                file.write(line)
+                count += 1
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -28,6 +35,7 @@ def write_text(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+    return count
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -83,6 +91,19 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class BytesAt:
+    """A file that stays open and is read at any place, from several threads too."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 (open as long as this object)
+
+    def read(self, offset: int, length: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), length, offset)
+        self._file.seek(offset)
+        return self._file.read(length)
 
 
 def file_sha256(path: Path) -> str:

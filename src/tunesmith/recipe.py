@@ -239,6 +239,8 @@ class Workload(Spec):
     """How many tokens are trained on; estimated when there is no data or tokenizer to count with."""
 
     rows: int
+    epoch_rows: int
+    """Rows that an epoch visits: more or fewer than there are when sources are mixed."""
     tokens: int
     targets: int
     longest: int

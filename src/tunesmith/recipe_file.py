@@ -340,11 +340,22 @@ def _refuse_unknown_metrics(recipe: Recipe, refuse: Refuse) -> None:
             refuse(key, f"unknown metric {name!r}{nearest(name, known)}", f"choose one of {', '.join(known)}")
 
 
+def _holds_back(recipe: Recipe) -> bool:
+    """Whether rows are taken from the training rows for validation or test."""
+    data = recipe.data
+    carved = data.test == "auto" and recipe.evaluate != "off"
+    return carved or isinstance(data.test, float) or isinstance(data.validation, float)
+
+
 def _refuse_contradictions(recipe: Recipe, refuse: Refuse) -> None:
     train = recipe.train
     for key, share in (("data.validation", recipe.data.validation), ("data.test", recipe.data.test)):
         if isinstance(share, float) and not 0 < share < 1:
             refuse(key, f"{share:g} is not a fraction between 0 and 1", "use 0.1 for a tenth, or a path")
+    if recipe.data.benchmarks and not recipe.data.checks:
+        refuse("data.benchmarks", "this needs the checks of training rows", "remove data.checks: false")
+    if recipe.data.stratify is not None and not _holds_back(recipe):
+        refuse("data.stratify", "no rows are held back here", "remove it, or hold back a fraction with data.test")
     if recipe.data.validation is None:
         needing = {
             "train.early_stopping": train.early_stopping != "off",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Runs the command line; the exit code is 0, 1 (a bug or a dead run), 2 (input), 3 (gate) or 130 (interrupted)."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said aloud, or forks are warned of
     from tunesmith.cli.app import app
 
     try:

@@ -1,16 +1,21 @@
-"""Rows that cannot be used as they are: each is found, counted with its targets, and dropped, cut or refused."""
+"""Rows that cannot be used as they are: each is found, counted with its targets, and dropped, cut or refused.
+
+Rows are named by their number among the stored ones; each function takes an ascending int64 array of them and gives
+back those that stay.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import numpy as np
 
 from tunesmith.base import InputError
-from tunesmith.data.formats import BadRow
-from tunesmith.data.read import RowErrors
-from tunesmith.data.render import Rendered, Renderer
-from tunesmith.data.rows import Row
+from tunesmith.data.record import RowErrors
+from tunesmith.data.row_file import EMPTINESS
 from tunesmith.data.spec import DataSpec
+from tunesmith.data.stored import Stored
+from tunesmith.data.truncate import truncated
 
 CUT = "cut at the end of the answer"
 """Such a row is used; only its cut targets are lost."""
@@ -27,58 +32,71 @@ class Lost:
 
 
 class Losses:
-    """Counts rows that are not used; their targets are counted by rendering them."""
+    """Counts rows that are not used, and what would have been trained on in them.
 
-    def __init__(self, renderer: Renderer) -> None:
-        self.renderer = renderer
-        self.found: dict[str, list[tuple[Row, int]]] = {}
+    Attributes:
+        numbers: for each reason the rows.
+    """
 
-    def add(self, reason: str, row: Row, targets: int | None = None) -> None:
-        self.found.setdefault(reason, []).append((row, self._targets(row) if targets is None else targets))
+    def __init__(self, stored: Stored) -> None:
+        self.stored = stored
+        self.numbers: dict[str, list[int]] = {}
+        self._targets: dict[str, int] = {}
 
-    def _targets(self, row: Row) -> int:
-        try:
-            return self.renderer.render(row).example.targets
-        except BadRow:
-            return 0
+    def add(self, reason: str, numbers: np.ndarray, targets: int | None = None) -> None:
+        """
+        Args:
+            targets: how many targets are lost, when it is not all that the rows have.
+        """
+        if len(numbers):
+            lost = int(self.stored.targets(numbers).sum()) if targets is None else targets
+            self.numbers.setdefault(reason, []).extend(numbers.tolist())
+            self._targets[reason] = self._targets.get(reason, 0) + lost
 
     def summary(self) -> list[Lost]:
         return [
-            Lost(reason, 0 if reason == CUT else len(rows), sum(n for _, n in rows), str(rows[0][0].source))
-            for reason, rows in self.found.items()
+            Lost(reason, 0 if reason == CUT else len(rows), self._targets[reason], str(self.stored.source(rows[0])))
+            for reason, rows in self.numbers.items()
         ]
 
 
-def without_duplicates(rows: Sequence[Row], spec: DataSpec, lost: Losses) -> list[Row]:
+def without_duplicates(numbers: np.ndarray, stored: Stored, spec: DataSpec, lost: Losses) -> np.ndarray:
     if spec.duplicates == "keep":
-        return list(rows)
-    first: dict[str, Row] = {}
-    errors = RowErrors()
-    for row in rows:
-        earlier = first.setdefault(row.key, row)
-        if earlier is not row:
-            errors.add(row.source, f"the same row as {earlier.source}")
-            lost.add("duplicate", row)
+        return numbers
+    earlier = numbers[first_of_equals(stored.column("key", numbers))]
+    doubled = earlier != numbers
     if spec.duplicates == "error":
+        errors = RowErrors()
+        for number, twin in zip(numbers[doubled], earlier[doubled], strict=True):
+            errors.add(stored.source(number), f"the same row as {stored.source(twin)}")
         errors.raise_any("remove them, or set data.duplicates: drop or keep")
-    return list(first.values())
+    lost.add("duplicate", numbers[doubled])
+    return numbers[~doubled]
 
 
-def without_overlap(rows: Sequence[Row], held: Sequence[Row], spec: DataSpec, lost: Losses) -> list[Row]:
-    if spec.overlap == "keep" or not held:
-        return list(rows)
-    prompts = {row.prompt_key: row for row in held}
-    errors, kept = RowErrors(), []
-    for row in rows:
-        twin = prompts.get(row.prompt_key)
-        if twin is None:
-            kept.append(row)
-        else:
-            errors.add(row.source, f"the same prompt as {twin.source}, which is held out")
-            lost.add("stands in the held-out rows", row)
+def first_of_equals(keys: np.ndarray) -> np.ndarray:
+    """For each place of ``keys`` the first place that holds the same key."""
+    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    return first[which]
+
+
+def without_overlap(numbers: np.ndarray, held: np.ndarray, stored: Stored, spec: DataSpec, lost: Losses) -> np.ndarray:
+    """Training rows that share their prompt, or their group, with no held-out row."""
+    if spec.overlap == "keep" or not len(held):
+        return numbers
+    prompts = np.isin(stored.column("prompt", numbers), stored.column("prompt", held))
+    groups = np.zeros(len(numbers), bool)
+    if spec.group is not None:
+        groups = np.isin(stored.column("group", numbers), stored.column("group", held)) & ~prompts
     if spec.overlap == "error":
+        errors = RowErrors()
+        for number in numbers[prompts | groups]:
+            errors.add(stored.source(number), _twin(int(number), held, stored))
         errors.raise_any("remove them from training, or set data.overlap: drop or keep")
-    if not kept:
+    lost.add("stands in the held-out rows", numbers[prompts])
+    lost.add("its group stands in the held-out rows", numbers[groups])
+    kept = numbers[~(prompts | groups)]
+    if not len(kept):
         raise InputError(
             "every training row also stands in the held-out rows",
             where="data.overlap",
@@ -87,94 +105,72 @@ def without_overlap(rows: Sequence[Row], held: Sequence[Row], spec: DataSpec, lo
     return kept
 
 
-def without_empty(rows: Sequence[Row], spec: DataSpec) -> tuple[list[Row], list[Row]]:
+def _twin(number: int, held: np.ndarray, stored: Stored) -> str:
+    for name, what in (("prompt", "the same prompt"), ("group", "the same group")):
+        same = held[stored.column(name, held) == stored.rows.index[name][number]]
+        if len(same):
+            return f"{what} as {stored.source(same[0])}, which is held out"
+    raise ValueError("this row overlaps with no held-out row")
+
+
+def without_empty(numbers: np.ndarray, stored: Stored, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
     """The rows that say something, and those that do not."""
-    errors, kept, empty = RowErrors(), [], []
-    for row in rows:
-        what = _emptiness(row)
-        if what is None:
-            kept.append(row)
-        else:
-            errors.add(row.source, what)
-            empty.append(row)
+    kinds = stored.column("emptiness", numbers)
+    empty = numbers[kinds > 0]
     if spec.empty == "error":
+        errors = RowErrors()
+        for number, kind in zip(empty, kinds[kinds > 0], strict=True):
+            errors.add(stored.source(number), EMPTINESS[kind])
         errors.raise_any("fill them in, or leave them out with data.empty: drop")
-    return kept, empty
+    return numbers[kinds == 0], empty
 
 
-def _emptiness(row: Row) -> str | None:
-    if not row.messages:
-        return None if row.text.strip() else "the text is empty"
-    answers = [m["content"] for m in row.messages if m["role"] == "assistant" and not m.get("tool_calls")]
-    if not all(text.strip() for text in answers):
-        return "the answer is empty"
-    asked = [m["content"] for m in row.messages[:-1] if m["role"] == "user"]
-    return None if all(text.strip() for text in asked) else "the prompt is empty"
+def refuse_unrendered(numbers: np.ndarray, stored: Stored) -> None:
+    """Raises InputError when the template refuses any of these rows."""
+    errors = RowErrors()
+    for number in numbers[stored.tokens.index["bad"][numbers]]:
+        errors.add(stored.source(number), stored.tokens.bad[int(number)])
+    errors.raise_any("change these rows, or choose another data.template")
 
 
-def within_length(rendered: Sequence[Rendered], limit: int, own: bool, spec: DataSpec, lost: Losses) -> list[Rendered]:
-    """The rows of at most ``limit`` tokens.
+def within_length(
+    numbers: np.ndarray, limit: int, own: bool, stored: Stored, spec: DataSpec, lost: Losses
+) -> np.ndarray:
+    """The rows of at most ``limit`` tokens, and those that can be cut to it where the recipe says so.
 
     Args:
         own: whether the limit is the model's own, which no setting can raise.
     """
-    errors, kept = RowErrors(), []
-    for item in rendered:
-        length = len(item.example)
-        if length <= limit:
-            kept.append(item)
-        elif spec.overlong == "truncate" and (shorter := truncated(item, limit)) is not None:
-            kept.append(shorter)
-            if shorter.cut_targets:
-                lost.add(CUT, item.row, shorter.cut_targets)
-        else:
-            errors.add(item.row.source, f"{length} tokens, {length - limit} over the limit of {limit}")
-            reason = "overlong" if spec.overlong == "drop" else "no answer left within max_length"
-            lost.add(reason, item.row, item.example.targets)
+    lengths = stored.lengths(numbers)
+    over = lengths > limit
     if spec.overlong == "error":
+        errors = RowErrors()
+        for number, length in zip(numbers[over], lengths[over], strict=True):
+            errors.add(stored.source(number), f"{length} tokens, {length - limit} over the limit of {limit}")
         raised = "the model has no more positions: " if own else "raise data.max_length, or "
         errors.raise_any(raised + "set data.overlong: drop or truncate")
-    return kept
+    if spec.overlong == "drop":
+        lost.add("overlong", numbers[over])
+        return numbers[~over]
+    kept = ~over
+    for at in np.nonzero(over)[0]:
+        shorter = truncated(stored.rendered(numbers[at]), limit)
+        kept[at] = shorter is not None
+        if shorter is None:
+            lost.add("no answer left within max_length", numbers[at : at + 1])
+        elif shorter.cut_targets:
+            lost.add(CUT, numbers[at : at + 1], shorter.cut_targets)
+    return numbers[kept]
 
 
-def truncated(item: Rendered, limit: int) -> Rendered | None:
-    """Cuts the end of the answer; None when no target would be left.
-
-    A question is never cut, nor the end-of-turn from an answer that fits whole: a conversation is shortened to the
-    last of its answers that can be kept.
-    """
-    example = item.example
-    weights = example.tensors["target_weights"]
-    targets = (weights > 0).tolist()
-    cut = limit
-    if item.row.messages:
-        if limit <= len(item.prompt_ids) and all(targets[1 : len(item.prompt_ids)]):
-            return None
-        if cut < len(targets) and targets[cut] and not any(targets[cut + 1 : cut + 2]):
-            while cut > 0 and targets[cut - 1]:
-                cut -= 1
-        while cut > 0 and not targets[cut - 1]:
-            cut -= 1
-    if not any(targets[:cut]):
-        return None
-    return replace(
-        item,
-        example=replace(example, token_ids=example.token_ids[:cut], tensors={"target_weights": weights[:cut]}),
-        cut_ids=tuple(example.token_ids[cut:].tolist()),
-        cut_targets=sum(targets[cut:]),
-    )
-
-
-def with_targets(rendered: Sequence[Rendered], lost: Losses) -> list[Rendered]:
+def with_targets(numbers: np.ndarray, stored: Stored, lost: Losses) -> np.ndarray:
     """Leaves out rows in which nothing is trained on, because every answer of theirs has the weight 0."""
-    for item in rendered:
-        if not item.example.targets:
-            lost.add("no answer with a weight", item.row, 0)
-    kept = [item for item in rendered if item.example.targets]
-    if not kept:
+    aimless = stored.targets(numbers) == 0
+    lost.add("no answer with a weight", numbers[aimless])
+    if aimless.all():
         raise InputError(
             "nothing would be trained on: no row has a target token",
             where="data.train",
             fix="give at least one answer the weight 1",
         )
-    return kept
+    return numbers[~aimless]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tunesmith.base import InputError, nearest
-from tunesmith.data.read import Record
+from tunesmith.data.record import BadRow, Record
 
 LAYOUTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("preference", ("chosen", "rejected"), ("prompt", "instruction", "input", "system", "tools")),
     ("messages", ("messages",), ("system", "tools")),
     ("sharegpt", ("conversations",), ("system", "tools")),
     ("alpaca", ("instruction", "output"), ("input", "system")),
@@ -18,11 +20,22 @@ LAYOUTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("dolly", ("instruction", "context", "response"), ("system",)),
     ("instruction-response", ("instruction", "response"), ("context", "system")),
     ("prompt-completion", ("prompt", "completion"), ("system", "tools")),
+    ("openassistant", ("message_id", "parent_id", "text", "role"), ("rank", "deleted")),
+    ("token-labels", ("tokens", "labels"), ()),
+    ("token-labels", ("tokens", "ner_tags"), ()),
+    ("token-labels", ("tokens", "tags"), ()),
+    ("token-labels", ("tokens", "pos_tags"), ()),
     ("labelled", ("text", "label"), ("system",)),
     ("labelled", ("text", "category"), ("system",)),
     ("text", ("text",), ()),
 )
 """Name, required and optional parts of each format, in the order in which they are tried."""
+
+TREE = ("openassistant", ("prompt",), ())
+"""A tree of messages in one row; told from a plain prompt by what stands in it."""
+
+ALIKE = {"instruction-response": "dolly"}
+"""Formats whose rows may stand in one file: they are read in the same way."""
 
 PARTS = sorted({part for _, required, optional in LAYOUTS for part in required + optional})
 
@@ -36,14 +49,12 @@ ANSWERS = (
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
-class BadRow(ValueError):
-    """What is wrong with one row."""
-
-
 def choose_format(
     records: Sequence[Record], format_name: str, columns: Mapping[str, str]
 ) -> tuple[str, dict[str, str]]:
     """The format of the rows, and for each part the column or template that holds it; empty for the part's own name.
+
+    ``records`` are the first ones of a source; the format is that of the first row.
 
     When the parts in ``columns`` make up a format, nothing else of a file is read; otherwise what is missing is taken
     from the columns of the same name.
@@ -56,11 +67,12 @@ def choose_format(
     where = str(records[0].source)
     if format_name == "auto":
         first = set(records[0].fields)
-        name = detect_format(set(columns), where, first) if columns else detect_format(first, where)
+        tree = not columns and is_tree(records[0].fields.get("prompt"))
+        name = TREE[0] if tree else detect_format(set(columns) or first, where, first if columns else ())
     else:
         name = format_name
     available = present | set(columns)
-    fitting = [layout for layout in LAYOUTS if layout[0] == name]
+    fitting = [layout for layout in (*LAYOUTS, TREE) if layout[0] == name]
     layout = next((layout for layout in fitting if available.issuperset(layout[1])), None)
     if layout is None:
         missing = [part for part in fitting[0][1] if part not in available]
@@ -88,19 +100,12 @@ def detect_format(columns: Collection[str], where: str, beside: Collection[str] 
         InputError: listing the columns found, when no format fits or two readings do.
     """
     given, all_columns = set(columns), set(columns) | set(beside)
-    if not beside and {"chosen", "rejected"} <= given:
-        raise InputError(
-            "these are preference pairs (chosen, rejected), which objective.kind: sft does not use",
-            where=where,
-            fix=_preference_advice(given),
-        )
-    exact = [name for name, required, _ in LAYOUTS if given.issuperset(required)]
     completed = [
         name
         for name, required, optional in LAYOUTS
         if all_columns.issuperset(required) and given.issubset(required + optional)
     ]
-    name = next(iter(exact + (completed if beside else [])), None)
+    name = _exact(given) or next(iter(completed if beside else []), None)
     if name is None:
         unknown = sorted(given.difference(PARTS))
         hints = [f"{column}{nearest(column, PARTS)}" for column in unknown if nearest(column, PARTS)]
@@ -110,14 +115,37 @@ def detect_format(columns: Collection[str], where: str, beside: Collection[str] 
             where=where,
             fix=_mapping_advice(all_columns),
         )
-    answers = [column for column in sorted(given) if column.lower() in ANSWERS]
-    if name == "text" and answers:
+    if name == "text" and (answer := _answer_beside_text(given)):
         raise InputError(
-            f"beside the column 'text' there is {answers[0]!r}: are these texts with answers, or raw text?",
+            f"beside the column 'text' there is {answer!r}: are these texts with answers, or raw text?",
             where=where,
-            fix=f"say data.columns: {{prompt: text, completion: {answers[0]}}}, or data.format: text",
+            fix=f"say data.columns: {{prompt: text, completion: {answer}}}, or data.format: text",
         )
     return name
+
+
+def _exact(columns: Collection[str]) -> str | None:
+    return next((name for name, required, _ in LAYOUTS if set(columns).issuperset(required)), None)
+
+
+def _answer_beside_text(columns: Collection[str]) -> str | None:
+    return next((column for column in sorted(columns) if column.lower() in ANSWERS), None)
+
+
+@lru_cache(maxsize=1024)
+def other_format(columns: frozenset[str], chosen: str) -> str | None:
+    """What a row with these columns is instead of ``chosen``, in words; None when it is that, or nothing known."""
+    found = _exact(columns)
+    if found == "text" and chosen == "text" and (answer := _answer_beside_text(columns)):
+        return f"a text with {answer!r} beside it"
+    if found is None or ALIKE.get(found, found) == ALIKE.get(chosen, chosen):
+        return None
+    return f"in the format {found!r}"
+
+
+def is_tree(prompt: Any) -> bool:
+    """Whether this is the first message of a tree of OpenAssistant."""
+    return isinstance(prompt, dict) and {"text", "role"} <= prompt.keys()
 
 
 def mapped(record: Record, parts: Mapping[str, str]) -> Record:
@@ -128,6 +156,11 @@ def mapped(record: Record, parts: Mapping[str, str]) -> Record:
     """
     there = {part: value for part, value in parts.items() if value in record.fields or _PLACEHOLDER.search(value)}
     return Record({part: _filled(record.fields, value) for part, value in there.items()}, record.source)
+
+
+def columns_of(value: str) -> set[str]:
+    """The columns that the value of a mapping may name: itself, or those in its braces."""
+    return {value, *(found[1] for found in _PLACEHOLDER.finditer(value) if found[1] is not None)}
 
 
 def _filled(fields: Mapping[str, Any], value: str) -> Any:
@@ -190,7 +223,8 @@ def _mapping_advice(columns: Collection[str]) -> str:
     return f"map your columns, for example data.columns: {{prompt: {prompt}, completion: {completion}}}"
 
 
-def _preference_advice(columns: set[str]) -> str:
+def preference_advice(columns: Collection[str]) -> str:
+    """How to train on the chosen answers of preference pairs alone."""
     if "instruction" in columns:
         mapping = "{output: chosen}"
     else:

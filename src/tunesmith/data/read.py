@@ -1,83 +1,190 @@
-"""Files become records: one dict a row with the line it stands on, or one error that names file and line."""
+"""The door to data: a file, a directory, a data set of the hub, a preset or standard input becomes records."""
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
-import io
-import json
-import lzma
+import functools
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Literal
 
 from tunesmith.base import InputError, nearest
-from tunesmith.batch import Source
+from tunesmith.data.compressed import CHUNK, COMPRESSED, FileBytes
+from tunesmith.data.presets import PRESETS, Preset
+from tunesmith.data.read_json import json_records, jsonl_records
+from tunesmith.data.read_table import dataset_table, directory_table, hub_data, parquet_table
+from tunesmith.data.read_text import csv_records, text_records
+from tunesmith.data.record import Record, RowErrors
+from tunesmith.data.spec import Format
+from tunesmith.files import file_sha256
+from tunesmith.models.demo import cache_directory
 
-SHOWN_ERRORS = 20
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-ENDINGS = "use .jsonl, .json, .csv, .tsv, .parquet or .txt (.gz, .bz2, .xz too)"
+ENDINGS = "use .jsonl, .json, .csv, .tsv, .parquet or .txt (.gz, .bz2, .xz, .zst too)"
+STANDARD_INPUT = "-"
+NO_ROWS = "the file holds no rows"
+
+TEXT_READERS: dict[str, Callable[[FileBytes, RowErrors], Iterator[Record]]] = {
+    ".jsonl": jsonl_records,
+    ".ndjson": jsonl_records,
+    ".json": json_records,
+    ".csv": partial(csv_records, delimiter=","),
+    ".tsv": partial(csv_records, delimiter="\t"),
+    ".txt": text_records,
+    ".md": text_records,
+    ".rst": text_records,
+}
+KINDS = (*TEXT_READERS, ".parquet")
 
 
 @dataclass(frozen=True)
-class Record:
-    """A row as the file has it."""
+class Reading:
+    """How one source is read.
 
-    fields: dict[str, Any]
-    source: Source
+    Attributes:
+        path: a file, a `datasets` directory, a hub id, the name of a preset, or ``-`` for standard input.
+        format: how its rows are written.
+        columns: which column, or template over columns, holds which part of a row.
+        subset: configuration of a data set of the hub.
+        split: of a data set of the hub or a directory with several; None is ``train``.
+        answer_after: the marker in raw text after which the answer begins.
+        system: a system turn for conversations that have none.
+        group: field whose value becomes `Row.group`; dots reach into nested objects.
+        stratify: field whose value becomes `Row.stratum`.
+    """
 
-
-class RowErrors:
-    """Collects what is wrong with single rows, counts all of it and shows the first twenty."""
-
-    def __init__(self) -> None:
-        self.shown: list[str] = []
-        self.count = 0
-        self.first: Source | None = None
-
-    def add(self, source: Source, what: str) -> None:
-        self.count += 1
-        self.first = self.first or source
-        if self.count <= SHOWN_ERRORS:
-            self.shown.append(f"{source}: {what}")
-
-    def raise_any(self, fix: str) -> None:
-        if not self.count:
-            return
-        more = f"\n… and {self.count - SHOWN_ERRORS} more" if self.count > SHOWN_ERRORS else ""
-        noun = "row is" if self.count == 1 else "rows are"
-        raise InputError("\n".join(self.shown) + more + f"\n{self.count} {noun} wrong", fix=fix)
+    path: str
+    format: Format = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    subset: str | None = None
+    split: str | None = None
+    answer_after: str | None = None
+    system: str | None = None
+    group: str | None = None
+    stratify: str | None = None
 
 
-def read_records(path: str) -> list[Record]:
-    """Reads JSONL, JSON, CSV, TSV, Parquet or plain text (compressed or not), a `datasets` directory, or a hub id.
+@dataclass
+class RecordStream:
+    """Records of one source, to be read once.
+
+    Attributes:
+        records: in the order of the source.
+        position: bytes or rows done, and of how many when that is known.
+        notes: what a user should know.
+    """
+
+    records: Iterable[Record]
+    position: Callable[[], tuple[int, int | None]] = lambda: (0, None)
+    notes: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+
+Kind = Literal["file", "directory", "hub", "standard input"]
+
+
+def open_records(reading: Reading, errors: RowErrors) -> RecordStream:
+    """Opens a source and streams its records; rows that are none are added to ``errors`` on the way.
 
     Raises:
-        InputError: when the file is missing, empty, not UTF-8, or has broken rows (all of them are counted).
+        InputError: when it is missing, of an unknown kind, in another encoding, or cannot be fetched.
     """
-    # The functions of os.path take any text for a path; those of pathlib raise for names that are too long or unknown.
-    file = Path(os.path.expanduser(path))
-    if os.path.isdir(file):
-        records = _dataset_records(file, path)
-    elif os.path.isfile(file):
-        records = _file_records(file, path)
-    elif _may_be_hub_id(path):
-        records = _hub_records(path)
+    reading, _ = preset_of(reading)
+    kind, path = _located(reading)
+    if kind == "hub":
+        table = dataset_table(hub_data(path, reading.subset, reading.split), reading.path)
+        return RecordStream(table, table.position)
+    if reading.subset is not None or (reading.split is not None and kind != "directory"):
+        key = "subset" if reading.subset is not None else "split"
+        raise InputError(f"`{key}` is for data sets of the hub", where=reading.path, fix=f"remove `{key}`")
+    if kind == "directory":
+        table, notes = directory_table(Path(path), reading.path, reading.split)
+        return RecordStream(table, table.position, notes)
+    if kind == "standard input":
+        file = FileBytes(Path(path), "stdin")
+        return _text_stream(file, json_records if _begins_list(file) else jsonl_records, errors)
+    ending, compression = _endings(Path(path), reading.path)
+    file = FileBytes(Path(path), reading.path, compression)
+    if ending == ".parquet":
+        table = parquet_table(file)
+        return RecordStream(table, table.position)
+    return _text_stream(file, TEXT_READERS[ending], errors)
+
+
+def preset_of(reading: Reading) -> tuple[Reading, Preset | None]:
+    """The reading with a preset's settings where its path names one; what the reading itself says wins."""
+    preset = None if os.path.exists(os.path.expanduser(reading.path)) else PRESETS.get(reading.path)
+    if preset is None:
+        return reading, None
+    own_columns = bool(reading.columns)
+    filled = replace(
+        reading,
+        format=preset.format if reading.format == "auto" and not own_columns else reading.format,
+        columns=reading.columns if own_columns or reading.format not in ("auto", preset.format) else preset.columns,
+        subset=reading.subset or preset.subset,
+        split=reading.split or preset.split,
+    )
+    return filled, preset
+
+
+def content_hash(reading: Reading) -> str:
+    """SHA-256 (hex) over what would be read: a file's bytes, every file of a directory, a hub data set's fingerprint.
+
+    Raises:
+        InputError: when the source is missing.
+    """
+    reading, _ = preset_of(reading)
+    kind, path = _located(reading)
+    if kind in ("file", "standard input"):
+        return file_sha256(Path(path))
+    digest = sha256()
+    if kind == "hub":
+        data = hub_data(path, reading.subset, reading.split)
+        digest.update(str(getattr(data, "_fingerprint", "")).encode())
     else:
-        beside = sorted(os.listdir(file.parent)) if os.path.isdir(file.parent) else []
-        near = nearest(file.name, beside)
+        for file in sorted(item for item in Path(path).rglob("*") if item.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()}\0{file_sha256(file)}\0".encode())
+        digest.update((reading.split or "").encode())
+    return digest.hexdigest()
+
+
+def _located(reading: Reading) -> tuple[Kind, str]:
+    """What kind of source a path is, and where it really is."""
+    path = reading.path
+    # The functions of os.path take any text for a path; those of pathlib raise for names that are too long or unknown.
+    file = os.path.expanduser(path)
+    if path == STANDARD_INPUT:
+        return "standard input", str(standard_input())
+    if os.path.isdir(file):
+        return "directory", file
+    if os.path.isfile(file):
+        return "file", file
+    if os.path.exists(file):
         raise InputError(
-            f"no such file{near}", where=path, fix="check the path; it is read relative to where you run the command"
+            "this is no regular file, and what is in it can be read only once",
+            where=path,
+            fix="write it into a file first, or pipe it in and name - as the path",
         )
-    if not records:
-        raise InputError("the file holds no rows", where=path, fix="name a file with at least one row")
-    return records
+    if path in PRESETS:
+        return "hub", PRESETS[path].path
+    if _may_be_hub_id(path):
+        return "hub", path
+    folder = os.path.dirname(file) or "."
+    beside = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    near = nearest(os.path.basename(file), beside) or ("" if os.sep in path else nearest(path, list(PRESETS)))
+    raise InputError(
+        f"no such file{near}",
+        where=path,
+        fix="check the path; it is read relative to where you run the command. "
+        f"Names of public data sets: {', '.join(PRESETS)}",
+    )
 
 
 def _may_be_hub_id(path: str) -> bool:
@@ -85,267 +192,59 @@ def _may_be_hub_id(path: str) -> bool:
     owner, _, name = path.partition("/")
     suffix = Path(path).suffix.lower()
     looks = re.fullmatch(r"\w[\w.-]*", owner) is not None and re.fullmatch(r"\w[\w.-]*", name) is not None
-    return looks and suffix not in READERS and suffix not in COMPRESSED and not Path(owner).is_dir()
+    return looks and suffix not in KINDS and suffix not in COMPRESSED and not Path(owner).is_dir()
 
 
-def _file_records(file: Path, shown: str) -> list[Record]:
+def _endings(file: Path, shown: str) -> tuple[str, str]:
+    """The kind of a file and its compression, by its name."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
-    opener = COMPRESSED.get(suffixes[-1]) if suffixes else None
-    kind = suffixes[-2] if opener and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
-    if kind not in READERS:
-        raise InputError(f"unknown kind of file {kind or '(no ending)'!r}", where=shown, fix=ENDINGS)
-    try:
-        with cast(IO[bytes], opener(file, "rb") if opener else open(file, "rb")) as stream:
-            content = stream.read()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        said = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise InputError(f"cannot be read: {said}", where=shown, fix="check that the file is whole") from error
-    return READERS[kind](content, shown)
+    compression = suffixes[-1] if suffixes and suffixes[-1] in COMPRESSED else ""
+    ending = suffixes[-2] if compression and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
+    if ending not in KINDS:
+        raise InputError(f"unknown kind of file {ending or '(no ending)'!r}", where=shown, fix=ENDINGS)
+    return ending, compression
 
 
-def _decoded(content: bytes, shown: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+def _text_stream(
+    file: FileBytes, reader: Callable[[FileBytes, RowErrors], Iterator[Record]], errors: RowErrors
+) -> RecordStream:
+    notes = [f"{file.shown}: its UTF-8 byte-order mark was passed over"] if file.marked() else []
+    return RecordStream(reader(file, errors), file.position, notes)
+
+
+def _begins_list(file: FileBytes) -> bool:
+    with file.text(None) as stream:
+        while block := stream.read(CHUNK):
+            if begins := block.lstrip()[:1]:
+                return begins == "["
+    return False
+
+
+@functools.cache
+def standard_input() -> Path:
+    """Copies standard input into Tunesmith's cache, once, so that it can be read again and hashed.
+
+    Raises:
+        InputError: when nothing is piped in, or the cache cannot be written.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
         raise InputError(
-            f"not UTF-8: byte 0x{content[error.start]:02x}", where=f"{shown}:{line}", fix="save the file as UTF-8"
-        ) from error
-
-
-class _BrokenJson(ValueError):
-    """What is wrong with a piece of JSON, and the line in which it is, counted from 1."""
-
-    def __init__(self, what: str, line: int | None = None) -> None:
-        super().__init__(what)
-        self.line = line
-
-
-def _parsed(text: str) -> Any:
-    try:
-        value = json.loads(text, object_pairs_hook=_object)
-        if re.search(r"\\u[dD][89a-fA-F]", text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise _BrokenJson(f"not JSON: {error.msg} at column {error.colno}", error.lineno) from error
-    except UnicodeEncodeError as error:
-        raise _BrokenJson("half of a surrogate pair (\\ud800 to \\udfff) stands alone, which is no text") from error
-    except RecursionError as error:
-        raise _BrokenJson("the value is nested too deeply") from error
-    except ValueError as error:
-        raise _BrokenJson(str(error)) from error
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON allows a name twice in an object, and every reader then keeps another one."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} stands twice in one object")
-    return found
-
-
-def _jsonl_records(content: bytes, shown: str) -> list[Record]:
-    records, errors = [], RowErrors()
-    text = _decoded(content, shown)
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        source = Source(shown, number)
-        try:
-            value = _parsed(line)
-        except _BrokenJson as error:
-            errors.add(source, str(error))
-            continue
-        if isinstance(value, dict):
-            records.append(Record(value, source))
-        else:
-            errors.add(source, f"expected an object with named fields, found {type(value).__name__}")
-    advice = "; this looks like one JSON value over several lines: name the file .json"
-    whole = text.lstrip().startswith("[") or (not records and text.lstrip().startswith("{\n"))
-    errors.raise_any(f"every line of a JSONL file is one JSON object{advice if whole else ''}")
-    return records
-
-
-def _json_records(content: bytes, shown: str) -> list[Record]:
-    text = _decoded(content, shown)
-    if not text.strip():
-        return []
-    try:
-        value = _parsed(text)
-    except _BrokenJson as error:
-        if "Extra data" in str(error):
-            return _jsonl_records(content, shown)
-        where = f"{shown}:{error.line}" if error.line else shown
-        raise InputError(str(error), where=where, fix="a JSON file is a list of objects") from error
-    if isinstance(value, dict):
-        value = _rows_of_object(value, shown)
-    if not isinstance(value, list):
-        raise InputError(f"expected a list of objects, found {type(value).__name__}", where=shown, fix=ENDINGS)
-    errors, records = RowErrors(), []
-    for number, item in enumerate(value, start=1):
-        source = Source(shown, number)
-        if isinstance(item, dict):
-            records.append(Record(item, source))
-        else:
-            errors.add(source, f"expected an object with named fields, found {type(item).__name__}")
-    errors.raise_any("a JSON file is a list of objects; the number counts objects from 1")
-    return records
-
-
-def _rows_of_object(value: dict[str, Any], shown: str) -> list[Any]:
-    """The rows of a file that is one object: its only list of objects, or the object itself as the only row."""
-    lists = [
-        name
-        for name, item in value.items()
-        if isinstance(item, list) and item and all(isinstance(row, dict) for row in item)
-    ]
-    if any({"role", "from"} & value[name][0].keys() for name in lists):  # the turns of one conversation
-        return [value]
-    if len(lists) > 1:
-        raise InputError(
-            f"the object holds several lists of rows: {', '.join(lists)}",
-            where=shown,
-            fix="write each into a file of its own",
+            "nothing is piped into standard input", where=STANDARD_INPUT, fix="pipe JSONL in, or name a file"
         )
-    return cast(list[Any], value[lists[0]]) if lists else [value]
-
-
-def _csv_records(content: bytes, shown: str, delimiter: str) -> list[Record]:
-    csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document; the default is 128 KiB
-    reader = csv.reader(io.StringIO(_decoded(content, shown), newline=""), delimiter=delimiter, strict=True)
-    errors, records = RowErrors(), []
-    header: list[str] | None = None
-    start = 1
+    folder = cache_directory() / "stdin"
+    digest = sha256()
     try:
-        for cells in reader:
-            source, start = Source(shown, start), reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = _checked_header(cells, source, delimiter)
-            elif len(cells) != len(header):
-                errors.add(source, f"{len(cells)} cells where the header has {len(header)} columns")
-            else:
-                records.append(Record(dict(zip(header, cells, strict=True)), source))
-    except csv.Error as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".partial", delete=False) as copy:
+            while block := sys.stdin.buffer.read(CHUNK):
+                digest.update(block)
+                copy.write(block)
+        final = folder / digest.hexdigest()
+        os.replace(copy.name, final)
+    except OSError as error:
         raise InputError(
-            f"not well-formed CSV: {error}",
-            where=f"{shown}:{start}",
-            fix='put cells that contain quotes into quotes, and write a quote in them as ""',
+            f"standard input cannot be stored: {error.strerror or error}",
+            where=str(folder),
+            fix="set TUNESMITH_CACHE to a directory that can be written",
         ) from error
-    errors.raise_any("every row needs as many cells as the header; quote cells that contain the delimiter")
-    return records
-
-
-def _checked_header(names: list[str], source: Source, delimiter: str) -> list[str]:
-    others = [mark for mark in ",;\t|" if mark != delimiter and mark in names[0]]
-    if len(names) == 1 and others:
-        raise InputError(
-            f"the header is one column, {names[0]!r}: its columns seem to be separated by {others[0]!r}",
-            where=str(source),
-            fix="separate columns by commas in a .csv file and by tabs in a .tsv file",
-        )
-    twice = next((name for name in names if name and names.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"the column {twice!r} stands twice", where=str(source), fix="give every column its own name")
-    return names
-
-
-def _text_records(content: bytes, shown: str) -> list[Record]:
-    """Paragraph groups of plain text: documents are separated by blank lines."""
-    records, start, lines = [], 1, list[str]()
-    text = _decoded(content, shown).replace("\r\n", "\n").replace("\r", "\n")
-    for number, line in enumerate([*text.split("\n"), ""], start=1):
-        if line.strip():
-            if not lines:
-                start = number
-            lines.append(line)
-        elif lines:
-            records.append(Record({"text": "\n".join(lines)}, Source(shown, start)))
-            lines = []
-    return records
-
-
-def _parquet_records(content: bytes, shown: str) -> list[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(io.BytesIO(content))
-        rows = table.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"not a Parquet file: {error}", where=shown, fix=ENDINGS) from error
-    stored = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features: dict[str, Any] = (stored.get("info") or {}).get("features") or {}
-    names = {
-        column: feature["names"]
-        for column, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and "names" in feature
-    }
-    return _table_records(rows, names, shown)
-
-
-def _table_records(rows: Iterable[Mapping[str, Any]], names: Mapping[str, list[str]], shown: str) -> list[Record]:
-    """Rows of a table whose class labels are numbers; the names are what a model should learn to say."""
-    records = []
-    for number, row in enumerate(rows, start=1):
-        fields = dict(row)
-        for column, known in names.items():
-            value = fields.get(column)
-            if isinstance(value, int):
-                fields[column] = known[value] if 0 <= value < len(known) else None
-        records.append(Record(fields, Source(shown, number)))
-    return records
-
-
-def _dataset_records(file: Path, shown: str) -> list[Record]:
-    from datasets import ClassLabel, Dataset, load_from_disk
-
-    try:
-        data = load_from_disk(str(file))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"not a directory written by datasets: {str(error).splitlines()[0]}",
-            where=shown,
-            fix="name a file inside the directory, or a directory from save_to_disk",
-        ) from error
-    if not isinstance(data, Dataset):
-        raise InputError(
-            f"the directory holds several splits: {', '.join(map(str, data))}",
-            where=shown,
-            fix=f"name one, for example {shown.rstrip('/')}/{next(iter(data))}",
-        )
-    names = {column: list(feature.names) for column, feature in data.features.items() if type(feature) is ClassLabel}
-    return _table_records(cast(Any, data), names, shown)
-
-
-def _hub_records(path: str) -> list[Record]:
-    from datasets import ClassLabel, load_dataset
-
-    try:
-        data = cast(Any, load_dataset(path, split="train"))
-    except Exception as error:  # the hub client raises dozens of unrelated classes for "not there" and "no network"
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(
-            f"neither a file here nor a data set that can be fetched: {said}",
-            where=path,
-            fix="check the path, or the hub id and the network",
-        ) from error
-    names = {column: list(feature.names) for column, feature in data.features.items() if type(feature) is ClassLabel}
-    return _table_records(data, names, path)
-
-
-READERS: dict[str, Callable[[bytes, str], list[Record]]] = {
-    ".jsonl": _jsonl_records,
-    ".ndjson": _jsonl_records,
-    ".json": _json_records,
-    ".csv": partial(_csv_records, delimiter=","),
-    ".tsv": partial(_csv_records, delimiter="\t"),
-    ".parquet": _parquet_records,
-    ".txt": _text_records,
-    ".md": _text_records,
-    ".rst": _text_records,
-}
+    return final

@@ -18,7 +18,10 @@ Format = Literal[
     "prompt-completion",
     "instruction-response",
     "task",
+    "openassistant",
+    "preference",
     "labelled",
+    "token-labels",
     "text",
 ]
 
@@ -54,26 +57,63 @@ class SourceSpec(Spec):
     """One of several training sources."""
 
     path: str
-    """A file (JSONL, JSON, CSV, TSV, Parquet, plain text; `.gz` too), a `datasets` directory, or a hub id."""
+    """A file (JSONL, JSON, CSV, TSV, Parquet, plain text; `.gz`, `.bz2`, `.xz`, `.zst` too), a `datasets` directory, a
+    hub id, the name of a preset (`tunesmith data presets` lists them), or `-` for standard input."""
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    split: str | None = None
+    """Which split of a hub data set or of a directory with several is read; `train` when none is named."""
     weight: float | None = Field(default=None, gt=0)
     """Share of rows drawn from this source, relative to the other weights. Without any weight every row is used once
     an epoch."""
+    epochs: float | None = Field(default=None, gt=0)
+    """How often this source's rows are used in one epoch of the whole, instead of a weight: 2 is twice each, 0.5 every
+    other row, the others in the next epoch."""
     format: Format = "auto"
     """How this source's rows are written; `auto` is detected from the columns and printed."""
     columns: Columns = Field(default_factory=dict)
+
+
+class ReplaySpec(Spec):
+    """Rows of a general kind, mixed in so that the model does not forget what it could."""
+
+    path: str
+    """As in `train`; rows that `evaluate.forgetting` is measured on should not stand here."""
+    share: float = Field(default=0.1, gt=0, lt=1)
+    """Part of an epoch's rows that is replayed. The other sources keep all of theirs: an epoch grows by these. Source
+    for the default: Scialom et al. 2022 (continual instruction tuning) rehearse 1 %, Ibrahim et al. 2024 replay 5 to
+    50 % of tokens in continued pretraining."""
+    format: Format = "auto"
+    """How these rows are written; `auto` is detected from the columns and printed."""
+    columns: Columns = Field(default_factory=dict)
+    subset: str | None = None
+    """Configuration of a hub data set."""
+    split: str | None = None
+    """Which split of a hub data set or of a directory with several is read; `train` when none is named."""
 
 
 class DataSpec(Spec):
     """What is trained on, what is judged on, and what happens to rows that cannot be used as they are."""
 
     train: str | list[str | SourceSpec]
-    """A path, a list of paths, or a list of `{path, weight, format, columns}`."""
+    """A path, a list of paths, or a list of `{path, weight, epochs, format, columns, subset, split}`."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Mixes several sources in proportion to rows^(1/temperature): 1 is as they are, more is nearer to equal shares.
+    Source: Raffel et al. 2020 (T5), section 3.5.2."""
+    replay: ReplaySpec | None = None
+    """Rows of a general kind mixed into training, against forgetting."""
     validation: Annotated[str | float | None, BeforeValidator(_no_boolean(off=None))] = None
     """A path, or the fraction of the training rows to hold back for early stopping and the best checkpoint. Rows that
     also stand in the test are left out of it, unless `overlap` is `keep`."""
     test: Annotated[str | float, BeforeValidator(_no_boolean())] = "auto"
     """A path, or the fraction of the training rows to hold back for the verdict; `auto` is a tenth, but at least 20
     and at most 200 rows. These rows are never trained on and never used for early stopping."""
+    stratify: str | None = None
+    """Field of the rows whose values keep their shares when rows are held back, for example `label`. Dots reach into
+    nested objects."""
+    group: str | None = None
+    """Field of the rows that must not stand on both sides, for example `document` or `user`: rows that share its value
+    are held back together, or not at all."""
     format: Format = "auto"
     """How the rows are written; `auto` is detected from the columns and printed."""
     columns: Columns = Field(default_factory=dict)
@@ -104,3 +144,9 @@ class DataSpec(Spec):
     overlap: Literal["drop", "keep", "error"] = "drop"
     """What happens to training rows that also stand in the validation or test rows (same prompt after folding case and
     white space)."""
+    checks: bool = True
+    """Whether training rows are looked through for near duplicates, contradictory or degenerate answers, personal data,
+    oddities of encoding and language, and text of the held-out rows; what is found is reported, never changed."""
+    benchmarks: list[str] = Field(default_factory=list)
+    """Files of benchmarks that training rows must not hold; rows that share 13 words in a row with one are reported.
+    Source for 13: Brown et al. 2020 (GPT-3), appendix C."""

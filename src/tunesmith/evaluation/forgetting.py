@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import cast
 
 import torch
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from tunesmith.base import InputError
 from tunesmith.batch import Example
 from tunesmith.data.general_text import general_text
-from tunesmith.data.read import read_records
+from tunesmith.data.read import Reading, open_records
+from tunesmith.data.record import RowErrors
 from tunesmith.data.render import TOKEN_SCOPES
 from tunesmith.models.templates import opening_text
 
@@ -43,13 +45,22 @@ def general_passages(setting: str, tokenizer: PreTrainedTokenizerBase, model_lim
     if setting == "auto":
         source, texts = general_text()
     else:
-        source, texts = setting, [_text_of(record.fields, str(record.source)) for record in read_records(setting)]
+        source, texts = setting, _texts(setting)
     limit = min(LONGEST, model_limit)
     passages = [_passage(text, tokenizer, limit) for text in texts[:MOST_PASSAGES]]
     passages = [passage for passage in passages if len(passage) > 1]
     if not passages:
         raise InputError("the general text is empty", where="evaluate.forgetting")
     return GeneralText(source, passages)
+
+
+def _texts(path: str) -> list[str]:
+    """The first texts of a file, as many as are measured on."""
+    errors = RowErrors()
+    records = islice(open_records(Reading(path), errors), MOST_PASSAGES)
+    texts = [_text_of(record.fields, str(record.source)) for record in records]
+    errors.raise_any()
+    return texts
 
 
 def _text_of(fields: dict[str, object], where: str) -> str:

@@ -73,7 +73,7 @@ def demo_model(progress: Progress = _quiet, *, full_check: bool = False) -> Path
     Raises:
         InputError: neither the cache, nor the hub, nor the package gave the model; each reason is told.
     """
-    directory = cache_directory() / "models" / REPOSITORY.rpartition("/")[2]
+    directory = _directory()
     if fault(directory, full_check=full_check) is None:
         return directory
     with _alone(directory, progress):
@@ -81,6 +81,16 @@ def demo_model(progress: Progress = _quiet, *, full_check: bool = False) -> Path
         if missing is not None:
             _fetch(directory, missing, progress)
     return directory
+
+
+def demo_model_here() -> Path | None:
+    """The demo model's directory when it is in the cache; nothing is fetched."""
+    directory = _directory()
+    return directory if fault(directory) is None else None
+
+
+def _directory() -> Path:
+    return cache_directory() / "models" / REPOSITORY.rpartition("/")[2]
 
 
 def cache_directory() -> Path:

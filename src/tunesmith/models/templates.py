@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, nearest
+from tunesmith.models.sandbox import TemplateExhausted, rendered
 
 PLAIN = "plain"
 
@@ -40,6 +42,9 @@ NAMED_TEMPLATES = {
     ),
 }
 
+SPELLED_OUT = frozenset((NAMED_TEMPLATES["zephyr"],))
+"""Templates whose roles are spelled like control tokens and are ordinary text by intention."""
+
 
 class TemplateRefused(Exception):
     """The template raised an error for this conversation, for example about the order of roles."""
@@ -53,12 +58,16 @@ class Template:
         name: what the plan prints.
         jinja: the template's source, run in transformers' sandbox.
         bos: text put before a plain conversation, when the tokenizer opens texts with a token of its own.
+        fallback: whether nobody chose the plain layout, and the model has no chat template.
+        own: whether the model brings it along, and was made for it.
     """
 
     name: str
     jinja: str | None
     tokenizer: PreTrainedTokenizerBase
     bos: str = ""
+    fallback: bool = False
+    own: bool = False
 
     def text(
         self,
@@ -71,27 +80,32 @@ class Template:
 
         Raises:
             TemplateRefused: the template does not accept the conversation.
-            InputError: the template is no Jinja.
+            InputError: the template is no Jinja, or writes or runs without end.
         """
         if self.jinja is None:
             return self._plain(messages, tools)
         try:
-            return cast(
-                str,
-                self.tokenizer.apply_chat_template(
-                    list(messages),
-                    tools=list(tools) or None,
-                    chat_template=self.jinja,
-                    tokenize=False,
-                    add_generation_prompt=generation_prompt,
-                ),
+            return rendered(
+                self.jinja,
+                list(messages),
+                list(tools) or None,
+                generation_prompt=generation_prompt,
+                special_tokens=self._special_tokens,
             )
+        except TemplateExhausted as error:
+            raise InputError(
+                f"the template was stopped: {error}", where=self.name, fix=f"correct its loops, or {choose_template()}"
+            ) from error
         except TemplateSyntaxError as error:
             raise InputError(
                 f"not a Jinja template: {error.message}", where=f"{self.name}:{error.lineno}", fix="correct that line"
             ) from error
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise TemplateRefused(str(error) or type(error).__name__) from error
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        return dict(self.tokenizer.special_tokens_map)
 
     def _plain(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
         if tools or any(message.get("tool_calls") for message in messages):
@@ -112,9 +126,9 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
         if isinstance(own, dict):
             own = own.get("default")
         return (
-            Template("the model's own chat template", own, tokenizer)
+            Template("the model's own chat template", own, tokenizer, own=True)
             if own
-            else Template(f"{PLAIN} (the model has no chat template)", None, tokenizer, bos)
+            else Template(f"{PLAIN} (the model has no chat template)", None, tokenizer, bos, fallback=True)
         )
     if name == PLAIN:
         return Template(PLAIN, None, tokenizer, bos)
@@ -139,6 +153,11 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     if not text.strip():
         raise InputError("the template is empty", where=path, fix="name a file with a Jinja chat template")
     return Template(str(path), text, tokenizer)
+
+
+def choose_template() -> str:
+    """The advice of errors that another template mends."""
+    return f"choose another data.template: {', '.join(NAMED_TEMPLATES)}, {PLAIN}, or a Jinja file"
 
 
 def opening_text(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 from markupsafe import Markup, escape
 
+from tunesmith.data.check.finding import counted, share
 from tunesmith.pages.page import count, render
 
 STATES = ("trained", "masked", "cut")
 _NEWLINE = Markup('<span class="sign">↵</span>\n')
 
 
-def tokens_page(title: str, rows: list[dict[str, Any]]) -> str:
+def tokens_page(
+    title: str,
+    rows: list[dict[str, Any]],
+    *,
+    order: str = "in the order of the files",
+    blocks: Sequence[dict[str, Any]] = (),
+    lost: Sequence[dict[str, Any]] | None = None,
+) -> str:
     """Renders examples token by token: trained, masked or cut, told apart by colour and by form.
 
     Args:
         title: what is shown, for example the path of the data.
         rows: one dictionary an example, ``{"source": "file:line", "summary": str, "tokens": [{"text": str, "id": int,
             "state": "trained"|"masked"|"cut", "special": bool}]}``.
+        order: which rows come first, in words.
+        blocks: micro-batches of the first optimizer steps, ``{"step": int, "block": int, "layout": str, "rows":
+            ["file:line"], "tokens": int, "padding": int, "padding_if_padded": int}``; empty when not asked for.
+        lost: training rows that are not used, ``{"reason": str, "rows": int, "target_tokens": int, "example": str}``;
+            None when nothing is known about them.
     """
     total = Counter(token["state"] for row in rows for token in row["tokens"])
     shown = [
@@ -38,7 +52,37 @@ def tokens_page(title: str, rows: list[dict[str, Any]]) -> str:
         heading=title,
         rows=shown,
         total=", ".join(f"{count(total[state])} {state}" for state in STATES),
+        order=order,
+        blocks=blocks,
+        layout=layout_of(blocks),
+        padding=padding_of(blocks),
+        lost=lost,
+        lost_in_all=lost_in_all(lost or ()),
     )
+
+
+def layout_of(blocks: Sequence[dict[str, Any]]) -> str:
+    """How rows share a block, in words."""
+    if not blocks:
+        return ""
+    return "packed, tested when the model is loaded" if blocks[0]["layout"] == "packed" else "padded"
+
+
+def padding_of(blocks: Sequence[dict[str, Any]]) -> str:
+    """How much of all blocks together is padding, or would be."""
+    tokens = sum(block["tokens"] for block in blocks)
+    padding = sum(block["padding_if_padded"] for block in blocks)
+    told = f"{counted(padding, 'token')} of padding, {share(padding, tokens + padding)} of what is computed"
+    if not blocks or blocks[0]["layout"] == "padded":
+        return told
+    return f"nothing is padded; laid out as a rectangle each, the blocks would have {told}"
+
+
+def lost_in_all(lost: Sequence[dict[str, Any]]) -> str:
+    """How many training rows are not used, in words."""
+    rows, targets = sum(entry["rows"] for entry in lost), sum(entry["target_tokens"] for entry in lost)
+    left = f"{counted(rows, 'row')} left out of training" if rows else "no row is left out of training"
+    return f"{left}; {counted(targets, 'target token')} lost" if targets else left
 
 
 def _counts(tokens: list[dict[str, Any]]) -> str:

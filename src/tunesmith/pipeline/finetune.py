@@ -16,6 +16,7 @@ from tunesmith.base import InputError, TrainingError, TunesmithError
 from tunesmith.evaluation.answers import Judging, judge, mean_nll
 from tunesmith.evaluation.compare import metric_rows
 from tunesmith.files import committed_directory
+from tunesmith.models.embeddings import untrained_tokens
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import Progress as ShowProgress
 from tunesmith.models.load import load_model, silent
@@ -66,11 +67,13 @@ def finetune(recipe: Recipe, *, resume: bool = False, watcher: Watcher | None = 
     # A recipe that was made in Python has no file whose name its run could take.
     recipe = recipe.model_copy(update={"output": recipe.output.replace("{name}", "run")})
     path = Path(recipe.output)
-    if resume and (path / REPORT).is_file():
-        return Run.open(path)
     run = Run.open(path) if resume else None
     if run is None:
         Run.refuse_occupied(path)
+    else:
+        _refuse_another_recipe(run, recipe)
+        if run.report is not None:
+            return run
     check_sinks(list(recipe.train.log))
     planned = plan_job(recipe, watcher.progress)
     if run is not None:
@@ -161,7 +164,9 @@ def _train(work: _Work, emit: Emit) -> dict[str, Any]:
     if newest is not None:
         progress = checkpoints.restore(newest, model, method, optimizer, precision)
     if is_main():
-        run.forget_events_after(progress.step)
+        run.forget_events_after(progress.step if newest is not None else -1)
+    if newest is None:
+        _warn_of_untrained_tokens(work, emit)
 
     def save(now: Progress, best: bool) -> None:
         if is_main():
@@ -205,12 +210,28 @@ def _train(work: _Work, emit: Emit) -> dict[str, Any]:
     }
 
 
+def _warn_of_untrained_tokens(work: _Work, emit: Emit) -> None:
+    """A control token that the base never saw stays noise when its embedding is frozen."""
+    planned, model = work.planned, work.model
+    assert planned.renderer is not None and planned.tokenizer is not None
+    if any(weight.requires_grad for weight in model.get_input_embeddings().parameters()):
+        return
+    found = untrained_tokens(model, planned.renderer.used_controls)
+    if found:
+        names = ", ".join(cast(list[str], planned.tokenizer.convert_ids_to_tokens(found)))
+        message = (
+            f"the template writes {names}, which this model seems never to have been trained on, and the embeddings "
+            "are frozen: train them with method.modules_to_save, or choose another data.template"
+        )
+        emit({"event": "warning", "message": message})
+
+
 def _batches(planned: Planned) -> StepBatches:
     assert planned.prepared is not None
     rows, plan, train_spec = planned.prepared.train, planned.plan, planned.recipe.train
     total = plan.steps * train_spec.batch_size
     if train_spec.epochs is not None or train_spec.steps is None:
-        total = min(total, max(1, round(plan.epochs * len(rows))))
+        total = min(total, max(1, round(plan.epochs * planned.prepared.order.epoch_rows)))
     return StepBatches(rows, planned.prepared.order, batch_size=train_spec.batch_size, total_rows=total, plan=plan)
 
 
@@ -320,15 +341,10 @@ def _opened(planned: Planned, existing: Run | None) -> Run:
     return run
 
 
-def _stored_plan(run: Run, planned: Planned) -> Plan:
-    """The plan a resumed run goes on with.
-
-    Raises:
-        InputError: when recipe or data are not those that the run was started with, naming what differs.
-    """
-    assert planned.prepared is not None
+def _refuse_another_recipe(run: Run, recipe: Recipe) -> None:
+    """Raises InputError when the recipe is not the one that the run was started with, naming what differs."""
     before, _ = parse_yaml((run.path / RECIPE).read_text(encoding="utf-8"), str(run.path / RECIPE))
-    now, _ = parse_yaml(recipe_yaml(planned.recipe), "recipe")
+    now, _ = parse_yaml(recipe_yaml(recipe), "recipe")
     changed = [
         key
         for key in _flat_keys(now) | _flat_keys(before)
@@ -341,6 +357,15 @@ def _stored_plan(run: Run, planned: Planned) -> Plan:
             where=run.path,
             fix="resume with the run's own recipe, or start a new run: output=runs/NAME",
         )
+
+
+def _stored_plan(run: Run, planned: Planned) -> Plan:
+    """The plan a resumed run goes on with.
+
+    Raises:
+        InputError: when the data is not what the run was started with, naming what differs.
+    """
+    assert planned.prepared is not None
     stored = run.read(DATA)
     for old, new in zip(stored["sources"], planned.prepared.sources, strict=True):
         if old["sha256"] != new["sha256"] or old["rows"] != new["rows"]:

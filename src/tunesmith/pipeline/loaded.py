@@ -15,6 +15,7 @@ from tunesmith.base import InputError
 from tunesmith.batch import Batch, pack
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.render import Renderer
+from tunesmith.data.sources import held_out_spec
 from tunesmith.data.spec import DataSpec
 from tunesmith.engine.generate import Generation, Sampling, generate
 from tunesmith.evaluation.answers import Judged, Judging, judge
@@ -204,7 +205,7 @@ def batches(
     prepared = prepared_rows(_speaker_of(model), spec)
     layout = "packed" if packing_obstacle(model) is None else "padded"
     device = next(model.parameters()).device
-    total = epochs * len(prepared.train)
+    total = epochs * prepared.order.epoch_rows
     windows = []
     for start in range(0, total, batch_size):
         rows = [prepared.train[at].example for at in prepared.order.rows(start, min(start + batch_size, total))]
@@ -266,9 +267,14 @@ def _judged_by(
 ) -> list[tuple[list[Judged], list[str]]]:
     """Rows are read as the run that made the model read its own: columns, template, system turn."""
     recipe = speaker.location.recipe
-    keys = ("format", "columns", "answer_after", "system", "template")
-    own = {key: getattr(recipe.data, key) for key in keys} if recipe else {}
-    return [judged_rows(speaker, file.model_copy(update=own), spec, progress) for file in files]
+    found = []
+    for file in files:
+        if recipe is not None:
+            own = {key: getattr(recipe.data, key) for key in ("answer_after", "system", "template")}
+            like = held_out_spec(str(file.train), recipe.data)
+            file = file.model_copy(update={**own, "format": like.format, "columns": like.columns})
+        found.append(judged_rows(speaker, file, spec, progress))
+    return found
 
 
 def _base_of(location: Location) -> str:
@@ -279,7 +285,7 @@ def judged_rows(
     speaker: Speaker, data: DataSpec, spec: EvaluateSpec, progress: Progress = silent
 ) -> tuple[list[Judged], list[str]]:
     """Every row as the model dealt with it, and the metrics that fit the rows."""
-    data = data.model_copy(update={"duplicates": "keep", "test": "auto", "validation": None})
+    data = data.model_copy(update={"duplicates": "keep", "test": "auto", "validation": None, "checks": False})
     rows = prepared_rows(speaker, data, progress).train[: spec.rows]
     references = [row.row.references[0] for row in rows if row.row.messages]
     metrics, _ = choose_metrics(spec.metrics, references)

@@ -11,8 +11,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tunesmith.base import InputError
-from tunesmith.data.prepare import Prepared, prepare, source_specs
+from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.data.presets import PRESETS
+from tunesmith.data.read import STANDARD_INPUT
 from tunesmith.data.render import Renderer
+from tunesmith.data.sources import readings, source_specs
 from tunesmith.evaluation.compare import choose_metrics
 from tunesmith.models.load import Progress, end_of_turn_ids, load_tokenizer, locate_model, read_config, silent
 from tunesmith.models.measure import meta_model, position_limit
@@ -108,7 +111,7 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         InputError: when the model's configuration cannot be read, or data that is there is wrong.
     """
     location = locate_model(recipe.model.path, progress)
-    missing = [source.path for source in source_specs(recipe.data) if not Path(source.path).expanduser().exists()]
+    missing = [source.path for source in source_specs(recipe.data) if not _is_here(source.path)]
     if not missing and _has_tokenizer(location):
         return plan_job(recipe, progress)
     config = read_config(location, recipe.model.revision)
@@ -122,6 +125,10 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     return Planned(
         recipe, plan.model_copy(update={"notes": notes}), location, config, detect_hardware(), None, None, None
     )
+
+
+def _is_here(path: str) -> bool:
+    return path == STANDARD_INPUT or path in PRESETS or Path(path).expanduser().exists()
 
 
 def read_generation_settings(location: str) -> Any | None:
@@ -142,12 +149,13 @@ def _has_tokenizer(location: str) -> bool:
 
 
 def _counted(prepared: Prepared) -> Workload:
-    lengths = [len(item.example) for item in prepared.train]
+    train = prepared.train
     return Workload(
-        rows=len(lengths),
-        tokens=sum(lengths),
-        targets=sum(item.example.targets for item in prepared.train),
-        longest=max(lengths),
+        rows=len(train),
+        epoch_rows=prepared.order.epoch_rows,
+        tokens=int(train.lengths.sum()),
+        targets=int(train.targets.sum()),
+        longest=int(train.lengths.max()),
         estimated=False,
     )
 
@@ -158,21 +166,33 @@ def _estimated(recipe: Recipe, limit: int, missing: list[str]) -> Workload:
     if missing:
         return Workload(
             rows=ASSUMED_ROWS,
+            epoch_rows=ASSUMED_ROWS,
             tokens=ASSUMED_ROWS * longest // 2,
             targets=ASSUMED_ROWS * longest // 4,
             longest=longest,
             estimated=True,
         )
-    from tunesmith.data.read import read_records
+    from tunesmith.data.read import open_records
+    from tunesmith.data.record import RowErrors
 
+    errors = RowErrors()
     sizes = [
         len(json.dumps(record.fields, ensure_ascii=False, default=str)) // CHARACTERS_PER_TOKEN + 1
-        for source in source_specs(recipe.data)
-        for record in read_records(source.path)
+        for reading, role in readings(recipe.data)
+        if role in ("train", "replay")
+        for record in open_records(reading, errors)
     ]
+    errors.raise_any()
     longest = min(limit, max(sizes) if asked == "auto" else asked)
     tokens = sum(min(size, longest) for size in sizes)
-    return Workload(rows=len(sizes), tokens=tokens, targets=tokens // 2, longest=longest, estimated=True)
+    return Workload(
+        rows=len(sizes),
+        epoch_rows=len(sizes),
+        tokens=tokens,
+        targets=tokens // 2,
+        longest=longest,
+        estimated=True,
+    )
 
 
 def _asked(recipe: Recipe) -> list[str] | str:

@@ -178,11 +178,11 @@ def _length(recipe: Recipe, workload: Workload, decided: Decisions) -> tuple[int
         decided.made.append(Resolved(name="train.epochs", value=epochs, reason="neither epochs nor steps was given"))
     limits = []
     if epochs is not None:
-        limits.append(max(1, math.ceil(round(epochs * workload.rows) / train.batch_size)))
+        limits.append(max(1, math.ceil(round(epochs * workload.epoch_rows) / train.batch_size)))
     if train.steps is not None:
         limits.append(train.steps)
     steps = min(limits)
-    return steps, steps * train.batch_size / workload.rows if epochs is None or steps < limits[0] else epochs
+    return steps, steps * train.batch_size / workload.epoch_rows if epochs is None or steps < limits[0] else epochs
 
 
 @dataclass(frozen=True)

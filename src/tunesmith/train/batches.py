@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from tunesmith.batch import Batch, pack
 from tunesmith.data.mix import RowOrder
-from tunesmith.data.render import Rendered
-from tunesmith.recipe import Plan
+from tunesmith.data.stored import RenderedRows
+from tunesmith.recipe import Plan, Recipe
 from tunesmith.train.parallel import rank, world_size
 
 
@@ -22,18 +20,33 @@ class StepBatches:
         plan: micro-batch and layout.
     """
 
-    def __init__(
-        self, rows: Sequence[Rendered], order: RowOrder, *, batch_size: int, total_rows: int, plan: Plan
-    ) -> None:
+    def __init__(self, rows: RenderedRows, order: RowOrder, *, batch_size: int, total_rows: int, plan: Plan) -> None:
         self.rows, self.order = rows, order
         self.batch_size, self.total_rows, self.plan = batch_size, total_rows, plan
 
+    @classmethod
+    def of_job(cls, recipe: Recipe, plan: Plan, rows: RenderedRows, order: RowOrder) -> StepBatches:
+        """The batches of a whole job, whose last epoch ends with its last row."""
+        spec = recipe.train
+        total = plan.steps * spec.batch_size
+        if spec.epochs is not None or spec.steps is None:
+            total = min(total, max(1, round(plan.epochs * order.epoch_rows)))
+        return cls(rows, order, batch_size=spec.batch_size, total_rows=total, plan=plan)
+
     def __call__(self, step: int) -> list[Batch]:
+        layout = "packed" if self.plan.packing else "padded"
+        groups = self.groups(step)[rank() :: world_size()]
+        return [pack([self.rows[at].example for at in group], layout) for group in groups]
+
+    def groups(self, step: int) -> list[list[int]]:
+        """Indices of the rows in each micro-batch of a step, over all processes, which take them in turn.
+
+        Args:
+            step: counted from 1; behind the last step there are none.
+        """
         start = (step - 1) * self.batch_size
         chosen = self.order.rows(start, min(start + self.batch_size, self.total_rows))
         # Rows of like length share a micro-batch, which saves padding and cannot change the gradient.
-        chosen.sort(key=lambda at: (len(self.rows[at].example), at))
+        chosen.sort(key=lambda at: (int(self.rows.lengths[at]), at))
         size = self.plan.micro_batch
-        groups = [chosen[at : at + size] for at in range(0, len(chosen), size)]
-        layout = "packed" if self.plan.packing else "padded"
-        return [pack([self.rows[at].example for at in group], layout) for group in groups[rank() :: world_size()]]
+        return [chosen[at : at + size] for at in range(0, len(chosen), size)]

@@ -1,0 +1,194 @@
+"""Sources become a file of rows, and a file of rows a file of tokens; each once for the same content."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tunesmith.base import InputError
+from tunesmith.batch import Source
+from tunesmith.data.cache import cached
+from tunesmith.data.formats import preference_advice
+from tunesmith.data.read import Reading, content_hash
+from tunesmith.data.record import RowErrors
+from tunesmith.data.render import Renderer
+from tunesmith.data.row_file import RowFile, RowFileWriter
+from tunesmith.data.rows import RowStream, open_rows
+from tunesmith.data.token_file import TokenFile, TokenFileWriter, renderer_identity
+from tunesmith.files import read_json, write_json
+
+Progress = Callable[[str, int, int | None], None]
+
+AT_ONCE = 2048
+"""Rows that are rendered together: enough for the tokenizer's threads, little for memory."""
+
+_SOURCES, _ERRORS, ALL_ERRORS = "sources.json", "errors.json", "errors.jsonl"
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """One source as it was found.
+
+    Attributes:
+        role: `train`, `replay`, `validation` or `test`.
+        format: how its rows are written.
+        rows: how many there are.
+        sha256: hash of the content that was read.
+        notes: what a user should know.
+    """
+
+    path: str
+    role: str
+    format: str
+    rows: int
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "notes"}
+
+
+def ingest(readings: Sequence[tuple[Reading, str]], progress: Progress, *, refused: Collection[str] = ()) -> Ingested:
+    """Reads every source and keeps its rows on disk.
+
+    Args:
+        readings: how each source is read, and its role.
+        refused: formats that cannot be used here.
+
+    Raises:
+        InputError: for sources that cannot be read at all; wrong rows are counted beside the others.
+    """
+    hashes = [_hashed(reading, progress) for reading, _ in readings]
+    made_from = [
+        {"reading": asdict(reading), "role": role, "sha256": digest}
+        for (reading, role), digest in zip(readings, hashes, strict=True)
+    ]
+
+    def build(directory: Path) -> None:
+        writer, found = RowFileWriter(directory), list[SourceRows]()
+        with KeptErrors(directory) as errors:
+            for at, (reading, role) in enumerate(readings):
+                found.append(_read(reading, role, hashes[at], at, _Reader(writer, errors, progress, refused)))
+        writer.close()
+        write_json(directory / _SOURCES, [asdict(source) for source in found])
+
+    directory = cached({"rows": made_from, "refused": sorted(refused)}, build)
+    sources = [SourceRows(**{**entry, "notes": tuple(entry["notes"])}) for entry in read_json(directory / _SOURCES)]
+    return Ingested(RowFile(directory), sources, kept_errors(directory), directory / ALL_ERRORS)
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What was read.
+
+    Attributes:
+        errors: rows that are wrong, and are not among the others.
+        all_errors: file of JSON lines with every one of them: `source` and `what`.
+    """
+
+    rows: RowFile
+    sources: list[SourceRows]
+    errors: RowErrors
+    all_errors: Path
+
+    def refuse_wrong_rows(self) -> None:
+        """Raises InputError when rows are wrong, or a source has none."""
+        self.errors.raise_any()
+        for source in self.sources:
+            if not source.rows:
+                raise InputError("the file holds no rows", where=source.path, fix="name a file with at least one row")
+
+
+class KeptErrors(RowErrors):
+    """Errors that are also written to a file, all of them."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._directory = directory
+        self._file = open(directory / ALL_ERRORS, "w", encoding="utf-8", newline="\n")  # noqa: SIM115 (by __exit__)
+
+    def add(self, source: Source, what: str, fix: str = "") -> None:
+        super().add(source, what, fix)
+        self._file.write(json.dumps({"source": str(source), "what": what}) + "\n")
+
+    def __enter__(self) -> KeptErrors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        first = self.first and [self.first.file, self.first.line]
+        kept = {"count": self.count, "shown": self.shown, "fixes": self.fixes, "first": first}
+        write_json(self._directory / _ERRORS, kept)
+
+
+def kept_errors(directory: Path) -> RowErrors:
+    kept, errors = read_json(directory / _ERRORS), RowErrors()
+    errors.count, errors.shown, errors.fixes = kept["count"], kept["shown"], kept["fixes"]
+    errors.first = Source(*kept["first"]) if kept["first"] else None
+    return errors
+
+
+@dataclass(frozen=True)
+class _Reader:
+    writer: RowFileWriter
+    errors: RowErrors
+    progress: Progress
+    refused: Collection[str]
+
+
+def _hashed(reading: Reading, progress: Progress) -> str:
+    progress(f"hashing {reading.path}", 0, 1)
+    return content_hash(reading)
+
+
+def _read(reading: Reading, role: str, digest: str, at: int, reader: _Reader) -> SourceRows:
+    stream = open_rows(reading, reader.errors)
+    if stream.format in reader.refused:
+        raise InputError(
+            f"these rows are in the format {stream.format!r}, which objective.kind: sft does not use",
+            where=reading.path,
+            fix=_advice(stream, reading),
+        )
+    before = reader.writer.count
+    for count, row in enumerate(stream):
+        if count % AT_ONCE == 0:
+            reader.progress(f"reading {reading.path}", *stream.position())
+        reader.writer.add(row, at)
+    rows = reader.writer.count - before
+    return SourceRows(reading.path, role, stream.format, rows, digest, tuple(stream.notes))
+
+
+def _advice(stream: RowStream, reading: Reading) -> str:
+    if stream.format == "preference":
+        return preference_advice(stream.columns)
+    return "train a token classifier on them, or map columns to a prompt and a completion in data.columns"
+
+
+def tokens_of(rows: RowFile, renderer: Renderer, progress: Progress) -> TokenFile:
+    """Renders every row once and keeps the tokens on disk.
+
+    Raises:
+        InputError: when the template is unfit for every row. What is wrong with single rows is kept beside them.
+    """
+    identity = renderer_identity(renderer)
+
+    def build(directory: Path) -> None:
+        writer = TokenFileWriter(directory, len(rows))
+        numbers = iter(range(len(rows)))
+        done = 0
+        while chunk := list(islice(numbers, AT_ONCE)):
+            progress("rendering rows", done, len(rows))
+            read = [rows[number] for number in chunk]
+            for number, row, item in zip(chunk, read, renderer.render_many(read), strict=True):
+                writer.add(number, row.references, item)
+            done += len(chunk)
+        writer.close(renderer)
+
+    directory = cached({"tokens": identity, "rows": rows.identity}, build)
+    tokens = TokenFile(directory)
+    tokens.teach(renderer)
+    return tokens

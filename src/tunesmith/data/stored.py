@@ -1,0 +1,75 @@
+"""Rows and their tokens side by side: what every question about a data set is answered from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast, overload
+
+import numpy as np
+
+from tunesmith.batch import Source
+from tunesmith.data.render import Rendered
+from tunesmith.data.row_file import RowFile
+from tunesmith.data.token_file import TokenFile
+from tunesmith.data.truncate import truncated
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Every row of a job, by its number, counted from 0 over all sources."""
+
+    rows: RowFile
+    tokens: TokenFile
+
+    def column(self, name: str, numbers: np.ndarray) -> np.ndarray:
+        """One field of the index of rows."""
+        return self.rows.index[name][numbers]
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Tokens of each row, int64 ``[rows]``."""
+        return self.tokens.index["length"][numbers].astype(np.int64)
+
+    def targets(self, numbers: np.ndarray) -> np.ndarray:
+        """Tokens of each row that are trained on, int64 ``[rows]``."""
+        return self.tokens.index["targets"][numbers].astype(np.int64)
+
+    def source(self, number: int) -> Source:
+        return self.rows[int(number)].source
+
+    def rendered(self, number: int) -> Rendered:
+        return self.tokens.rendered(self.rows, int(number))
+
+
+class RenderedRows(Sequence[Rendered]):
+    """Some of the rows, in order; each is read when it is asked for.
+
+    Attributes:
+        numbers: int64 ``[rows]``, which rows.
+        lengths: int64 ``[rows]``, tokens of each, after cutting.
+        targets: int64 ``[rows]``, tokens of each that are trained on, after cutting.
+        limit: rows longer than this are cut at the end of the answer; None when nothing is cut.
+    """
+
+    def __init__(self, stored: Stored, numbers: np.ndarray, limit: int | None = None) -> None:
+        self.stored, self.limit = stored, limit
+        self.numbers = np.asarray(numbers, np.int64)
+        self.lengths, self.targets = stored.lengths(self.numbers), stored.targets(self.numbers)
+        for at in np.nonzero(self.lengths > limit)[0] if limit is not None else ():
+            shorter = self[int(at)].example
+            self.lengths[at], self.targets[at] = len(shorter), shorter.targets
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, at: int) -> Rendered: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Rendered]: ...
+    def __getitem__(self, at: int | slice) -> Rendered | list[Rendered]:
+        if isinstance(at, slice):
+            return [self[index] for index in range(*at.indices(len(self)))]
+        item = self.stored.rendered(int(self.numbers[at]))
+        if self.limit is None or len(item.example) <= self.limit:
+            return item
+        return cast(Rendered, truncated(item, self.limit))

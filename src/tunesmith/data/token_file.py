@@ -1,0 +1,128 @@
+"""Token ids and target weights of rows on disk, read row by row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.batch import Example
+from tunesmith.data.record import BadRow
+from tunesmith.data.render import TOKEN_SCOPES, Rendered, Renderer
+from tunesmith.data.row_file import RowFile
+from tunesmith.files import BytesAt, read_json, write_json
+
+INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("prompt", "<u4"), ("targets", "<u4"), ("bad", "?")])
+"""Where the tokens of a row begin (in tokens), how many there are, how many of them stand before the last answer, how
+many are trained on, and whether the row cannot be rendered."""
+
+_IDS, _WEIGHTS, _INDEX, _REST = "tokens.bin", "weights.bin", "tokens.npy", "tokens.json"
+_BYTES = 4
+
+
+class TokenFile:
+    """Every row of a ``RowFile`` as the model sees it.
+
+    Attributes:
+        index: array of ``INDEX``, one entry a row.
+        bad: what is wrong with rows that the template refuses, by their number.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.index: np.ndarray = np.load(directory / _INDEX)
+        rest = read_json(directory / _REST)
+        self.bad: dict[int, str] = {int(number): what for number, what in rest["bad"].items()}
+        self._learned: dict[str, Any] = rest["learned"]
+        self._references: dict[str, list[str]] = rest["references"]
+        self._ids, self._weights = BytesAt(directory / _IDS), BytesAt(directory / _WEIGHTS)
+
+    def teach(self, renderer: Renderer) -> None:
+        """Tells a renderer what the one that made these tokens found out about template and tokenizer."""
+        renderer.learn_stop_ids()
+        renderer.stop_ids |= set(self._learned["stop_ids"])
+        renderer.used_controls |= set(self._learned["used_controls"])
+        renderer.notes[:] = self._learned["notes"]
+
+    def rendered(self, rows: RowFile, number: int) -> Rendered:
+        entry = self.index[number]
+        at, size = int(entry["offset"]) * _BYTES, int(entry["length"]) * _BYTES
+        ids = np.frombuffer(self._ids.read(at, size), "<i4")
+        weights = np.frombuffer(self._weights.read(at, size), "<f4")
+        row = rows[number]
+        if str(number) in self._references:
+            row = replace(row, references=tuple(self._references[str(number)]))
+        tensors = {"target_weights": torch.from_numpy(weights.copy())}
+        example = Example(torch.from_numpy(ids.astype(np.int64)), tensors, TOKEN_SCOPES, row.source)
+        return Rendered(row, example, tuple(ids[: entry["prompt"]].tolist()))
+
+
+class TokenFileWriter:
+    """Writes a ``TokenFile`` row by row; memory holds the index alone."""
+
+    def __init__(self, directory: Path, rows: int) -> None:
+        self.directory = directory
+        self.index = np.zeros(rows, INDEX)
+        self._ids = open(directory / _IDS, "wb")  # noqa: SIM115 (closed by close)
+        self._weights = open(directory / _WEIGHTS, "wb")  # noqa: SIM115
+        self._offset = 0
+        self._bad: dict[int, str] = {}
+        self._references: dict[int, list[str]] = {}
+
+    def add(self, number: int, references: Sequence[str], item: Rendered | BadRow) -> None:
+        """
+        Args:
+            references: those of the row before it was rendered.
+            item: the row rendered, or what is wrong with it.
+        """
+        entry = self.index[number]
+        if isinstance(item, BadRow):
+            entry["bad"], self._bad[number] = True, str(item)
+            return
+        length = len(item.example)
+        entry["offset"], entry["length"], entry["prompt"] = self._offset, length, len(item.prompt_ids)
+        weights = item.example.tensors["target_weights"].numpy()
+        entry["targets"] = np.count_nonzero(weights)
+        self._ids.write(item.example.token_ids.numpy().astype("<i4").tobytes())
+        self._weights.write(weights.astype("<f4", copy=False).tobytes())
+        self._offset += length
+        if tuple(references) != item.row.references:
+            self._references[number] = list(item.row.references)
+
+    def close(self, renderer: Renderer) -> None:
+        self._ids.close()
+        self._weights.close()
+        np.save(self.directory / _INDEX, self.index)
+        learned = {
+            "stop_ids": sorted(renderer.stop_ids),
+            "used_controls": sorted(renderer.used_controls),
+            "notes": renderer.notes,
+        }
+        rest = {"bad": self._bad, "references": self._references, "learned": learned}
+        write_json(self.directory / _REST, rest)
+
+
+def renderer_identity(renderer: Renderer) -> dict[str, Any]:
+    """What decides how a row becomes tokens, as JSON values."""
+    template = renderer.template
+    return {
+        "template": [template.name, template.jinja, template.bos],
+        "train_on": renderer.train_on,
+        "stop_ids": sorted(renderer.stop_ids),
+        "tokenizer": tokenizer_sha256(renderer.tokenizer),
+    }
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spelled = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    named = json.dumps(
+        [type(tokenizer).__name__, tokenizer.all_special_tokens, tokenizer.special_tokens_map], default=str
+    )
+    return sha256((spelled + named).encode("utf-8")).hexdigest()

@@ -1,0 +1,38 @@
+"""Rows that are cut to a length without losing the question, or the end of an answer that fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tunesmith.data.render import Rendered
+
+
+def truncated(item: Rendered, limit: int) -> Rendered | None:
+    """Cuts the end of the answer; None when no target would be left.
+
+    A question is never cut, nor the end-of-turn from an answer that fits whole: a conversation is shortened to the
+    last of its answers that can be kept.
+
+    Args:
+        limit: the most tokens that may be left.
+    """
+    example = item.example
+    weights = example.tensors["target_weights"]
+    targets = (weights > 0).tolist()
+    cut = limit
+    if item.row.messages:
+        if limit <= len(item.prompt_ids) and all(targets[1 : len(item.prompt_ids)]):
+            return None
+        if cut < len(targets) and targets[cut] and not any(targets[cut + 1 : cut + 2]):
+            while cut > 0 and targets[cut - 1]:
+                cut -= 1
+        while cut > 0 and not targets[cut - 1]:
+            cut -= 1
+    if not any(targets[:cut]):
+        return None
+    return replace(
+        item,
+        example=replace(example, token_ids=example.token_ids[:cut], tensors={"target_weights": weights[:cut]}),
+        cut_ids=tuple(example.token_ids[cut:].tolist()),
+        cut_targets=sum(targets[cut:]),
+    )
