@@ -2,8 +2,8 @@
 
     python bench/large_data.py [--rows 100000] [--gigabytes 1] [--out docs/results/large-data.md]
 
-The rows are exchanges of about a hundred words made from the words of Python's language reference, some of them doubled,
-nearly doubled or empty. The model that is trained has two layers; tokenizer and template are the demo model's.
+The rows are exchanges of about a hundred words made from the words of Python's language reference; one in a hundred is
+doubled, and one nearly doubled. The model that is trained has two layers; tokenizer and template are the demo model's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bad inputs that other trainers take in silence: here each is refused, or handled and said, on the command line."""
+"""The bad inputs that other trainers take in silence: here each is refused, or handled and said, by the command."""
 
 from __future__ import annotations
 

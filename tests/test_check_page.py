@@ -145,7 +145,7 @@ def test_bars_stay_inside_their_frame(rows: tuple[int, ...], limit: int | None) 
     drawn = re.findall(r'<rect x="([\d.]+)%" y="([\d.]+)" width="([\d.]+)%" height="([\d.]+)"', chart)
     assert len(drawn) == sum(count > 0 for count in rows)
     for x, y, width, height in (map(float, bar) for bar in drawn):
-        assert 0 <= x and x + width <= 100.01 and 0 <= y and y + height == pytest.approx(240)
+        assert x >= 0 and x + width <= 100.01 and y >= 0 and y + height == pytest.approx(240)
         assert height >= 2
     assert not re.search(r"\b(nan|inf|None)\b", chart)
 

@@ -397,3 +397,24 @@ def test_tokens_page_of_nothing_and_of_an_unknown_state() -> None:
     assert "no tokens" in tokens_page("x", [{"source": "a:1", "summary": "", "tokens": []}])
     with pytest.raises(ValueError, match="token state 'lost'"):
         tokens_page("x", [{"source": "", "summary": "", "tokens": tokens("lost", "a")}])
+
+
+def blocks(layout: str = "packed") -> list[dict[str, Any]]:
+    names = [f"data/{HOSTILE}.jsonl:{at}" for at in range(11)]
+    padding = {"padding": 0 if layout == "packed" else 60, "padding_if_padded": 60}
+    return [{"step": 1, "block": 1, "layout": layout, "rows": names, "tokens": 1180, **padding}]
+
+
+def test_tokens_page_tells_blocks_and_what_is_left_out() -> None:
+    lost = [{"reason": HOSTILE, "rows": 3, "target_tokens": 1204, "example": HOSTILE}]
+    source = tokens_page("x", token_rows(), order="the longest first", blocks=blocks(), lost=lost)
+    page, text = Page(source), words(source)
+    assert not {"script", "img"} & {tag for tag, _ in page.tags} and {"packing", "lost"} <= set(page.ids)
+    assert "2 examples shown, the longest first." in text and "3 more" in text
+    assert "Rows are packed, tested when the model is loaded. Nothing is padded; laid out as a rectangle each" in text
+    assert "would have 60 tokens of padding, 4.8 % of what is computed." in text
+    assert "3 rows left out of training; 1,204 target tokens lost." in text
+    padded = words(tokens_page("x", token_rows(), blocks=blocks("padded"), lost=[]))
+    assert "Rows are padded. 60 tokens of padding, 4.8 %" in padded and "No row is left out of training." in padded
+    bare = Page(tokens_page("x", token_rows()))
+    assert not {"packing", "lost"} & set(bare.ids)

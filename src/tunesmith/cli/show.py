@@ -132,7 +132,7 @@ def first_blocks(planned: Planned) -> list[dict[str, Any]]:
                     "step": step,
                     "block": place,
                     "layout": layout,
-                    "rows": [str(train.stored.source(train.numbers[at])) for at in group],
+                    "rows": [str(train.stored.rows.source(train.numbers[at])) for at in group],
                     "tokens": int(lengths.sum()),
                     "padding": padding if layout == "padded" else 0,
                     "padding_if_padded": padding,

@@ -67,15 +67,23 @@ def cached(made_from: Any, build: Callable[[Path], None]) -> Path:
 
 def forget_unused(root: Path) -> None:
     """Deletes entries that were not used for a day, the oldest first, until the rest is within the limit."""
-    entries = sorted((path for path in root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in entries}
-    total = sum(sizes.values())
-    for path in entries:
-        old = time.time() - path.stat().st_mtime > UNTOUCHED_SECONDS
+    entries = sorted(filter(None, (_measured(path) for path in root.iterdir() if path.is_dir())))
+    total = sum(size for _, _, size in entries)
+    for used, path, size in entries:
+        old = time.time() - used > UNTOUCHED_SECONDS
         if old and (total > KEPT_BYTES or ASIDE in path.name):
             shutil.rmtree(path, ignore_errors=True)
             (root / f"{path.name}.lock").unlink(missing_ok=True)
-            total -= sizes[path]
+            total -= size
+
+
+def _measured(path: Path) -> tuple[float, Path, int] | None:
+    """When an entry was last used, and its bytes; None when another process has just renamed or removed it."""
+    try:
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return path.stat().st_mtime, path, size
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager

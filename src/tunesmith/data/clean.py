@@ -12,7 +12,7 @@ import numpy as np
 
 from tunesmith.base import InputError
 from tunesmith.data.record import RowErrors
-from tunesmith.data.row_file import EMPTINESS
+from tunesmith.data.row_file import EMPTINESS, RowFile
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import Stored
 from tunesmith.data.truncate import truncated
@@ -38,8 +38,7 @@ class Losses:
         numbers: for each reason the rows.
     """
 
-    def __init__(self, stored: Stored) -> None:
-        self.stored = stored
+    def __init__(self) -> None:
         self.numbers: dict[str, list[int]] = {}
         self._targets: dict[str, int] = {}
 
@@ -49,26 +48,31 @@ class Losses:
             targets: how many targets are lost, when it is not all that the rows have.
         """
         if len(numbers):
-            lost = int(self.stored.targets(numbers).sum()) if targets is None else targets
             self.numbers.setdefault(reason, []).extend(numbers.tolist())
-            self._targets[reason] = self._targets.get(reason, 0) + lost
+            if targets is not None:
+                self._targets[reason] = self._targets.get(reason, 0) + targets
 
-    def summary(self) -> list[Lost]:
+    def summary(self, stored: Stored) -> list[Lost]:
         return [
-            Lost(reason, 0 if reason == CUT else len(rows), self._targets[reason], str(self.stored.source(rows[0])))
+            Lost(
+                reason,
+                0 if reason == CUT else len(rows),
+                self._targets.get(reason, int(stored.targets(np.array(rows)).sum())),
+                str(stored.rows.source(rows[0])),
+            )
             for reason, rows in self.numbers.items()
         ]
 
 
-def without_duplicates(numbers: np.ndarray, stored: Stored, spec: DataSpec, lost: Losses) -> np.ndarray:
+def without_duplicates(numbers: np.ndarray, rows: RowFile, spec: DataSpec, lost: Losses) -> np.ndarray:
     if spec.duplicates == "keep":
         return numbers
-    earlier = numbers[first_of_equals(stored.column("key", numbers))]
+    earlier = numbers[first_of_equals(rows.column("key", numbers))]
     doubled = earlier != numbers
     if spec.duplicates == "error":
         errors = RowErrors()
         for number, twin in zip(numbers[doubled], earlier[doubled], strict=True):
-            errors.add(stored.source(number), f"the same row as {stored.source(twin)}")
+            errors.add(rows.source(number), f"the same row as {rows.source(twin)}")
         errors.raise_any("remove them, or set data.duplicates: drop or keep")
     lost.add("duplicate", numbers[doubled])
     return numbers[~doubled]
@@ -80,18 +84,18 @@ def first_of_equals(keys: np.ndarray) -> np.ndarray:
     return first[which]
 
 
-def without_overlap(numbers: np.ndarray, held: np.ndarray, stored: Stored, spec: DataSpec, lost: Losses) -> np.ndarray:
+def without_overlap(numbers: np.ndarray, held: np.ndarray, rows: RowFile, spec: DataSpec, lost: Losses) -> np.ndarray:
     """Training rows that share their prompt, or their group, with no held-out row."""
     if spec.overlap == "keep" or not len(held):
         return numbers
-    prompts = np.isin(stored.column("prompt", numbers), stored.column("prompt", held))
+    prompts = np.isin(rows.column("prompt", numbers), rows.column("prompt", held))
     groups = np.zeros(len(numbers), bool)
     if spec.group is not None:
-        groups = np.isin(stored.column("group", numbers), stored.column("group", held)) & ~prompts
+        groups = np.isin(rows.column("group", numbers), rows.column("group", held)) & ~prompts
     if spec.overlap == "error":
         errors = RowErrors()
         for number in numbers[prompts | groups]:
-            errors.add(stored.source(number), _twin(int(number), held, stored))
+            errors.add(rows.source(number), _twin(int(number), held, rows))
         errors.raise_any("remove them from training, or set data.overlap: drop or keep")
     lost.add("stands in the held-out rows", numbers[prompts])
     lost.add("its group stands in the held-out rows", numbers[groups])
@@ -105,22 +109,22 @@ def without_overlap(numbers: np.ndarray, held: np.ndarray, stored: Stored, spec:
     return kept
 
 
-def _twin(number: int, held: np.ndarray, stored: Stored) -> str:
+def _twin(number: int, held: np.ndarray, rows: RowFile) -> str:
     for name, what in (("prompt", "the same prompt"), ("group", "the same group")):
-        same = held[stored.column(name, held) == stored.rows.index[name][number]]
+        same = held[rows.column(name, held) == rows.index[name][number]]
         if len(same):
-            return f"{what} as {stored.source(same[0])}, which is held out"
+            return f"{what} as {rows.source(same[0])}, which is held out"
     raise ValueError("this row overlaps with no held-out row")
 
 
-def without_empty(numbers: np.ndarray, stored: Stored, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
+def without_empty(numbers: np.ndarray, rows: RowFile, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
     """The rows that say something, and those that do not."""
-    kinds = stored.column("emptiness", numbers)
+    kinds = rows.column("emptiness", numbers)
     empty = numbers[kinds > 0]
     if spec.empty == "error":
         errors = RowErrors()
         for number, kind in zip(empty, kinds[kinds > 0], strict=True):
-            errors.add(stored.source(number), EMPTINESS[kind])
+            errors.add(rows.source(number), EMPTINESS[kind])
         errors.raise_any("fill them in, or leave them out with data.empty: drop")
     return numbers[kinds == 0], empty
 
@@ -129,7 +133,7 @@ def refuse_unrendered(numbers: np.ndarray, stored: Stored) -> None:
     """Raises InputError when the template refuses any of these rows."""
     errors = RowErrors()
     for number in numbers[stored.tokens.index["bad"][numbers]]:
-        errors.add(stored.source(number), stored.tokens.bad[int(number)])
+        errors.add(stored.rows.source(number), stored.tokens.bad[int(number)])
     errors.raise_any("change these rows, or choose another data.template")
 
 
@@ -146,7 +150,7 @@ def within_length(
     if spec.overlong == "error":
         errors = RowErrors()
         for number, length in zip(numbers[over], lengths[over], strict=True):
-            errors.add(stored.source(number), f"{length} tokens, {length - limit} over the limit of {limit}")
+            errors.add(stored.rows.source(number), f"{length} tokens, {length - limit} over the limit of {limit}")
         raised = "the model has no more positions: " if own else "raise data.max_length, or "
         errors.raise_any(raised + "set data.overlong: drop or truncate")
     if spec.overlong == "drop":

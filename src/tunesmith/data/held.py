@@ -10,9 +10,9 @@ import numpy as np
 from tunesmith.base import InputError
 from tunesmith.data.clean import without_empty
 from tunesmith.data.record import RowErrors
+from tunesmith.data.row_file import RowFile
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.split import Belonging, hold_back, hold_back_test
-from tunesmith.data.stored import Stored
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Held:
     seed: int
     wants_test: bool
 
-    def split(self, numbers: np.ndarray, files: Mapping[str, np.ndarray], stored: Stored) -> tuple[np.ndarray, HeldOut]:
+    def split(self, numbers: np.ndarray, files: Mapping[str, np.ndarray], rows: RowFile) -> tuple[np.ndarray, HeldOut]:
         """The rows that are trained on, and those that are held out.
 
         Args:
@@ -50,55 +50,55 @@ class Held:
         """
         spec, held = self.spec, HeldOut()
         if isinstance(spec.test, str) and spec.test != "auto":
-            held.test, held.test_from = self._said(files["test"], spec.test, "test", stored, held), spec.test
+            held.test, held.test_from = self._said(files["test"], spec.test, "test", rows, held), spec.test
         elif isinstance(spec.test, float):
             share = _share(spec.test, "data.test")
-            numbers, held.test = self._held(numbers, stored, share, "data.test")
+            numbers, held.test = self._held(numbers, rows, share, "data.test")
             held.test_from = f"{spec.test:.0%} of the training rows, held back before training"
         elif self.wants_test:
-            chosen = hold_back_test(self._belonging(numbers, stored), seed=self.seed)
+            chosen = hold_back_test(self._belonging(numbers, rows), seed=self.seed)
             numbers, held.test = numbers[~chosen], numbers[chosen]
             held.test_from = f"{len(held.test)} training rows, held back before training"
         if isinstance(spec.validation, str):
-            held.validation = self._said(files["validation"], spec.validation, "validation", stored, held)
+            held.validation = self._said(files["validation"], spec.validation, "validation", rows, held)
             held.validation_from = spec.validation
-            self._keep_apart(held, stored)
+            self._keep_apart(held, rows)
         elif isinstance(spec.validation, float):
             share = _share(spec.validation, "data.validation")
-            numbers, held.validation = self._held(numbers, stored, share, "data.validation")
+            numbers, held.validation = self._held(numbers, rows, share, "data.validation")
             held.validation_from = f"{share:.0%} of the training rows, held back before training"
         return numbers, held
 
-    def _held(self, numbers: np.ndarray, stored: Stored, share: float, key: str) -> tuple[np.ndarray, np.ndarray]:
-        chosen = hold_back(self._belonging(numbers, stored), share, seed=self.seed, key=key)
+    def _held(self, numbers: np.ndarray, rows: RowFile, share: float, key: str) -> tuple[np.ndarray, np.ndarray]:
+        chosen = hold_back(self._belonging(numbers, rows), share, seed=self.seed, key=key)
         return numbers[~chosen], numbers[chosen]
 
-    def _belonging(self, numbers: np.ndarray, stored: Stored) -> Belonging:
+    def _belonging(self, numbers: np.ndarray, rows: RowFile) -> Belonging:
         return Belonging(
-            stored.column("prompt", numbers),
-            stored.column("group", numbers) if self.spec.group is not None else None,
-            stored.column("stratum", numbers) if self.spec.stratify is not None else None,
+            rows.column("prompt", numbers),
+            rows.column("group", numbers) if self.spec.group is not None else None,
+            rows.column("stratum", numbers) if self.spec.stratify is not None else None,
         )
 
-    def _said(self, numbers: np.ndarray, path: str, role: str, stored: Stored, held: HeldOut) -> np.ndarray:
-        kept, empty = without_empty(numbers, stored, self.spec)
+    def _said(self, numbers: np.ndarray, path: str, role: str, rows: RowFile, held: HeldOut) -> np.ndarray:
+        kept, empty = without_empty(numbers, rows, self.spec)
         if len(empty):
-            held.notes.append(f"{left_out(len(empty), path)}: empty, the first at {stored.source(empty[0])}")
+            held.notes.append(f"{left_out(len(empty), path)}: empty, the first at {rows.source(empty[0])}")
         if not len(kept):
             raise InputError("every row is empty", where=path, fix=f"name another file in data.{role}")
         return kept
 
-    def _keep_apart(self, held: HeldOut, stored: Stored) -> None:
+    def _keep_apart(self, held: HeldOut, rows: RowFile) -> None:
         """The rows that choose the checkpoint must not be those that judge it."""
         if self.spec.overlap == "keep" or not len(held.test):
             return
-        prompts, judged = stored.column("prompt", held.validation), stored.column("prompt", held.test)
+        prompts, judged = rows.column("prompt", held.validation), rows.column("prompt", held.test)
         shared = np.isin(prompts, judged)
         if self.spec.overlap == "error":
             errors = RowErrors()
             for number, prompt in zip(held.validation[shared], prompts[shared], strict=True):
-                twin = stored.source(held.test[judged == prompt][0])
-                errors.add(stored.source(number), f"the same prompt as {twin}, which is a test row")
+                twin = rows.source(held.test[judged == prompt][0])
+                errors.add(rows.source(number), f"the same prompt as {twin}, which is a test row")
             errors.raise_any("remove them from validation, or set data.overlap: drop or keep")
         held.validation = held.validation[~shared]
         if not len(held.validation):

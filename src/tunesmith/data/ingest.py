@@ -23,7 +23,7 @@ from tunesmith.files import read_json, write_json
 
 Progress = Callable[[str, int, int | None], None]
 
-AT_ONCE = 2048
+AT_ONCE = 8192
 """Rows that are rendered together: enough for the tokenizer's threads, little for memory."""
 
 _SOURCES, _ERRORS, ALL_ERRORS = "sources.json", "errors.json", "errors.jsonl"

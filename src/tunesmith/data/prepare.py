@@ -23,10 +23,11 @@ from tunesmith.data.clean import (
 )
 from tunesmith.data.held import Held, HeldOut, left_out
 from tunesmith.data.ingest import Progress, SourceRows, ingest, tokens_of
-from tunesmith.data.inspection import inspect
+from tunesmith.data.inspection import inspect, inspecting_aside
 from tunesmith.data.mix import RowOrder, mixture_weights, places_in_an_epoch
 from tunesmith.data.record import RowErrors
 from tunesmith.data.render import Renderer
+from tunesmith.data.row_file import RowFile
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import RenderedRows, Stored
@@ -105,9 +106,11 @@ def prepare(
     ingested = ingest(readings(spec), progress, refused=UNUSED)
     ingested.refuse_wrong_rows()
     rows, sources = ingested.rows, ingested.sources
-    stored = Stored(rows, tokens_of(rows, renderer, progress))
-    lost, notes = Losses(stored), [note for source in sources for note in source.notes]
-    train, held = _parted(stored, sources, spec, Held(spec, seed, wants_test), lost)
+    lost, notes = Losses(), [note for source in sources for note in source.notes]
+    train, held = _parted(rows, sources, spec, Held(spec, seed, wants_test), lost)
+    splits = {"train": train, "validation": held.validation, "test": held.test}
+    with inspecting_aside(rows, splits if spec.checks else {}, spec.benchmarks, progress):
+        stored = Stored(rows, tokens_of(rows, renderer, progress))
     refuse_unrendered(train, stored)
     longest = int(stored.lengths(train).max(initial=0))
     limit = _limit(spec, longest, model_limit)
@@ -118,7 +121,6 @@ def prepare(
     )
     notes += held.notes
     notes += [f"{note} ({count} times)" if count > 1 else note for note, count in Counter(renderer.notes).items()]
-    splits = {"train": train, "validation": validation.numbers, "test": test.numbers}
     findings = inspect(rows, splits, spec.benchmarks, progress).findings if spec.checks else []
     notes += [f"{finding.title}: {finding.fix}" for finding in findings if finding.level != "note"]
     origins = rows.index["source"][train].astype(np.int64)
@@ -131,7 +133,7 @@ def prepare(
         order=RowOrder(torch.from_numpy(origins), places, seed),
         max_length=limit,
         stop_ids=set(renderer.stop_ids),
-        lost=lost.summary(),
+        lost=lost.summary(stored),
         sources=[source.as_json() for source in sources],
         mixture=[
             {"path": source.path, "rows": count, "places": place}
@@ -146,18 +148,18 @@ def prepare(
 
 
 def _parted(
-    stored: Stored, sources: list[SourceRows], spec: DataSpec, holding: Held, lost: Losses
+    rows: RowFile, sources: list[SourceRows], spec: DataSpec, holding: Held, lost: Losses
 ) -> tuple[np.ndarray, HeldOut]:
     """The rows that are trained on, and those that are held out; no row is both."""
-    roles = np.array([source.role for source in sources])[stored.rows.index["source"]]
+    roles = np.array([source.role for source in sources])[rows.index["source"]]
     numbers = np.nonzero((roles == "train") | (roles == "replay"))[0]
-    numbers, empty = without_empty(without_duplicates(numbers, stored, spec, lost), stored, spec)
+    numbers, empty = without_empty(without_duplicates(numbers, rows, spec, lost), rows, spec)
     lost.add("empty", empty)
     files = {role: np.nonzero(roles == role)[0] for role in ("validation", "test")}
     may_be_held = roles[numbers] == "train"
-    kept, held = holding.split(_some(numbers[may_be_held]), files, stored)
+    kept, held = holding.split(_some(numbers[may_be_held]), files, rows)
     train = np.sort(np.concatenate([kept, numbers[~may_be_held]]))
-    train = without_overlap(train, np.concatenate([held.validation, held.test]), stored, spec, lost)
+    train = without_overlap(train, np.concatenate([held.validation, held.test]), rows, spec, lost)
     return train, held
 
 

@@ -25,7 +25,7 @@ __all__ = ["TOKEN_SCOPES", "Rendered", "Renderer", "TrainOn"]
 
 TOKEN_SCOPES: dict[str, Scope] = {"target_weights": "token"}
 
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 1024
 """Rows whose texts are given to the tokenizer in one call: enough for its threads, little enough for memory."""
 
 _PROBE = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"})

@@ -9,7 +9,8 @@ from struct import Struct
 
 import numpy as np
 
-from tunesmith.data.rows import Row
+from tunesmith.batch import Source
+from tunesmith.data.row import Row
 from tunesmith.files import BytesAt
 
 INDEX = np.dtype(
@@ -54,6 +55,13 @@ class RowFile:
     def __getitem__(self, number: int) -> Row:
         entry = self.index[number]
         return Row.from_json(self._file.read(int(entry["offset"]), int(entry["length"])).decode("utf-8"))
+
+    def column(self, name: str, numbers: np.ndarray) -> np.ndarray:
+        """One field of the index."""
+        return self.index[name][numbers]
+
+    def source(self, number: int) -> Source:
+        return self[int(number)].source
 
     def read(self, numbers: Iterable[int]) -> Iterator[tuple[int, Row]]:
         """Rows one after the other, which is quick when the numbers ascend."""

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from tunesmith.base import InputError
 from tunesmith.data.formats import BadRow
 from tunesmith.data.rows import Row
-from tunesmith.data.tokenize import BREAK, folded
+from tunesmith.data.tokenize import BREAK, holds
 from tunesmith.models.templates import Template, TemplateRefused, choose_template, special_tokens
 
 TrainOn = Literal["answers", "last-answer", "everything"]
@@ -76,6 +76,7 @@ class Speller:
     def _know(self, controls: dict[str, int]) -> None:
         self.control_ids = frozenset(controls.values())
         self._control = _any_of(controls)
+        self._openings = tuple({token[:2] for token in controls if len(token) > 1})  # quicker to look for
 
     def spelled(self, row: Row) -> Spelled:
         """Raises BadRow or TemplateRefused for a row that cannot be written, InputError for an unfit template."""
@@ -155,7 +156,7 @@ class Speller:
             said = said.lstrip().removeprefix(THINKING)
         found = self._closing(tail, said)
         if found is None and (closing := self._next_turn(messages, tools)):
-            if folded(said) in folded(tail):
+            if holds(tail, said):
                 return tail + closing, closing
         elif found is None and not self._control.search(tail):
             self._learn_unmarked(tail)
@@ -171,7 +172,7 @@ class Speller:
         """The control token behind what is said."""
         found, opened = None, 0
         for control in self._control.finditer(tail):
-            if folded(said) in folded(tail[opened : control.start()]):
+            if holds(tail[opened : control.start()], said):
                 found = control
                 if not said.strip():
                     break
@@ -258,16 +259,15 @@ class Speller:
 
     def _refuse_omissions(self, text: str, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> None:
         """Templates drop what they do not know; what a row says and the model never reads is an error."""
-        everything = folded(text)
         for index, message in enumerate(messages, start=1):
-            if message["role"] not in ("assistant", "tool") and folded(message["content"]) not in everything:
+            if message["role"] not in ("assistant", "tool") and not holds(text, message["content"]):
                 raise BadRow(f"the template changes or leaves out what is said in turn {index} ({message['role']})")
             for call in message.get("tool_calls") or []:
-                if folded(call.get("function", call)["name"]) not in everything:
+                if not holds(text, call.get("function", call)["name"]):
                     raise BadRow(f"the template leaves out the tool calls of turn {index}")
         for tool in tools:
             name = tool.get("function", tool).get("name", "")
-            if folded(str(name)) not in everything:
+            if not holds(text, str(name)):
                 raise BadRow(f"the template leaves out the tools: {name!r} is not in the text")
 
     def harmless(self, value: Any) -> Any:
@@ -282,7 +282,7 @@ class Speller:
             return value
         if BREAK in value:
             raise BadRow("the text holds U+FDD0, which is no character")
-        while self._control.search(value):
+        while any(opening in value for opening in self._openings) and self._control.search(value):
             value = self._control.sub(lambda found: found[0][0] + BREAK + found[0][1:], value)
         return value
 

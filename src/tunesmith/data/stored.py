@@ -8,7 +8,6 @@ from typing import cast, overload
 
 import numpy as np
 
-from tunesmith.batch import Source
 from tunesmith.data.render import Rendered
 from tunesmith.data.row_file import RowFile
 from tunesmith.data.token_file import TokenFile
@@ -22,10 +21,6 @@ class Stored:
     rows: RowFile
     tokens: TokenFile
 
-    def column(self, name: str, numbers: np.ndarray) -> np.ndarray:
-        """One field of the index of rows."""
-        return self.rows.index[name][numbers]
-
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of each row, int64 ``[rows]``."""
         return self.tokens.index["length"][numbers].astype(np.int64)
@@ -33,9 +28,6 @@ class Stored:
     def targets(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of each row that are trained on, int64 ``[rows]``."""
         return self.tokens.index["targets"][numbers].astype(np.int64)
-
-    def source(self, number: int) -> Source:
-        return self.rows[int(number)].source
 
     def rendered(self, number: int) -> Rendered:
         return self.tokens.rendered(self.rows, int(number))

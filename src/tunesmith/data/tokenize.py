@@ -153,6 +153,11 @@ def folded(text: str) -> str:
     return "".join(text.split())
 
 
+def holds(text: str, piece: str) -> bool:
+    """Whether a text says something, whatever the white space."""
+    return piece in text or folded(piece) in folded(text)
+
+
 def _spells(decoded: str, piece: str) -> bool:
     """Whether both are the same text; some tokenizers put a blank of their own behind every control token."""
 

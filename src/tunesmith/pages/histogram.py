@@ -14,10 +14,15 @@ from tunesmith.pages.series import tick_text, ticks
 FARTHEST = 1.5
 """A limit farther to the right than this times the longest row is told in words: drawn, it would squeeze the bars."""
 
+LEAST = 4.0
+"""Height in pixels of the lowest bar: one row among a hundred thousand is seen too."""
+
 BAR = Markup(
-    '<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="var(--{fill}, currentColor)" '
-    'stroke="var(--{stroke}, Canvas)" stroke-width="1.5"{more}><title>{title}</title></rect>'
+    '<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="var(--{fill}, Canvas)"'
+    "{more}><title>{title}</title></rect>"
 )
+HOLLOW = Markup(' stroke="var(--bad, currentColor)" stroke-width="1.5" stroke-dasharray="4 3"')
+"""Of rows that are too long: a grey print and an eye without red tell them from the others too."""
 KEY = Markup('<li><svg width="18" height="12" aria-hidden="true">{}</svg> {}</li>')
 
 
@@ -43,8 +48,8 @@ def histogram_chart(bins: Sequence[dict[str, Any]], *, unit: str, limit: int | N
     for entry in bins:
         if entry["rows"]:
             over = limit is not None and entry["from"] > limit
-            tall = max(2.0, round(HEIGHT * entry["rows"] / most, 1))
-            body += _bar(across(entry["from"]), _width(entry, right - low), tall, over, title=f"{_said(entry, unit)}")
+            tall = max(LEAST, round(HEIGHT * entry["rows"] / most, 1))
+            body += _bar(across(entry["from"]), _width(entry, right - low), tall, over, title=_said(entry, unit))
     if drawn and limit is not None:
         body += _limit(across(limit + 1), (limit + 1 - low) / (right - low), limit)
     tallest = max(bins, key=lambda entry: entry["rows"])
@@ -84,15 +89,12 @@ def _beside(limit: int | None, low: int, longest: int, *, drawn: bool, unit: str
 
 
 def _width(entry: dict[str, Any], whole: float) -> str:
-    return f"{100 * (entry['to'] - entry['from']) / whole:.2f}%"
+    return f"{96 * (entry['to'] - entry['from']) / whole:.2f}%"  # of 100, so that a gap is left
 
 
 def _bar(x: str, width: str, tall: float, over: bool, title: str) -> Markup:
-    # Hollow and broken where rows are too long: a grey print and an eye without red tell them apart too.
-    fill, stroke, more = ("paper", "bad", Markup(' stroke-dasharray="4 3"')) if over else ("line", "paper", "")
-    return BAR.format(
-        x=x, y=round(HEIGHT - tall, 1), width=width, height=tall, fill=fill, stroke=stroke, more=more, title=title
-    )
+    fill, more = ("paper", HOLLOW) if over else ("line", "")
+    return BAR.format(x=x, y=round(HEIGHT - tall, 1), width=width, height=tall, fill=fill, more=more, title=title)
 
 
 def _axes(
@@ -130,9 +132,7 @@ def _limit(x: str, part: float, limit: int) -> Markup:
 
 def _legend() -> Markup:
     items = Markup("")
-    for over, text in ((False, "within the limit"), (True, "longer than the limit")):
-        square = Markup('<rect x="2" y="1" width="14" height="10" fill="var(--{})" stroke="var(--{})"{}/>').format(
-            *(("paper", "bad", Markup(' stroke-dasharray="4 3"')) if over else ("line", "line", ""))
-        )
+    for fill, more, text in (("line", "", "within the limit"), ("paper", HOLLOW, "longer than the limit")):
+        square = Markup('<rect x="2" y="1" width="14" height="10" fill="var(--{}, Canvas)"{}/>').format(fill, more)
         items += KEY.format(square, text)
     return Markup('<ul class="legend">') + items + Markup("</ul>")
