@@ -107,6 +107,14 @@ def test_rows_that_would_be_taken() -> None:
     assert "Training would take these rows: 1 warning." in words(check_page(found(finding("warning", "x"))))
 
 
+def test_problems_that_training_does_not_look_for() -> None:
+    source = check_page(found(finding("problem", "2 answers say nothing"), ok=True))
+    assert 'class="verdict doubtful"' in source
+    assert "Taken, with problems Training would take these rows, but look at what was found: 1 problem." in words(
+        source
+    )
+
+
 def test_a_cleaned_file_is_named() -> None:
     fixed = {"path": "clean.jsonl", "dropped_list": "clean.dropped.jsonl", "rows_kept": 792, "rows_dropped": 415}
     text = words(check_page(full() | {"fixed": fixed}))

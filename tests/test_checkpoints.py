@@ -76,15 +76,57 @@ def test_a_checkpoint_before_the_first_update_can_be_restored(tmp_path: Path) ->
 
 
 def test_a_stopped_run_writes_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
-    trial = Trial(plan_of(steps=5), directory=tmp_path, stop=lambda: True)
+    trial = Trial(plan_of(steps=5), directory=tmp_path, stop=at_call(3))
     with pytest.raises(Interrupted, match="after step 1 of 5") as caught:
         trial.run()
     assert caught.value.exit_code == 130
     assert trial.checkpoints.steps() == [1]
     again = Trial(plan_of(steps=5), directory=tmp_path)
     assert again.run(again.restore(1)).step == 5
-    last = Trial(plan_of(steps=1), stop=lambda: True)
+    last = Trial(plan_of(steps=1), stop=at_call(3))
     assert last.run().step == 1
+
+
+def at_call(number: int) -> Callable[[], bool]:
+    """Somebody who asks a run to end when it looks for the n-th time: twice in a step, and once after it."""
+    calls = iter(range(1, 1000))
+    return lambda: next(calls) >= number
+
+
+@pytest.mark.parametrize("inside", [1, 2])
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_run_that_is_stopped_inside_a_step_leaves_no_trace_of_it(inside: int, name: str, tmp_path: Path) -> None:
+    settings = {"method": METHODS[name], "directory": tmp_path / "whole"}
+    whole = Trial(plan_of(steps=5), **settings)
+    whole.run()
+    stopped = Trial(plan_of(steps=5), **{**settings, "directory": tmp_path / "stopped"}, stop=at_call(6 + inside))
+    with pytest.raises(Interrupted, match="after step 2 of 5"):
+        stopped.run()
+    again = Trial(plan_of(steps=5), **{**settings, "directory": tmp_path / "stopped"})
+    again.run(again.restore(2))
+    assert_equal(again.weights(), whole.weights())
+    first = Trial(plan_of(steps=5), method=METHODS[name], stop=at_call(inside))
+    with pytest.raises(Interrupted, match="before the first step was done"):
+        first.run()
+
+
+def test_a_run_that_is_stopped_while_it_evaluates_does_so_again(tmp_path: Path) -> None:
+    plan = plan_of(steps=4, evaluate_every=2)
+    losses = {2: 1.0, 4: 0.5}
+    whole = Trial(plan)
+    expected = whole.run(evaluate=losses.get)
+
+    def interrupted(step: int) -> float:
+        raise Interrupted("stopped while evaluating")
+
+    stopped = Trial(plan, directory=tmp_path)
+    with pytest.raises(Interrupted, match="stopped while evaluating; a checkpoint of step 2 is written"):
+        stopped.run(evaluate=interrupted)
+    again = Trial(plan, directory=tmp_path)
+    progress = again.restore(2)
+    assert progress.evaluation_due
+    assert again.run(progress, evaluate=losses.get) == expected
+    assert_equal(again.weights(), whole.weights())
 
 
 def saved_at(directory: Path, steps: list[int], *, keep: int = 2, best: dict[int, int] | None = None) -> Trial:
@@ -99,7 +141,7 @@ def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "none", 2).steps() == []
     trial = saved_at(tmp_path, [1, 2, 3, 4, 5], best={2: 2, 3: 2, 4: 2, 5: 2})
     assert trial.checkpoints.steps() == [2, 4, 5]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-4", "step-5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-2", "step-4", "step-5"]
     trial.save(Progress(step=10, best_step=10), True)
     assert trial.checkpoints.steps() == [5, 10]
 
@@ -194,7 +236,7 @@ def test_nothing_half_written_is_left_behind(
             trial.save(Progress(step=number), False)
     assert expected is KeyboardInterrupt or "No space left on device" in str(caught.value)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-1", "step-2"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["latest", "step-1", "step-2"]
     assert trial.checkpoints.newest_sound(lambda text: None) == 2
 
 

@@ -150,6 +150,11 @@ CHANGES: dict[str, Any] = {
         {"train": {"evaluate_every": "off", "checkpoint_every": 1}},
         {"train": {"evaluate_every": "off", "checkpoint_every": 1, "keep": 1}},
     ),
+    "train.bad_step": (
+        {"train": {"spike": 1.01, "learning_rate": 5.0}},
+        {"train": {"spike": 1.01, "learning_rate": 5.0, "bad_step": "stop"}},
+    ),
+    "train.spike": ({"train": {"learning_rate": 5.0}}, {"train": {"learning_rate": 5.0, "spike": 1.01}}),
     "train.early_stopping": (
         {"train": {"learning_rate": 1e-12}},
         {"train": {"learning_rate": 1e-12, "early_stopping": {"patience": 1, "min_delta": 1}}},

@@ -179,7 +179,7 @@ def test_overrides_are_seen(recipe: Path, capsys: pytest.CaptureFixture[str]) ->
 def uneven(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of many lengths: two are cut, one stands twice."""
     root = tmp_path_factory.mktemp("uneven")
-    long = [{"prompt": "Say long", "completion": "LONG " * count} for count in (60, 70)]
+    long = [{"prompt": "Say long", "completion": "LONG " * count} for count in (50, 60)]
     values = {
         "model": str(tiny_model),
         "data": {

@@ -16,11 +16,12 @@ from tunesmith.batch import Batch, pack
 from tunesmith.methods import Lora
 from tunesmith.objectives import Supervised
 from tunesmith.recipe import TrainSpec
-from tunesmith.train.checkpoint import Checkpoints
+from tunesmith.train.checkpoint import Checkpoints, Saved
 from tunesmith.train.health import Health
 from tunesmith.train.loop import Job, Progress, train
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.precision import Precision
+from tunesmith.train.randomness import random_states_of_all
 
 
 def plan_of(**settings: Any) -> Any:
@@ -37,7 +38,7 @@ def adapted(method: Any = None, **overrides: Any) -> nn.Module:
 ROWS = random_rows([9, 4, 14, 6, 3, 11, 8, 5], weights=(0.5, 1.0))
 
 
-def two_micro_batches(number: int) -> list[Batch]:
+def two_micro_batches(number: int, micro_batch: int | None = None) -> list[Batch]:
     at = 4 * (number % 2)
     return [pack(ROWS[at : at + 3]), pack(ROWS[at + 3 : at + 4], "padded")]
 
@@ -71,10 +72,17 @@ class Trial:
     def save(self, progress: Progress, best: bool) -> None:
         self.saved.append((progress.step, best))
         if self.directory is not None:
-            self.checkpoints.save(progress, self.model, self.method, self.optimizer, self.precision)
+            self.checkpoints.save(progress, self.kept(), random_states_of_all(torch.device("cpu")))
+
+    def kept(self) -> Saved:
+        return Saved(self.model, self.method, self.optimizer, self.precision)
 
     def restore(self, number: int) -> Progress:
-        return self.checkpoints.restore(number, self.model, self.method, self.optimizer, self.precision)
+        return self.checkpoints.restore(number, self.kept())
+
+    def go_back(self) -> Progress | None:
+        newest = self.checkpoints.newest_sound(lambda text: None)
+        return None if newest is None else self.restore(newest)
 
     def run(self, progress: Progress | None = None, evaluate: Callable[[int], float | None] | None = None) -> Progress:
         job = Job(
@@ -87,6 +95,7 @@ class Trial:
             two_micro_batches,
             self.save,
             self.stop,
+            self.go_back,
         )
         progress = progress or Progress(health=Health(vocabulary=VOCABULARY))
         return train(job, progress, evaluate=evaluate or (lambda at: None), emit=self.events.append)

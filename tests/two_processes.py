@@ -106,7 +106,7 @@ def stop_on_one_process(directory: Path) -> None:
         return not is_main() and len(saved) >= 2
 
     optimizer = build_optimizer(model, spec, 1e-3)
-    job = Job(model, Supervised(), optimizer, Precision(), spec, plan, lambda at: batches(1), save, stop)
+    job = Job(model, Supervised(), optimizer, Precision(), spec, plan, lambda at, micro=None: batches(1), save, stop)
     losses = iter([3.0, 2.0, 2.5])
     progress, said = Progress(), ""
     try:

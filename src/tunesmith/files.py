@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
 import shutil
@@ -11,8 +13,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ASIDE = ".partial"
 """Suffix of everything that is not committed yet; safe to delete when no run is alive."""
+
+OLD = ".old"
+"""Put before it for a directory that was moved away for its successor."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,7 +59,7 @@ def committed_directory(final: Path) -> Iterator[Path]:
     """Yields an empty directory beside ``final`` and renames it to ``final`` when the block ends well.
 
     An existing ``final`` is moved away first and deleted only after the new one stands. When the block raises,
-    nothing new is left behind and the old directory stays as it was.
+    nothing new is left behind and the old directory stays as it was. What a killed process leaves, `recovered` mends.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f"{final.name}{ASIDE}{os.getpid()}")
@@ -68,13 +75,70 @@ def committed_directory(final: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     if final.exists():
-        old = final.with_name(f"{final.name}.old{ASIDE}{os.getpid()}")
+        old = final.with_name(f"{final.name}{OLD}{ASIDE}{os.getpid()}")
         os.replace(final, old)
         os.replace(aside, final)
         shutil.rmtree(old)
     else:
         os.replace(aside, final)
     sync_directory(final.parent)
+
+
+@contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """Yields an empty directory beside ``final`` and renames it to ``final``, which may not exist unless it is empty.
+
+    Raises:
+        FileExistsError: when ``final`` holds something by then; it stays as it is.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(f"{glob.escape(final.name)}{ASIDE}*"):
+        if not psutil.pid_exists(int(left.name.rpartition(ASIDE)[2] or "0")):
+            shutil.rmtree(left, ignore_errors=True)
+    aside = final.with_name(f"{final.name}{ASIDE}{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        for path in sorted(aside.rglob("*")):
+            if path.is_file():
+                sync_file(path)
+        sync_directory(aside)
+        if final.is_dir():
+            final.rmdir()  # fails unless it is empty
+        os.rename(aside, final)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(error.errno, error.strerror, str(final)) from error
+        raise
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync_directory(final.parent)
+
+
+def recovered(directory: Path) -> None:
+    """Puts back what a killed process had moved away, and removes what it had not committed.
+
+    To be called only by whoever holds the directory for itself.
+    """
+    for path in sorted(directory.glob(f"*{ASIDE}*")):
+        name, _, _ = path.name.partition(ASIDE)
+        final = path.with_name(name.removesuffix(OLD))
+        if name.endswith(OLD) and not final.exists():
+            os.replace(path, final)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def remove_directory(path: Path) -> None:
+    """Deletes a directory such that nothing half-deleted ever bears its name."""
+    aside = path.with_name(f"{path.name}{ASIDE}{os.getpid()}")
+    os.replace(path, aside)
+    shutil.rmtree(aside)
 
 
 def sync_file(path: Path) -> None:

@@ -93,6 +93,13 @@ class TrainSpec(Spec):
     """Steps between checkpoints; `auto` is ten times a run, and at least every 500 steps."""
     keep: PositiveInt = 2
     """Checkpoints kept besides the best one."""
+    bad_step: Literal["skip", "rollback", "stop"] = "skip"
+    """What happens when loss or gradient is not a finite number, or jumps (`spike`): leave the weights as they are and
+    go on; go back to the last good checkpoint and pass this step's rows over, three times at most; or end the run. An
+    overflow of fp16's loss scaling is always skipped, as the scaling means it to be. Source for passing rows over:
+    Chowdhery et al. 2022 (PaLM), section 5.1, who restart 100 steps before a spike and skip 200 to 500 batches."""
+    spike: Annotated[float, Field(gt=1)] | Off = "off"
+    """A loss this many times the median of the last twenty is a bad step too, for example 3."""
     early_stopping: EarlyStopping | Off = "off"
     """End the run when the validation loss no longer falls; needs validation rows."""
     best: Literal["validation-loss", "last"] = "validation-loss"

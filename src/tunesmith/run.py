@@ -14,11 +14,13 @@ import psutil
 import yaml
 
 from tunesmith.base import InputError
-from tunesmith.files import read_json, write_json, write_text
+from tunesmith.files import ASIDE, new_directory, read_json, recovered, sync_file, write_json, write_text
 
 RECIPE, PLAN, DATA, ENVIRONMENT = "recipe.yaml", "plan.json", "data.json", "environment.json"
 EVENTS, REPORT, PAGE, LOCK = "events.jsonl", "report.json", "report.html", "run.lock"
+CHANGES = "changes.json"
 RESULTS = ("adapter", "model")
+ELSEWHERE = "name another one: output=runs/NAME"
 BASE_EVALUATION, TUNED_EVALUATION = "evaluation.base.json", "evaluation.tuned.json"
 
 
@@ -45,17 +47,44 @@ class Run:
                 fix="continue it with --resume, or name another directory: output=runs/NAME",
             )
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
-            raise InputError("this is not an empty directory", where=path, fix="name another one: output=runs/NAME")
+            raise InputError("this is not an empty directory", where=path, fix=ELSEWHERE)
 
     @staticmethod
-    def create(path: Path) -> Run:
-        """Makes the directory for a new run. Raises InputError when it is occupied or cannot be written."""
+    def create(path: Path, values: dict[str, Any], texts: dict[str, str]) -> Run:
+        """Makes the directory of a new run with its first files, whole or not at all.
+
+        Args:
+            values: by name the files that are JSON.
+            texts: by name the other files.
+
+        Raises:
+            InputError: when the directory is occupied or cannot be written.
+        """
         Run.refuse_occupied(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            with new_directory(path) as directory:
+                for name, value in values.items():
+                    write_json(directory / name, value)
+                for name, text in texts.items():
+                    write_text(directory / name, text)
+        except FileExistsError:
+            Run.refuse_occupied(path)
+            raise InputError("another process has just begun a run here", where=path, fix=ELSEWHERE) from None
         except OSError as error:
-            raise InputError(f"the directory cannot be made: {error.strerror}", where=path) from error
+            raise InputError(f"the directory cannot be made: {error.strerror}", where=path, fix=ELSEWHERE) from error
         return Run(path)
+
+    @staticmethod
+    def to_resume(path: Path) -> Run | None:
+        """The run to go on with; None when nothing was begun yet, so that one command may be repeated until it is done.
+
+        Raises:
+            InputError: when there is something else.
+        """
+        if (path / RECIPE).is_file():
+            return Run(path)
+        Run.refuse_occupied(path)
+        return None
 
     @staticmethod
     def open(path: str | Path) -> Run:
@@ -117,10 +146,18 @@ class Run:
                 break
         return events
 
-    def forget_events_after(self, step: int) -> None:
-        """Drops events of steps that a resumed run will do again."""
-        kept = [event for event in self.events() if event.get("step", 0) <= step and event["event"] != "end"]
-        write_text(self.events_path, "".join(json.dumps(event, allow_nan=False) + "\n" for event in kept))
+    def synced_events(self) -> int:
+        """Length of the log in bytes, all of which are on the disk now."""
+        if not self.events_path.is_file():
+            return 0
+        sync_file(self.events_path)
+        return self.events_path.stat().st_size
+
+    def truncate_events(self, length: int) -> None:
+        """Drops what was logged after a checkpoint: a resumed run will do it again."""
+        if self.events_path.is_file() and self.events_path.stat().st_size > length:
+            with open(self.events_path, "rb+") as file:
+                file.truncate(length)
 
     def summary(self) -> dict[str, Any]:
         """One line about the run, for lists."""
@@ -139,7 +176,11 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the run for this process. Raises InputError when another live process holds it."""
+        """Holds the run for this process, and mends what a killed one left.
+
+        Raises:
+            InputError: when another live process holds it.
+        """
         lock = self.path / LOCK
         mine = {"pid": os.getpid(), "started": psutil.Process().create_time()}
         while True:
@@ -151,6 +192,8 @@ class Run:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(mine, file)
         try:
+            for directory in (self.path, self.checkpoints):
+                recovered(directory)
             yield
         finally:
             lock.unlink(missing_ok=True)
@@ -176,5 +219,9 @@ def find_runs(root: Path) -> list[Run]:
     """All runs below a directory, oldest first."""
     if not root.is_dir():
         return []
-    found = [path.parent for path in root.rglob(RECIPE) if "checkpoints" not in path.parts]
+    found = [
+        path.parent
+        for path in root.rglob(RECIPE)
+        if "checkpoints" not in path.parts and not any(ASIDE in part for part in path.parts)
+    ]
     return [Run(path) for path in sorted(found, key=lambda path: (path / RECIPE).stat().st_mtime)]

@@ -20,8 +20,14 @@ data_app = typer.Typer(help="Look at data as the model will see it.", no_args_is
 recipe_app = typer.Typer(
     help="The format of recipes, and recipes from other tools.", invoke_without_command=True, rich_markup_mode=None
 )
+runs_app = typer.Typer(
+    help="List runs, each below the one that it comes from, with their verdicts.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(runs_app, name="runs")
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
 Overrides = Annotated[
@@ -37,12 +43,16 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output directory.")] = False,
+    force: Annotated[
+        list[str] | None,
+        typer.Option(help="With --resume: go on although this setting is another now.", metavar="KEY=VALUE"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Do the whole job: plan, train, prove; ends with a verdict and a page."""
     from tunesmith.cli.train import run_training
 
-    raise typer.Exit(run_training(recipe, overrides or [], resume=resume, as_json=as_json))
+    raise typer.Exit(run_training(recipe, overrides or [], resume=resume, force=force or [], as_json=as_json))
 
 
 @app.command()
@@ -198,27 +208,37 @@ def merge(
     say(f"against the base: mean KL {check.differs_from_base:.2g} nats, so it is not the base")
 
 
-@app.command()
-def runs(root: Annotated[Path, typer.Argument(help="Where to look.")] = Path("runs"), as_json: AsJson = False) -> None:
-    """List runs and their verdicts."""
-    from tunesmith.cli.display import out
-    from tunesmith.cli.tables import aligned
-    from tunesmith.run import find_runs
+@runs_app.callback()
+def runs(
+    context: typer.Context,
+    root: Annotated[Path, typer.Option("--root", "-C", help="Where to look.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        from tunesmith.cli.runs import show_runs
 
-    found = [run.summary() for run in find_runs(root)]
-    if as_json:
-        out(json.dumps(found))
-    elif not found:
-        out(f"no runs in {root}")
-    else:
-        names = ["run", "state", "steps", "model", "method", "verdict"]
-        out(
-            "\n".join(
-                aligned(
-                    [names, *[[str(item[name] if item[name] is not None else "–") for name in names] for item in found]]
-                )
-            )
-        )
+        show_runs(root, as_json=as_json)
+
+
+@runs_app.command("verify")
+def runs_verify(run: Annotated[Path, typer.Argument(help="A run.")], as_json: AsJson = False) -> None:
+    """Check every hash of a run: files, checkpoints, data, base; exits 2 when something has changed."""
+    from tunesmith.cli.runs import show_verification
+
+    raise typer.Exit(show_verification(run, as_json=as_json))
+
+
+@app.command()
+def rerun(
+    run: Annotated[Path, typer.Argument(help="The run whose recipe is trained again.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted rerun.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a run's recipe again, on a new base or new data, and compare the two runs."""
+    from tunesmith.cli.runs import run_again
+
+    raise typer.Exit(run_again(run, overrides or [], resume=resume, as_json=as_json))
 
 
 @app.command()

@@ -140,7 +140,11 @@ def _print_lengths(console: Console, lengths: dict[str, Any]) -> None:
 def _print_end(console: Console, checked: Checked, found: dict[str, Any]) -> None:
     counts = {level: sum(finding.level == level for finding in checked.findings) for level in MARKS}
     said = [f"{number} {level}{'' if number == 1 else 's'}" for level, number in counts.items() if number]
-    end = "training would refuse these rows" if checked.refused else "training would take these rows"
+    end = "training would take these rows"
+    if checked.refused:
+        end = "training would refuse these rows"
+    elif counts["problem"]:
+        end += ", but look at what was found"
     _say(console, f"\n{', '.join(said) or 'nothing found'}: {end}")
     if "fixed" in found:
         fixed = found["fixed"]

@@ -6,18 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.base import InputError
 from tunesmith.cli.display import Display, out, quiet_libraries
 from tunesmith.cli.tables import plan_lines, report_lines
 from tunesmith.recipe import Plan, Recipe
 from tunesmith.recipe_file import check_recipe, read_recipe
 
 
-def run_training(path: Path, overrides: Sequence[str], *, resume: bool, as_json: bool) -> int:
+def run_training(
+    path: Path, overrides: Sequence[str], *, resume: bool, force: Sequence[str] = (), as_json: bool
+) -> int:
     """Runs a recipe and returns the exit code: 0, or 3 when a gate said no."""
-    return run_recipe(read_recipe(path, overrides), resume=resume, as_json=as_json)
+    if force and not resume:
+        raise InputError("--force is for runs that are resumed", fix="add --resume, or write KEY=VALUE without --force")
+    recipe = read_recipe(path, [*overrides, *force])
+    return run_recipe(recipe, resume=resume, forced=[text.partition("=")[0] for text in force], as_json=as_json)
 
 
-def run_recipe(recipe: Recipe, *, resume: bool, as_json: bool) -> int:
+def run_recipe(recipe: Recipe, *, resume: bool, forced: Sequence[str] = (), as_json: bool) -> int:
     from tunesmith.pipeline.finetune import Watcher, finetune
     from tunesmith.train.parallel import is_main
 
@@ -29,7 +35,8 @@ def run_recipe(recipe: Recipe, *, resume: bool, as_json: bool) -> int:
             if not as_json and is_main():
                 display.line("\n".join(plan_lines(plan, recipe.model.path)) + "\n")
 
-        run = finetune(recipe, resume=resume, watcher=Watcher(display.progress, display.event, planned))
+        watcher = Watcher(display.progress, display.event, planned)
+        run = finetune(recipe, resume=resume, watcher=watcher, forced=forced)
     if not is_main():
         return 0
     report: dict[str, Any] = run.report or {}

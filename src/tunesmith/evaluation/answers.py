@@ -15,7 +15,7 @@ from tunesmith.batch import Example, pack
 from tunesmith.data.render import Rendered
 from tunesmith.engine.generate import Sampling, generate
 from tunesmith.models.forward import use_attention
-from tunesmith.models.load import Progress
+from tunesmith.models.load import Progress, silent
 from tunesmith.objectives.logps import token_logps
 
 TOKENS_AT_ONCE = 4096
@@ -138,9 +138,9 @@ def _groups(order: Sequence[int], examples: Sequence[Example]) -> list[list[int]
     return groups
 
 
-def mean_nll(model: nn.Module, examples: Sequence[Example], *, packed: bool) -> float:
+def mean_nll(model: nn.Module, examples: Sequence[Example], *, packed: bool, progress: Progress = silent) -> float:
     """Average negative log-likelihood per target token: the validation loss."""
-    total = sum(row_nlls(model, examples, packed=packed, progress=lambda *_: None))
+    total = sum(row_nlls(model, examples, packed=packed, progress=progress))
     return total / max(1, sum(example.targets for example in examples))
 
 

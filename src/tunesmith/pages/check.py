@@ -9,8 +9,8 @@ from tunesmith.pages.histogram import histogram_chart, span
 from tunesmith.pages.page import render
 
 LEVELS = (
-    ("problem", "Problems", "Training refuses the rows until these are gone."),
-    ("warning", "Warnings", "Training takes the rows all the same; the model may suffer."),
+    ("problem", "Problems", "Wrong, and training may refuse the rows for it."),
+    ("warning", "Warnings", "Training takes these rows or leaves them out; the model may suffer."),
     ("note", "Notes", "Worth knowing, and often meant."),
 )
 FORMS = {"problem": "failed", "warning": "unsure", "note": "calm"}
@@ -35,7 +35,7 @@ def check_page(found: dict[str, Any]) -> str:
     return render(
         "check.html.j2",
         heading=", ".join(source["path"] for source in found["sources"]),
-        ok=found["ok"],
+        verdict=_verdict(found["ok"], bool(groups[0]["findings"])),
         sentence=_sentence(found["ok"], [(group["level"], len(group["findings"])) for group in groups]),
         groups=groups,
         open=OPEN,
@@ -49,11 +49,20 @@ def check_page(found: dict[str, Any]) -> str:
     )
 
 
+def _verdict(ok: bool, problems: bool) -> tuple[str, str]:
+    """In words, and how they are drawn."""
+    if not ok:
+        return "Refused", "refused"
+    return ("Taken, with problems", "doubtful") if problems else ("Taken", "taken")
+
+
 def _sentence(ok: bool, counts: list[tuple[str, int]]) -> str:
     said = [counted(number, level) for level, number in counts if number]
     what = " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
     if not ok:
         return f"Training would refuse these rows: {what}."
+    if dict(counts)["problem"]:
+        return f"Training would take these rows, but look at what was found: {what}."
     return f"Training would take these rows: {what or 'nothing was found'}."
 
 

@@ -52,7 +52,7 @@ class Lengths:
     def as_json(self) -> dict[str, Any]:
         values = self.values
         edges = bin_edges(values)
-        counts, _ = np.histogram(values, edges) if len(values) else (np.zeros(0, int), edges)
+        counts, _ = np.histogram(values, edges) if len(values) else (np.zeros(len(edges) - 1, int), edges)
         quantiles = {f"p{at}": int(np.percentile(values, at)) if len(values) else 0 for at in (50, 90, 99)}
         return {
             "unit": self.unit,

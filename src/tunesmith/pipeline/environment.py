@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from functools import lru_cache
+from hashlib import sha256
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,6 +30,16 @@ def package_versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return versions
+
+
+@lru_cache(maxsize=1)
+def code_sha256() -> str:
+    """Hash of Tunesmith's own source files."""
+    package = Path(__file__).parents[1]
+    digest = sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def describe_environment() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tunesmith.pages.report import report_page
 from tunesmith.pipeline.planning import Planned
 from tunesmith.recipe import EvaluateSpec
 from tunesmith.recipe_file import recipe_yaml
-from tunesmith.run import BASE_EVALUATION, PAGE, REPORT, TUNED_EVALUATION, Run
+from tunesmith.run import BASE_EVALUATION, PAGE, TUNED_EVALUATION, Run
 
 
 class Proof:
@@ -90,16 +90,15 @@ def stored_evaluation(run: Run, name: str, proof: Proof | None, model: nn.Module
     return found
 
 
-def write_report(run: Run, planned: Planned, proof: Proof | None, measured: dict[str, Any], notes: list[str]) -> None:
-    """Writes `report.json` and `report.html`."""
-    report = _report(run, planned, proof, measured, notes)
-    run.write(REPORT, report)
+def write_page(run: Run, report: dict[str, Any]) -> None:
+    """Writes `report.html`."""
     run.write_text(PAGE, report_page(report))
 
 
-def _report(
+def written_report(
     run: Run, planned: Planned, proof: Proof | None, measured: dict[str, Any], notes: list[str]
 ) -> dict[str, Any]:
+    """What `report.json` says of a run."""
     assert planned.prepared is not None
     evidence: dict[str, Any] = {
         "verdict": "no_difference",
@@ -125,7 +124,7 @@ def _report(
         "predicted": {"peak_bytes": plan.memory.peak_bytes, "seconds": plan.time.seconds},
         "measured": measured,
         "curves": {
-            "train": [[event["step"], event["loss"]] for event in steps if event["loss"] is not None],
+            "train": sorted({event["step"]: event["loss"] for event in steps if event["loss"] is not None}.items()),
             "validation": [[e["step"], e["loss"]] for e in events if e["event"] == "validation"],
             "best_step": next((e.get("best_step") for e in events if e["event"] == "trained"), None),
         },

@@ -33,20 +33,21 @@ class StepBatches:
             total = min(total, max(1, round(plan.epochs * order.epoch_rows)))
         return cls(rows, order, batch_size=spec.batch_size, total_rows=total, plan=plan)
 
-    def __call__(self, step: int) -> list[Batch]:
+    def __call__(self, step: int, micro_batch: int | None = None) -> list[Batch]:
         layout = "packed" if self.plan.packing else "padded"
-        groups = self.groups(step)[rank() :: world_size()]
+        groups = self.groups(step, micro_batch)[rank() :: world_size()]
         return [pack([self.rows[at].example for at in group], layout) for group in groups]
 
-    def groups(self, step: int) -> list[list[int]]:
+    def groups(self, step: int, micro_batch: int | None = None) -> list[list[int]]:
         """Indices of the rows in each micro-batch of a step, over all processes, which take them in turn.
 
         Args:
             step: counted from 1; behind the last step there are none.
+            micro_batch: rows of each, when it is not what the plan says.
         """
         start = (step - 1) * self.batch_size
         chosen = self.order.rows(start, min(start + self.batch_size, self.total_rows))
         # Rows of like length share a micro-batch, which saves padding and cannot change the gradient.
         chosen.sort(key=lambda at: (int(self.rows.lengths[at]), at))
-        size = self.plan.micro_batch
+        size = micro_batch or self.plan.micro_batch
         return [chosen[at : at + size] for at in range(0, len(chosen), size)]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tunesmith.base import InputError, TunesmithError
-from tunesmith.files import committed_directory, file_sha256, read_json
+from tunesmith.files import committed_directory, file_sha256, read_json, remove_directory, sync_file, write_text
 from tunesmith.methods import AdaptationMethod
 from tunesmith.train.health import Health
 from tunesmith.train.loop import Progress
 from tunesmith.train.optim import optimizer_tensors, restore_optimizer
+from tunesmith.train.parallel import world_size
 from tunesmith.train.precision import Precision
+from tunesmith.train.randomness import (
+    own_random_state,
+    python_random_state,
+    restore_python_random_state,
+    restore_random_state,
+)
 
 WEIGHTS, OPTIMIZER, RANDOM, STATE, MANIFEST = (
     "trained.safetensors",
@@ -32,19 +38,41 @@ WEIGHTS, OPTIMIZER, RANDOM, STATE, MANIFEST = (
     "state.json",
     "manifest.json",
 )
+LATEST = "latest"
+MARGIN = 1 << 20
+"""Bytes that stay free beside a checkpoint's tensors, for its small files and the run's own."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Everything that a checkpoint puts on disk besides the progress."""
+
+    model: nn.Module
+    method: AdaptationMethod
+    optimizer: Optimizer
+    precision: Precision
+
+    def bytes(self) -> int:
+        """Size of the tensors: the trained ones, and what the optimizer keeps of each (two more before it has any)."""
+        trained = self.method.trained_tensors(self.model).values()
+        weights = sum(t.numel() * t.element_size() for t in trained)
+        states = sum(t.numel() * t.element_size() for t in optimizer_tensors(self.optimizer)[0].values())
+        return weights + (states or 2 * sum(4 * t.numel() for t in trained))
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        directory: where they are written, as `step-N`.
+        directory: where they are written, as `step-N`; the file `latest` names the newest.
         keep: how many are kept besides the best one.
+        identity: what the run is made from (hashes of recipe, data and code), stored in each checkpoint.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, identity: dict[str, Any] | None = None) -> None:
         self.directory = directory
         self.keep = keep
+        self.identity = identity or {}
 
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step}"
@@ -57,39 +85,73 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def save(
-        self, progress: Progress, model: nn.Module, method: AdaptationMethod, optimizer: Optimizer, precision: Precision
+        self, progress: Progress, saved: Saved, random_states: dict[str, torch.Tensor], events_bytes: int = 0
     ) -> None:
         """Commits a checkpoint, and only then removes those that are no longer kept.
 
-        Later ones are removed too: they are damaged, or the run would not be here again.
+        Files are written beside and synced, the manifest with their hashes last; then the directory is renamed, and
+        `latest` moved. Later checkpoints are removed too: they are damaged, or the run would not be here again.
+
+        Args:
+            random_states: of every process.
+            events_bytes: how long the run's log of events is at this moment.
 
         Raises:
             TunesmithError: when it cannot be written, for example on a full disk; the older ones stay.
         """
-        tensors, numbers = optimizer_tensors(optimizer)
-        state: dict[str, Any] = {"progress": asdict(progress), "optimizer": numbers, "precision": precision.state()}
-        trained = {name: t.detach().cpu().contiguous() for name, t in method.trained_tensors(model).items()}
-        python_state = random.getstate()
-        state["python_random"] = [python_state[0], list(python_state[1]), python_state[2]]
+        final = self.path(progress.step)
         try:
-            with committed_directory(self.path(progress.step)) as directory:
-                save_file(trained, directory / WEIGHTS)
-                save_file(tensors, directory / OPTIMIZER)
-                save_file(_random_tensors(), directory / RANDOM)
-                (directory / STATE).write_text(json.dumps(state), encoding="utf-8")
-                hashes = {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
-                (directory / MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
+            self.refuse_too_little_room(saved.bytes())
+            with committed_directory(final) as directory:
+                self._write(
+                    directory, {"progress": asdict(progress), "events_bytes": events_bytes}, saved, random_states
+                )
+            write_text(self.directory / LATEST, f"{final.name}\n")
         except (OSError, SafetensorError) as error:
             raise TunesmithError(
-                f"the checkpoint cannot be written: {error}",
-                where=self.path(progress.step),
+                f"the checkpoint cannot be written: {error}; the checkpoints before it are whole",
+                where=final,
                 fix="make room, then continue with --resume",
             ) from error
         past = [step for step in self.steps() if step <= progress.step]
         kept = {*past[-self.keep :], progress.best_step}
         for step in self.steps():
             if step not in kept:
-                shutil.rmtree(self.path(step))
+                remove_directory(self.path(step))
+
+    def _write(
+        self, directory: Path, where: dict[str, Any], saved: Saved, random_states: dict[str, torch.Tensor]
+    ) -> None:
+        tensors, numbers = optimizer_tensors(saved.optimizer)
+        trained = saved.method.trained_tensors(saved.model)
+        save_file({name: t.detach().cpu().contiguous() for name, t in trained.items()}, directory / WEIGHTS)
+        save_file(tensors, directory / OPTIMIZER)
+        save_file(random_states, directory / RANDOM)
+        state = {
+            **where,
+            "optimizer": numbers,
+            "precision": saved.precision.state(),
+            "python_random": python_random_state(),
+            "processes": world_size(),
+            "made_from": self.identity,
+        }
+        (directory / STATE).write_text(json.dumps(state), encoding="utf-8")
+        for path in sorted(directory.iterdir()):
+            sync_file(path)
+        hashes = {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
+        (directory / MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
+
+    def refuse_too_little_room(self, needed: int) -> None:
+        """Raises TunesmithError when the disk has less room than a checkpoint takes."""
+        place = next(path for path in (self.directory, *self.directory.absolute().parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        if free < needed + MARGIN:
+            raise TunesmithError(
+                f"a checkpoint takes {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB left; the "
+                "checkpoints before it are whole",
+                where=self.directory,
+                fix="make room, then continue with --resume",
+            )
 
     def newest_sound(self, warn: Callable[[str], None]) -> int | None:
         """Step of the newest checkpoint whose files are what was written; damaged ones are named."""
@@ -124,16 +186,28 @@ class Checkpoints:
         path = self.path(step) / WEIGHTS
         method.load_trained(model, load_file(path), where=path)
 
-    def restore(
-        self, step: int, model: nn.Module, method: AdaptationMethod, optimizer: Optimizer, precision: Precision
-    ) -> Progress:
+    def events_bytes(self, step: int) -> int:
+        """How long the log of events was when a checkpoint was written."""
+        return int(read_json(self.path(step) / STATE)["events_bytes"])
+
+    def restore(self, step: int, saved: Saved, warn: Callable[[str], None] = lambda text: None) -> Progress:
         """Puts model, optimizer and random states back to where they were, and returns the progress."""
         directory = self.path(step)
-        self.load_weights(step, model, method)
+        self.load_weights(step, saved.model, saved.method)
         state = read_json(directory / STATE)
-        restore_optimizer(optimizer, load_file(directory / OPTIMIZER), state["optimizer"])
-        precision.restore(state["precision"])
-        _restore_random(load_file(directory / RANDOM), state["python_random"])
+        restore_optimizer(saved.optimizer, load_file(directory / OPTIMIZER), state["optimizer"])
+        saved.precision.restore(state["precision"])
+        mine = own_random_state(load_file(directory / RANDOM))
+        if state["processes"] != world_size() or mine is None:
+            warn(
+                f"the checkpoint was written by {state['processes']} processes and there are {world_size()} now: the "
+                "result is as good, but not the same to the byte"
+            )
+        if mine is not None:
+            restore_random_state(mine)
+        if state["made_from"].get("code") != self.identity.get("code"):
+            warn("the checkpoint was written by another version of Tunesmith: the result may differ in the last bits")
+        restore_python_random_state(state["python_random"])
         return _progress(state["progress"], directory)
 
 
@@ -144,17 +218,3 @@ def _progress(values: dict[str, Any], where: Path) -> Progress:
         return Progress(**values, health=health)
     except (KeyError, TypeError) as error:
         raise InputError(f"the checkpoint was written by another version: {error}", where=where) from error
-
-
-def _random_tensors() -> dict[str, torch.Tensor]:
-    tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    return tensors
-
-
-def _restore_random(tensors: dict[str, torch.Tensor], python_state: list[Any]) -> None:
-    torch.set_rng_state(tensors["cpu"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
-    random.setstate((python_state[0], tuple(python_state[1]), python_state[2]))

@@ -12,7 +12,8 @@ from torch import Tensor
 from tunesmith.base import TrainingError
 
 RECENT = 5
-NOT_FINITE_IN_A_ROW = 8
+SPIKE_WINDOW = 20
+NOT_APPLIED_IN_A_ROW = 8
 LEAST_NORM = 1e-7
 """A gradient below this has vanished whatever it was at the start: a run may be dead from its first step."""
 FIX = "lower train.learning_rate, lengthen train.warmup, or look at the rows with `tunesmith data show`"
@@ -27,7 +28,8 @@ class Health:
         first_loss, first_norm: of the first step, before any update.
         opening: the first losses; their median is not misled by one easy or hard batch.
         recent: the last losses and gradient norms.
-        not_finite: steps in a row whose gradient could not be used.
+        losses: of the last steps that were applied.
+        not_applied: steps in a row whose gradient could not be used.
         skipped: all such steps.
     """
 
@@ -36,25 +38,40 @@ class Health:
     first_norm: float | None = None
     opening: list[float] = field(default_factory=list)
     recent: list[tuple[float, float]] = field(default_factory=list)
-    not_finite: int = 0
+    losses: list[float] = field(default_factory=list)
+    not_applied: int = 0
     skipped: int = 0
 
-    def observe(self, step: int, loss: float, grad_norm: float) -> None:
-        """Takes in a step.
+    def loss_limit(self, spike: float) -> float:
+        """The loss above which a step is a spike: so many times the median of the last ones.
+
+        Args:
+            spike: the factor; infinite when spikes are not looked for.
+        """
+        return spike * median(self.losses) if len(self.losses) >= RECENT else math.inf
+
+    def skip(self, step: int) -> None:
+        """Takes in a step that was not applied.
 
         Raises:
-            TrainingError: when the loss is not finite for several steps, far above its start, or stuck where the
-                model knows nothing.
+            TrainingError: when there were too many in a row.
         """
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.not_finite += 1
-            self.skipped += 1
-            if self.not_finite >= NOT_FINITE_IN_A_ROW:
-                raise TrainingError(
-                    f"step {step}: loss or gradient was not a finite number {self.not_finite} times in a row", fix=FIX
-                )
-            return
-        self.not_finite = 0
+        self.not_applied += 1
+        self.skipped += 1
+        if self.not_applied >= NOT_APPLIED_IN_A_ROW:
+            raise TrainingError(
+                f"step {step}: loss or gradient was not a finite number, or jumped, {self.not_applied} times in a row",
+                fix=FIX,
+            )
+
+    def observe(self, step: int, loss: float, grad_norm: float) -> None:
+        """Takes in a step that was applied.
+
+        Raises:
+            TrainingError: when the loss is far above its start, or stuck where the model knows nothing.
+        """
+        self.not_applied = 0
+        self.losses = [*self.losses, loss][-SPIKE_WINDOW:]
         if self.first_loss is None or self.first_norm is None:
             self.first_loss, self.first_norm = loss, grad_norm
         self.opening = [*self.opening, loss][:RECENT]
@@ -66,8 +83,8 @@ class Health:
         """Looks back at the end of a run, with a stricter eye. Raises TrainingError as `observe` does."""
         if self.first_loss is None:
             raise TrainingError("no step had a finite loss", fix=FIX)
-        if self.not_finite:
-            raise TrainingError("the last step's loss or gradient was not a finite number", fix=FIX)
+        if self.not_applied:
+            raise TrainingError("the last step's loss or gradient was not a finite number, or jumped", fix=FIX)
         self._check("the end", margin=1.25)
 
     def _check(self, moment: str, margin: float) -> None:

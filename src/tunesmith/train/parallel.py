@@ -49,6 +49,16 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def gathered(values: Tensor, device: torch.device) -> list[Tensor]:
+    """A tensor of every process, all of one shape, by rank, on the CPU."""
+    if not dist.is_initialized():
+        return [values]
+    mine = values.to(device) if dist.get_backend() == "nccl" else values
+    everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everybody, mine)
+    return [one.cpu() for one in everybody]
+
+
 def from_main(value: float, device: torch.device) -> float:
     """A number that the main process knows, on every process."""
     if not dist.is_initialized():

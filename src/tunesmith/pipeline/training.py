@@ -1,0 +1,262 @@
+"""The training part of a job: adapt the model, run the steps, keep checkpoints, commit the result."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from tunesmith.base import Interrupted, TrainingError, TunesmithError
+from tunesmith.evaluation.answers import Judging, judge, mean_nll
+from tunesmith.evaluation.compare import metric_rows
+from tunesmith.files import committed_directory
+from tunesmith.models.embeddings import untrained_tokens
+from tunesmith.models.load import Progress as ShowProgress
+from tunesmith.models.load import silent
+from tunesmith.pipeline.environment import code_sha256
+from tunesmith.pipeline.planning import Planned
+from tunesmith.pipeline.proof import Proof
+from tunesmith.pipeline.resuming import record_changes
+from tunesmith.pipeline.stopping import Stopping
+from tunesmith.pipeline.usage import PeakMemory, Stopwatch
+from tunesmith.plan.hardware import DTYPES
+from tunesmith.recipe import Plan
+from tunesmith.recipe_file import recipe_yaml
+from tunesmith.run import Run
+from tunesmith.train.batches import StepBatches
+from tunesmith.train.checkpoint import Checkpoints, Saved
+from tunesmith.train.health import Health, refuse_dead_weights
+from tunesmith.train.loop import Emit, Job, Progress, train
+from tunesmith.train.optim import build_optimizer
+from tunesmith.train.parallel import is_main, wait_for_all, world_size
+from tunesmith.train.precision import Precision
+from tunesmith.train.randomness import random_states_of_all
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who watches a job: progress of long waits, the plan before it starts, and events as they are recorded."""
+
+    progress: ShowProgress = silent
+    event: Emit = lambda event: None
+    plan: Callable[[Plan], None] = lambda plan: None
+
+
+@dataclass(frozen=True)
+class Work:
+    """One job under way.
+
+    Attributes:
+        proof: how base and tuned are judged; None on other processes than the main one, and when nothing is judged.
+        forced: keys that were changed by force when the run was resumed.
+    """
+
+    planned: Planned
+    run: Run
+    model: PreTrainedModel
+    proof: Proof | None
+    watcher: Watcher
+    stopping: Stopping
+    forced: tuple[str, ...] = field(default=())
+
+
+def train_model(work: Work, emit: Emit) -> dict[str, Any]:
+    """Adapts and trains the model and commits the result; returns what it took."""
+    planned, run, model = work.planned, work.run, work.model
+    plan = planned.plan
+    saved = _adapted(work)
+    checkpoints = Checkpoints(run.checkpoints, planned.recipe.train.keep, _identity(planned))
+    progress = _where_it_stands(work, checkpoints, saved, emit)
+
+    def save(now: Progress, best: bool) -> None:
+        states = random_states_of_all(planned.hardware.device)
+        if is_main():
+            checkpoints.save(now, saved, states, run.synced_events())
+        wait_for_all()
+
+    def go_back() -> Progress | None:
+        newest = checkpoints.newest_sound(_warning(emit, 0))
+        return None if newest is None else checkpoints.restore(newest, saved)
+
+    job = Job(
+        model,
+        planned.recipe.objective,
+        saved.optimizer,
+        saved.precision,
+        planned.recipe.train,
+        plan,
+        _batches(planned),
+        save,
+        work.stopping.asked,
+        go_back,
+    )
+    watch = Stopwatch()
+    with PeakMemory(planned.hardware.device) as memory:
+        work.stopping.graceful = True
+        try:
+            progress = train(job, progress, evaluate=_validation(work, emit), emit=emit)
+        except TunesmithError as error:
+            if is_main():
+                _record_end(emit, error)
+            raise
+        finally:
+            work.stopping.graceful = False
+    if plan.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    _take_best(work, checkpoints, progress)
+    if is_main():
+        _commit_result(work)
+        emit(
+            {
+                "event": "trained",
+                "step": progress.step,
+                "best_step": progress.best_step,
+                "best_loss": progress.best_loss,
+                "stopped_early": progress.stopped_early,
+                "skipped_steps": progress.health.skipped + len(progress.passed_over),
+            }
+        )
+    seconds = sum(event["seconds"] for event in run.events() if event["event"] in ("step", "validation"))
+    return {
+        "peak_bytes": memory.peak_bytes,
+        "train_seconds": max(seconds, watch.seconds),
+        "tokens_per_second": progress.tokens / max(1e-9, seconds),
+    }
+
+
+def _adapted(work: Work) -> Saved:
+    """Makes the model trainable, with its optimizer; seeds are set before any parameter is made."""
+    planned, model = work.planned, work.model
+    recipe, plan = planned.recipe, planned.plan
+    method = recipe.method
+    random.seed(recipe.seed)
+    torch.manual_seed(recipe.seed)
+    method.adapt(model)
+    if plan.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    casts = method.kind == "full" or bool(getattr(method, "modules_to_save", [])) or plan.dtype != plan.frozen_dtype
+    precision = Precision(DTYPES[plan.dtype], planned.hardware.device, autocast=casts)
+    return Saved(model, method, build_optimizer(model, recipe.train, plan.learning_rate), precision)
+
+
+def _where_it_stands(work: Work, checkpoints: Checkpoints, saved: Saved, emit: Emit) -> Progress:
+    """The progress of the newest sound checkpoint, from which everything is put back; a fresh one without any."""
+    planned, warnings = work.planned, list[str]()
+    newest = checkpoints.newest_sound(warnings.append)
+    progress = Progress(health=Health(vocabulary=int(planned.config.get_text_config().vocab_size)))
+    if newest is not None:
+        progress = checkpoints.restore(newest, saved, warnings.append)
+    if is_main():
+        work.run.truncate_events(0 if newest is None else checkpoints.events_bytes(newest))
+    for text in warnings:
+        _warning(emit, progress.step)(text)
+    if newest is None:
+        _warn_of_untrained_tokens(work, emit)
+    if work.forced and is_main():
+        record_changes(work.run, planned, progress.step)
+        _warning(emit, progress.step)(f"resumed with changes of {', '.join(work.forced)}, recorded in changes.json")
+    return progress
+
+
+def _warning(emit: Emit, step: int) -> Callable[[str], None]:
+    return lambda text: emit({"event": "warning", "step": step, "message": text})
+
+
+def _identity(planned: Planned) -> dict[str, Any]:
+    """What a run is made from."""
+    assert planned.prepared is not None
+    return {
+        "recipe": recipe_yaml(planned.recipe),
+        "data": [source["sha256"] for source in planned.prepared.sources],
+        "code": code_sha256(),
+    }
+
+
+def _warn_of_untrained_tokens(work: Work, emit: Emit) -> None:
+    """A control token that the base never saw stays noise when its embedding is frozen."""
+    planned, model = work.planned, work.model
+    assert planned.renderer is not None and planned.tokenizer is not None
+    if any(weight.requires_grad for weight in model.get_input_embeddings().parameters()):
+        return
+    found = untrained_tokens(model, planned.renderer.used_controls)
+    if found:
+        names = ", ".join(cast(list[str], planned.tokenizer.convert_ids_to_tokens(found)))
+        message = (
+            f"the template writes {names}, which this model seems never to have been trained on, and the embeddings "
+            "are frozen: train them with method.modules_to_save, or choose another data.template"
+        )
+        emit({"event": "warning", "step": 0, "message": message})
+
+
+def _batches(planned: Planned) -> StepBatches:
+    assert planned.prepared is not None
+    return StepBatches.of_job(planned.recipe, planned.plan, planned.prepared.train, planned.prepared.order)
+
+
+def _validation(work: Work, emit: Emit) -> Callable[[int], float | None]:
+    """Validation loss and, when the recipe asks for it, generated answers, on the main process."""
+    planned = work.planned
+    assert planned.prepared is not None and planned.tokenizer is not None
+    rows, plan, tokenizer = planned.prepared.validation, planned.plan, planned.tokenizer
+    every = planned.recipe.train.generate_every
+    stop_ids = frozenset(planned.prepared.stop_ids)
+    # Several processes end together, after the evaluation that the others wait for.
+    watched = partial(_stop_when_asked, work.stopping) if world_size() == 1 else silent
+
+    def evaluate(step: int) -> float | None:
+        if not (is_main() and rows):
+            return None
+        # Told when everything is measured: a stop on the way must leave no event of what is measured again.
+        loss, told = None, list[dict[str, Any]]()
+        watch = Stopwatch()
+        if plan.evaluate_every is not None and (step % plan.evaluate_every == 0 or step == plan.steps):
+            loss = mean_nll(work.model, [row.example for row in rows], packed=plan.packing, progress=watched)
+            value = loss if loss - loss == 0.0 else None
+            told.append({"event": "validation", "step": step, "loss": value, "seconds": watch.seconds})
+        if every != "off" and step % every == 0:
+            how = Judging(plan.max_new_tokens, 16, stop_ids, plan.packing)
+            judged = judge(work.model, tokenizer, rows, how, watched)
+            scores = {name: found.corpus() for name in plan.metrics if (found := metric_rows(name, judged)) is not None}
+            told.append({"event": "answers", "step": step, "metrics": scores, "seconds": watch.seconds})
+        for event in told:
+            emit(event)
+        return loss
+
+    return evaluate
+
+
+def _stop_when_asked(stopping: Stopping, label: str, done: int, total: int | None) -> None:
+    if stopping.asked():
+        raise Interrupted("stopped while evaluating")
+
+
+def _take_best(work: Work, checkpoints: Checkpoints, progress: Progress) -> None:
+    recipe = work.planned.recipe
+    if recipe.train.best == "validation-loss" and progress.best_step not in (None, progress.step):
+        checkpoints.load_weights(cast(int, progress.best_step), work.model, recipe.method)
+
+
+def _commit_result(work: Work) -> None:
+    """Writes `adapter/` or `model/` with the tokenizer that belongs to it, after a last look at the weights."""
+    method, model = work.planned.recipe.method, work.model
+    trained = method.trained_tensors(model)
+    refuse_dead_weights(trained, starting_at_zero=method.saved_as == "adapter")
+    tokenizer, renderer, prepared = work.planned.tokenizer, work.planned.renderer, work.planned.prepared
+    assert tokenizer is not None and renderer is not None and prepared is not None
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = sorted(prepared.stop_ids)
+    with committed_directory(work.run.path / method.saved_as) as directory:
+        method.save(model, directory, base=work.planned.location)
+        if renderer.template.jinja is not None:
+            tokenizer.chat_template = renderer.template.jinja
+        tokenizer.save_pretrained(directory)
+
+
+def _record_end(emit: Emit, error: TunesmithError) -> None:
+    kind = "failed" if isinstance(error, TrainingError) else "interrupted"
+    emit({"event": kind, "message": error.what})
