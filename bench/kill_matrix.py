@@ -130,12 +130,21 @@ def judge(row: Row, reference: Reference, directory: Path, at: str, stood: int) 
         row.lost += 1
         troubles.append(f"lost: --resume ended with {code}: {_last_lines(directory)}")
     else:
-        differs = jobs.differences(jobs.traces(run), reference.traces)
+        now = jobs.traces(run)
+        differs = jobs.differences(now, reference.traces)
         left = jobs.leftovers(run)
         row.differing, row.left_over = row.differing + len(differs), row.left_over + len(left)
-        troubles += [f"differs: {name}" for name in differs] + [f"left over: {name}" for name in left]
+        troubles += [f"differs: {name}: {_unlike(now.get(name), reference.traces.get(name))}" for name in differs]
+        troubles += [f"left over: {name}" for name in left]
     row.troubles += [f"{reference.name}, {at}: {trouble}" for trouble in troubles]
     shutil.rmtree(directory)
+
+
+def _unlike(found: str | None, expected: str | None) -> str:
+    """The place at which two texts part."""
+    found, expected = found or "nothing", expected or "nothing"
+    at = max(0, next((at for at, pair in enumerate(zip(found, expected, strict=False)) if len({*pair}) > 1), 0) - 40)
+    return f"…{found[at : at + 120]}… instead of …{expected[at : at + 120]}…"
 
 
 def _last_lines(directory: Path) -> str:
@@ -195,7 +204,7 @@ def at_random(root: Path, seeds: Iterable[int], pool: ThreadPoolExecutor) -> Row
         for _ in range(draw.randint(1, 3)):
             arguments = ["--resume"] if (directory / OUTPUT / "recipe.yaml").exists() else []
             process = jobs.start(directory, "train", "recipe.yaml", *arguments)
-            process.join(draw.uniform(0.1, 1.0) * reference.seconds)
+            time.sleep(draw.uniform(0.1, 1.0) * reference.seconds)
             process.kill()
             killed += jobs.ended(process) == KILLED
         row.killed += killed - 1

@@ -156,8 +156,8 @@ CHANGES: dict[str, Any] = {
     ),
     "train.spike": ({"train": {"learning_rate": 5.0}}, {"train": {"learning_rate": 5.0, "spike": 1.01}}),
     "train.early_stopping": (
-        {"train": {"learning_rate": 1e-12}},
-        {"train": {"learning_rate": 1e-12, "early_stopping": {"patience": 1, "min_delta": 1}}},
+        {"train": {"learning_rate": 1e-6}},
+        {"train": {"learning_rate": 1e-6, "early_stopping": {"patience": 1, "min_delta": 1}}},
     ),
     "train.early_stopping.patience": (
         {"train": {"early_stopping": {"patience": 1, "min_delta": 9}}},

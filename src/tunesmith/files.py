@@ -91,7 +91,10 @@ def new_directory(final: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: when ``final`` holds something by then; it stays as it is.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, f"{error.filename} is a file, not a directory") from error
     for left in final.parent.glob(f"{glob.escape(final.name)}{ASIDE}*"):
         if not psutil.pid_exists(int(left.name.rpartition(ASIDE)[2] or "0")):
             shutil.rmtree(left, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +11,18 @@ from typing import Any
 
 import psutil
 import yaml
+from filelock import FileLock, Timeout
 
 from tunesmith.base import InputError
 from tunesmith.files import ASIDE, new_directory, read_json, recovered, sync_file, write_json, write_text
 
 RECIPE, PLAN, DATA, ENVIRONMENT = "recipe.yaml", "plan.json", "data.json", "environment.json"
-EVENTS, REPORT, PAGE, LOCK = "events.jsonl", "report.json", "report.html", "run.lock"
+EVENTS, REPORT, PAGE = "events.jsonl", "report.json", "report.html"
+LOCK, HELD = "run.lock", ".held"
+"""Who works in a run (process and start time), and the empty file that the operating system locks for it."""
 CHANGES = "changes.json"
 RESULTS = ("adapter", "model")
+RESTORE = "restore it from a copy, or start a new run: output=runs/NAME"
 ELSEWHERE = "name another one: output=runs/NAME"
 BASE_EVALUATION, TUNED_EVALUATION = "evaluation.base.json", "evaluation.tuned.json"
 
@@ -120,9 +123,13 @@ class Run:
         try:
             return read_json(self.path / name)
         except FileNotFoundError as error:
-            raise InputError("the run has no such file", where=self.path / name) from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"damaged: {error}", where=self.path / name) from error
+            raise InputError("the run has no such file", where=self.path / name, fix=RESTORE) from error
+        except ValueError as error:
+            line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            where = f"{self.path / name}{line}"
+            raise InputError("this file of the run is damaged: it is no JSON", where=where, fix=RESTORE) from error
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}", where=self.path / name, fix=RESTORE) from error
 
     def write(self, name: str, value: Any) -> None:
         write_json(self.path / name, value)
@@ -153,11 +160,18 @@ class Run:
         sync_file(self.events_path)
         return self.events_path.stat().st_size
 
-    def truncate_events(self, length: int) -> None:
-        """Drops what was logged after a checkpoint: a resumed run will do it again."""
-        if self.events_path.is_file() and self.events_path.stat().st_size > length:
+    def truncate_events(self, length: int) -> bool:
+        """Drops what was logged after a checkpoint: a resumed run will do it again.
+
+        Returns:
+            Whether the log is whole; a part of a last line is dropped too.
+        """
+        size = self.events_path.stat().st_size if self.events_path.is_file() else 0
+        if size:
             with open(self.events_path, "rb+") as file:
-                file.truncate(length)
+                kept = file.read(length)
+                file.truncate(kept.rfind(b"\n") + 1)
+        return size >= length
 
     def summary(self) -> dict[str, Any]:
         """One line about the run, for lists."""
@@ -167,7 +181,7 @@ class Run:
         state = {"failed": "failed", "interrupted": "interrupted"}.get(last, "unfinished")
         return {
             "run": str(self.path),
-            "state": "done" if report is not None else "running" if (self.path / LOCK).exists() else state,
+            "state": "done" if report is not None else "running" if self.holder() else state,
             "steps": max((event.get("step", 0) for event in events), default=0),
             "model": recipe["model"]["path"],
             "method": recipe["method"]["kind"],
@@ -178,41 +192,37 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Holds the run for this process, and mends what a killed one left.
 
+        The operating system holds the lock and lets go of it when the process ends, however it ends.
+
         Raises:
             InputError: when another live process holds it.
         """
-        lock = self.path / LOCK
-        mine = {"pid": os.getpid(), "started": psutil.Process().create_time()}
-        while True:
-            try:
-                descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-                break
-            except FileExistsError:
-                self._remove_stale_lock(lock)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(mine, file)
+        lock = FileLock(self.path / HELD)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"process {(self.holder() or {}).get('pid', 'unknown')} is working in this run",
+                where=self.path,
+                fix="wait for it, stop it, or name another directory: output=runs/NAME",
+            ) from None
         try:
             for directory in (self.path, self.checkpoints):
                 recovered(directory)
+            self.write(LOCK, {"pid": os.getpid(), "started": psutil.Process().create_time()})
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            (self.path / LOCK).unlink(missing_ok=True)
+            lock.release()
 
-    def _remove_stale_lock(self, lock: Path) -> None:
+    def holder(self) -> dict[str, Any] | None:
+        """Process id and start time of the live process that works in this run, if one does."""
         try:
-            holder = json.loads(lock.read_text(encoding="utf-8"))
+            holder = read_json(self.path / LOCK)
             alive = abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1.0
         except (OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
-            # A lock is empty for the instant between its creation and its writing.
-            alive = lock.exists() and lock.stat().st_size == 0 and time.time() - lock.stat().st_mtime < 5
-            holder = {"pid": "unknown"}
-        if alive:
-            raise InputError(
-                f"process {holder['pid']} is working in this run",
-                where=self.path,
-                fix="wait for it, stop it, or name another directory: output=runs/NAME",
-            )
-        lock.unlink(missing_ok=True)
+            return None
+        return holder if alive else None
 
 
 def find_runs(root: Path) -> list[Run]:

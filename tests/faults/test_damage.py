@@ -63,7 +63,8 @@ def test_a_damaged_checkpoint_is_named_and_the_end_is_the_same(
     assert jobs.train(directory, "--resume") == 0, jobs.said(directory)
     said = jobs.said(directory)
     assert "step-3" in said and "damaged" in said
-    assert name in said
+    # One bit of the manifest is a bit of some file's hash.
+    assert name in said or (name == "manifest.json" and "has changed" in said)
     # What was damaged is told in the events and in the report; everything else is as it would have been.
     told = {"events.jsonl", "report.json"}
     assert set(jobs.differences(jobs.traces(directory / OUTPUT), expected)) <= told

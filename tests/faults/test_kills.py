@@ -24,11 +24,8 @@ def matrix(*arguments: str) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(
-    ("name", "every"),
-    [("lora, dropout, accumulation", 17), ("full", 29), ("packed", 41), ("mixture", 37), ("early stopping", 31)],
-)
-def test_a_killed_job_ends_with_the_same_bytes(name: str, every: int) -> None:
-    [row] = matrix("--only", name, "--every", str(every))
-    assert row["killed"] > 1
-    assert not row["troubles"]
+def test_killed_jobs_end_with_the_same_bytes() -> None:
+    rows = matrix("--only", "lora, dropout, accumulation", "full", "mixture", "--every", "33")
+    for row in rows:
+        assert row["killed"] > 1
+        assert not row["troubles"]

@@ -44,7 +44,7 @@ def test_too_little_memory_halves_the_micro_batch_and_changes_no_gradient(root: 
     half = make_job(root, "half", **{**WIDE, "train": {**WIDE["train"], "micro_batch": 32}})
     assert jobs.train(half) == 0, jobs.said(half)
     starved = make_job(root, "starved", **WIDE)
-    assert starve(starved, 150 * MB) == 0, jobs.said(starved)
+    assert starve(starved, 38 * MB) == 0, jobs.said(starved)
     warnings = [event["message"] for event in events(starved) if event["event"] == "warning"]
     assert len(warnings) == 1 and "micro" in warnings[0] and "32" in warnings[0]
     found, expected = (jobs.traces(directory / OUTPUT) for directory in (starved, half))

@@ -91,11 +91,11 @@ def show_verification(path: Path, *, as_json: bool) -> int:
             out(f"    {finding}")
         if part.fix:
             out(f"  → {part.fix}")
-    unsure = [part for part in parts if part.state != "ok"]
+    unsure = [part.name for part in parts if part.state != "ok"]
     if changed:
         out(f"\n{path}: {len(changed)} of {len(parts)} parts changed: {', '.join(part.name for part in changed)}")
     else:
-        out(f"\n{path}: all that is here is as it was" + (f"; {len(unsure)} parts not checked" if unsure else ""))
+        out(f"\n{path}: all that is here is as it was" + (f"; not checked: {', '.join(unsure)}" if unsure else ""))
     return 2 if changed else 0
 
 

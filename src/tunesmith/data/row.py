@@ -10,6 +10,9 @@ from typing import Any
 
 from tunesmith.batch import Source
 
+SAID = "as said"
+"""Stands for the only reference of most rows: what the last turn says."""
+
 KEY_BYTES = 16
 """128 bits: among 10^9 rows the chance of any collision is below 10^-20."""
 
@@ -74,6 +77,8 @@ class Row:
         Values that JSON does not have, such as dates from a Parquet file beside a turn's content, become texts.
         """
         stored = {name: value for name, default in _STORED.items() if (value := getattr(self, name)) != default}
+        if self.messages and self.references == (self.messages[-1]["content"],):
+            stored["references"] = SAID  # or the answer would stand there twice
         place = [self.source.file, self.source.line]
         return json.dumps({"source": place, **stored}, ensure_ascii=False, separators=(",", ":"), default=str)
 
@@ -82,6 +87,8 @@ class Row:
         """The row that `to_json` wrote."""
         stored: dict[str, Any] = json.loads(line)
         file, number = stored.pop("source")
+        if stored.get("references") == SAID:
+            stored["references"] = [stored["messages"][-1]["content"]]
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
         }

@@ -53,6 +53,13 @@ class LoraLayer(nn.Module):
         flat = torch.addmm(output.reshape(-1, output.shape[-1]), update, self.lora_B.to(output.dtype).T)
         return flat.view(output.shape)
 
+    def is_seen(self) -> bool:
+        """Whether the update is large enough to change a weight of the base's magnitude in fp32 (24 bits)."""
+        with torch.no_grad():
+            base = self.weight.abs().max().float() if self.weight.is_floating_point() else torch.tensor(1.0)
+            largest = self.scale * len(self.lora_A) * self.lora_A.abs().max() * self.lora_B.abs().max()
+            return bool(largest > 2.0**-24 * base.to(largest.device))
+
     def delta(self) -> Tensor:
         """The update of the weight in fp32, laid out as the base's weight."""
         update = (self.lora_B @ self.lora_A) * self.scale

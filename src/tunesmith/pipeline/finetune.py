@@ -30,7 +30,8 @@ from tunesmith.train.parallel import is_main, join_processes, leave_processes, w
 
 __all__ = ["Watcher", "finetune"]
 
-DISK_TROUBLES = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+DISK_TROUBLES = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def finetune(
@@ -85,12 +86,18 @@ def _disk_troubles_told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in NOT_WRITABLE:
+            raise InputError(
+                f"the run's directory cannot be written: {error.strerror}",
+                where=path,
+                fix="make it writable and continue with --resume, or name another one: output=runs/NAME",
+            ) from error
         if error.errno not in DISK_TROUBLES:
             raise
         raise TunesmithError(
             f"a file cannot be written: {error.strerror}; what was committed before is whole",
             where=error.filename or path,
-            fix="make room (or make the place writable), then continue with --resume",
+            fix="make room, then continue with --resume",
         ) from error
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 import random
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, cast
 
 from torch import nn
 
+from tunesmith.base import InputError
 from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row_nlls
 from tunesmith.evaluation.compare import best_and_worst, compare_forgetting, compare_metrics, judgement
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
@@ -84,7 +86,8 @@ def _json_safe(general: dict[str, Any] | None) -> dict[str, Any] | None:
 def stored_evaluation(run: Run, name: str, proof: Proof | None, model: nn.Module, progress: Progress) -> Evaluation:
     """The evaluation that the run holds, or a fresh one, which is then stored."""
     if (run.path / name).is_file():
-        return cast(Evaluation, run.read(name))
+        with suppress(InputError):  # a damaged one is measured again
+            return cast(Evaluation, run.read(name))
     found = proof.evaluate(model, progress) if proof is not None else {"rows": [], "general": None}
     run.write(name, found)
     return found

@@ -15,7 +15,6 @@ from tunesmith.run import ENVIRONMENT, Run
 
 REPRODUCE = "reproduce.sh"
 TORCH_WHEELS = "https://download.pytorch.org/whl/"
-"""Where builds of torch with a local version such as `+cpu` are; the package index does not have those."""
 
 
 def write_reproduce_script(run: Run, planned: Planned) -> None:
@@ -33,30 +32,44 @@ def reproduce_script(lineage: dict[str, Any], environment: dict[str, Any], outpu
         environment: from `describe_environment`.
         output: the run's directory as the recipe names it.
     """
+    versions = _versions(lineage, environment)
+    is_here = lineage["base"]["from"] == "directory"
     values = {
         "PYTHON_VERSION": ".".join(lineage["python"].split(".")[:2]),
-        "REQUIREMENTS": _requirements(lineage, environment),
+        "TORCH": _own_build_of_torch(versions.get("torch", "")),
+        "REQUIREMENTS": "".join(f"        {shlex.quote(f'{name}=={one}')} \\\n" for name, one in versions.items()),
         "CONSTRAINTS": "\n".join(f"{name}=={version}" for name, version in lineage["versions"].items()),
         "TUNESMITH": _tunesmith(lineage["tunesmith"]),
         "SOURCE_SHA256": lineage["tunesmith"]["source_sha256"],
         "INPUTS": _listed([*lineage["data"], *lineage["texts"]]),
-        "BASE": _base(lineage["base"]),
-        "FETCH": _fetch(lineage["base"]),
+        "BASE": shlex.quote(lineage["base"]["name"]) if is_here else "$(fetch_base)",
+        "FETCH_BASE": "" if is_here else _FETCH_BASE.replace("@FETCH@", _fetch(lineage["base"])),
         "BASE_FILES": ascii([(name, entry["sha256"]) for name, entry in lineage["base"]["files"].items()]),
         "THREADS": str(int(environment["threads"])),
         "LAUNCH": _launch(int(environment["processes"])),
         "SETTINGS": _settings(lineage["base"]),
+        # Inputs that can be checked before an hour of installing are; a base that is fetched needs the environment.
+        "ALL": "check_inputs; make_environment; train" if is_here else "make_environment; check_inputs; train",
         "OUTPUT": shlex.quote(f"{output}-reproduced"),
     }
     return re.sub("@([A-Z_0-9]+)@", lambda match: values[match[1]], _TEMPLATE)
 
 
-def _requirements(lineage: dict[str, Any], environment: dict[str, Any]) -> str:
+def _versions(lineage: dict[str, Any], environment: dict[str, Any]) -> dict[str, str]:
+    """What is installed by name; the rest follows from that, at the versions of the constraints."""
     versions = {name: version for name, version in environment["versions"].items() if version and name != "tunesmith"}
-    versions |= {name: lineage["versions"][name] for name in OPTIONAL if name in lineage["versions"]}
-    _, _, build = str(versions.get("torch", "")).partition("+")
-    extra = ["--extra-index-url", TORCH_WHEELS + build] if build else []
-    return " ".join(shlex.quote(part) for part in [*extra, *(f"{name}=={one}" for name, one in versions.items())])
+    return versions | {name: lineage["versions"][name] for name in OPTIONAL if name in lineage["versions"]}
+
+
+def _own_build_of_torch(version: str) -> str:
+    """Builds with a local version such as `+cpu` are not on the package index, but may be in a mirror of one's own."""
+    _, _, build = version.partition("+")
+    if not build:
+        return ""
+    install = (
+        f'"$venv/bin/python" -m pip install --constraint "$venv/constraints.txt" {shlex.quote(f"torch=={version}")}'
+    )
+    return f"    {install} ||\n        {install} --extra-index-url {TORCH_WHEELS}{build}\n"
 
 
 def _tunesmith(origin: dict[str, Any]) -> str:
@@ -77,10 +90,6 @@ def _listed(entries: list[dict[str, Any]]) -> str:
     return ascii([(entry["path"], entry["sha256"] if entry["location"] else None, entry["split"]) for entry in entries])
 
 
-def _base(base: dict[str, Any]) -> str:
-    return shlex.quote(base["name"]) if base["from"] == "directory" else "$(fetch_base)"
-
-
 def _fetch(base: dict[str, Any]) -> str:
     if base["from"] == DEMO:
         return "from tunesmith.models.demo import demo_model; print(demo_model())"
@@ -99,6 +108,16 @@ def _settings(base: dict[str, Any]) -> str:
     """A branch of the hub may have moved; its commit has not."""
     return f" model.revision={base['commit']}" if base["from"] == "hub" and base["commit"] else ""
 
+
+_FETCH_BASE = """\
+fetch_base() {
+    need_environment
+    "$venv/bin/python" - <<'END_OF_FETCH'
+@FETCH@
+END_OF_FETCH
+}
+
+"""
 
 _TEMPLATE = """\
 #!/bin/sh
@@ -137,7 +156,8 @@ make_environment() {
     cat >"$venv/constraints.txt" <<'END_OF_CONSTRAINTS'
 @CONSTRAINTS@
 END_OF_CONSTRAINTS
-    "$venv/bin/python" -m pip install --constraint "$venv/constraints.txt" @REQUIREMENTS@ "$tunesmith"
+@TORCH@    "$venv/bin/python" -m pip install --constraint "$venv/constraints.txt" \\
+@REQUIREMENTS@        "$tunesmith"
     source=$("$venv/bin/python" -c 'from tunesmith.pipeline.environment import code_sha256; print(code_sha256())')
     if [ "$source" != @SOURCE_SHA256@ ]; then
         echo "warning: the installed Tunesmith is not the one that this run was made with" >&2
@@ -151,14 +171,7 @@ need_environment() {
     fi
 }
 
-fetch_base() {
-    need_environment
-    "$venv/bin/python" - <<'END_OF_FETCH'
-@FETCH@
-END_OF_FETCH
-}
-
-check_inputs() {
+@FETCH_BASE@check_inputs() {
     base=@BASE@
     "$python" - "$base" <<'END_OF_CHECK'
 import hashlib, os, sys
@@ -227,7 +240,7 @@ train() {
 }
 
 case $step in
-    all) make_environment; check_inputs; train ;;
+    all) @ALL@ ;;
     environment) make_environment ;;
     check) check_inputs ;;
     train) train ;;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,22 +13,27 @@ REST_BYTES = 16 * 2**20
 """Tokenizer, evaluations, events and report."""
 
 
-def needed_bytes(plan: Plan, recipe: Recipe) -> int:
-    """What a run's directory takes: its checkpoints, one more while it is written, the result, and small files."""
+def needed_bytes(plan: Plan, recipe: Recipe) -> dict[str, int]:
+    """What a run's directory takes, by part; one checkpoint more than are kept is there while it is written."""
     trained = 4 * plan.parameters.trainable
-    result = trained if recipe.method.kind == "lora" else 4 * plan.parameters.total
-    checkpoint = trained + plan.memory.optimizer
     kept = recipe.train.keep + 1 + (recipe.data.validation is not None)
-    return kept * checkpoint + result + REST_BYTES
+    return {
+        f"{kept} checkpoints": kept * (trained + plan.memory.optimizer),
+        "the result": trained if recipe.method.kind == "lora" else 4 * plan.parameters.total,
+        "tokenizer, evaluations and report": REST_BYTES,
+    }
 
 
 def refuse_too_little_room(path: Path, plan: Plan, recipe: Recipe) -> None:
     """Raises InputError when the disk has less room than the run needs."""
-    place = next(place for place in path.absolute().parents if place.exists())
-    needed, free = needed_bytes(plan, recipe), shutil.disk_usage(place).free
-    if free < needed:
+    place = next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+    parts, free = needed_bytes(plan, recipe), shutil.disk_usage(place).free
+    needed = sum(parts.values())
+    if free < needed and os.access(place, os.W_OK):
+        said = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in parts.items())
         raise InputError(
-            f"the run needs about {needed / 1e6:,.0f} MB on disk and there are {free / 1e6:,.0f} MB",
+            f"the run needs about {needed / 1e6:,.1f} MB ({said}), and the disk of {place} has {free / 1e6:,.2f} MB "
+            "left",
             where=path,
             fix="make room, lower train.keep, or name a directory on another disk: output=…",
         )

@@ -9,12 +9,14 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from tunesmith.base import Interrupted, TrainingError, TunesmithError
 from tunesmith.evaluation.answers import Judging, judge, mean_nll
 from tunesmith.evaluation.compare import metric_rows
 from tunesmith.files import committed_directory
+from tunesmith.methods.low_rank import lora_layers
 from tunesmith.models.embeddings import untrained_tokens
 from tunesmith.models.load import Progress as ShowProgress
 from tunesmith.models.load import silent
@@ -152,7 +154,11 @@ def _where_it_stands(work: Work, checkpoints: Checkpoints, saved: Saved, emit: E
     if newest is not None:
         progress = checkpoints.restore(newest, saved, warnings.append)
     if is_main():
-        work.run.truncate_events(0 if newest is None else checkpoints.events_bytes(newest))
+        whole = work.run.truncate_events(0 if newest is None else checkpoints.events_bytes(newest))
+        if not whole:
+            warnings.append("events.jsonl was cut off by something else; some of its events are lost")
+        if newest is not None:
+            checkpoints.purge(progress)
     for text in warnings:
         _warning(emit, progress.step)(text)
     if newest is None:
@@ -246,15 +252,35 @@ def _commit_result(work: Work) -> None:
     method, model = work.planned.recipe.method, work.model
     trained = method.trained_tensors(model)
     refuse_dead_weights(trained, starting_at_zero=method.saved_as == "adapter")
+    _refuse_unseen_update(work)
     tokenizer, renderer, prepared = work.planned.tokenizer, work.planned.renderer, work.planned.prepared
     assert tokenizer is not None and renderer is not None and prepared is not None
     if model.generation_config is not None:
         model.generation_config.eos_token_id = sorted(prepared.stop_ids)
-    with committed_directory(work.run.path / method.saved_as) as directory:
-        method.save(model, directory, base=work.planned.location)
-        if renderer.template.jinja is not None:
-            tokenizer.chat_template = renderer.template.jinja
-        tokenizer.save_pretrained(directory)
+    final = work.run.path / method.saved_as
+    try:
+        with committed_directory(final) as directory:
+            method.save(model, directory, base=work.planned.location)
+            if renderer.template.jinja is not None:
+                tokenizer.chat_template = renderer.template.jinja
+            tokenizer.save_pretrained(directory)
+    except SafetensorError as error:  # what safetensors raises for a disk that is full
+        raise TunesmithError(
+            f"the result cannot be written: {error}; the checkpoints are whole",
+            where=final,
+            fix="make room, then continue with --resume",
+        ) from error
+
+
+def _refuse_unseen_update(work: Work) -> None:
+    """Raises TrainingError when every update of an adapter is too small to change the weights it is added to."""
+    layers = lora_layers(work.model)
+    whole = getattr(work.planned.recipe.method, "modules_to_save", [])
+    if layers and not whole and not any(layer.is_seen() for layer in layers.values()):
+        raise TrainingError(
+            "the adapter is dead: its updates are smaller than what the base's weights can hold",
+            fix="raise train.learning_rate or train.steps",
+        )
 
 
 def _record_end(emit: Emit, error: TunesmithError) -> None:

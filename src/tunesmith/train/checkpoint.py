@@ -113,6 +113,10 @@ class Checkpoints:
                 where=final,
                 fix="make room, then continue with --resume",
             ) from error
+        self.purge(progress)
+
+    def purge(self, progress: Progress) -> None:
+        """Removes checkpoints that are no longer kept; later ones too, which were damaged or are done again."""
         past = [step for step in self.steps() if step <= progress.step]
         kept = {*past[-self.keep :], progress.best_step}
         for step in self.steps():
@@ -147,7 +151,7 @@ class Checkpoints:
         free = shutil.disk_usage(place).free
         if free < needed + MARGIN:
             raise TunesmithError(
-                f"a checkpoint takes {needed / 1e6:,.0f} MB and the disk has {free / 1e6:,.0f} MB left; the "
+                f"a checkpoint takes {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.2f} MB left; the "
                 "checkpoints before it are whole",
                 where=self.directory,
                 fix="make room, then continue with --resume",

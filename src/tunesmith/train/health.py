@@ -16,6 +16,8 @@ SPIKE_WINDOW = 20
 NOT_APPLIED_IN_A_ROW = 8
 LEAST_NORM = 1e-7
 """A gradient below this has vanished whatever it was at the start: a run may be dead from its first step."""
+LARGEST_WEIGHT = 1e8
+"""No weight of a model that says anything is larger."""
 FIX = "lower train.learning_rate, lengthen train.warmup, or look at the rows with `tunesmith data show`"
 
 
@@ -112,6 +114,12 @@ def refuse_dead_weights(tensors: dict[str, Tensor], starting_at_zero: bool) -> N
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise TrainingError(f"the trained weights are not finite (first: {name})", fix=FIX)
+        largest = float(tensor.detach().abs().max())
+        if largest > LARGEST_WEIGHT:
+            raise TrainingError(
+                f"the trained weights have grown beyond all measure (first: {name}, {largest:.2g})",
+                fix=FIX,
+            )
     moved = [name for name in tensors if name.endswith(("lora_B.weight", "lora_embedding_A"))]
     if starting_at_zero and moved and all(not bool(tensors[name].any()) for name in moved):
         raise TrainingError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -241,12 +242,12 @@ def _take_step(job: Job, progress: Progress, emit: Emit, deadline: Deadline) -> 
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        result = None
+    if result is None:  # not in the except block, where the error still holds what the failed attempt had computed
         _undo(job, before)
-        progress.micro_batch = _smaller_micro_batch(job, progress, error)
-        message = (
-            f"out of memory: from step {number} on {progress.micro_batch} rows at a time; the gradient is the same"
-        )
-        emit({"event": "warning", "step": number, "micro_batch": progress.micro_batch, "message": message})
+        rows = progress.micro_batch = _smaller_micro_batch(job, progress)
+        message = f"out of memory: from step {number} on {rows} rows at a time; the gradient is the same"
+        emit({"event": "warning", "step": number, "micro_batch": rows, "message": message})
         return _take_step(job, progress, emit, deadline)
     seconds = time.perf_counter() - started
     deadline.step_took(seconds, len(batches))
@@ -302,6 +303,7 @@ def _after_bad_step(job: Job, progress: Progress, result: StepResult, emit: Emit
 def _undo(job: Job, random_states: dict[str, Tensor]) -> None:
     job.optimizer.zero_grad(set_to_none=True)
     restore_random_state(random_states)
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -313,10 +315,10 @@ def _stopped_inside(job: Job, progress: Progress) -> Interrupted:
     return Interrupted(f"stopped after step {progress.step} of {job.plan.steps}; a checkpoint is written", fix=RESUME)
 
 
-def _smaller_micro_batch(job: Job, progress: Progress, error: Exception) -> int:
+def _smaller_micro_batch(job: Job, progress: Progress) -> int:
     rows = progress.micro_batch or job.plan.micro_batch
     if progress.micro_batch is not None or rows == 1 or world_size() > 1:
-        raise memory_exhausted(job.plan, rows) from error
+        raise memory_exhausted(job.plan, rows)
     return rows // 2
 
 

@@ -14,7 +14,7 @@ from tunesmith.batch import Batch
 from tunesmith.objectives import TrainingObjective
 from tunesmith.recipe import Plan
 
-GIB = 2**30
+MIB = 2**20
 
 ROLLBACKS = 3
 """How often a run goes back because of a bad step before it ends."""
@@ -69,12 +69,12 @@ def memory_exhausted(plan: Plan, rows: int) -> TrainingError:
         "activations": memory.activations,
         "runtime": memory.runtime,
     }
-    said = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in parts.items())
+    said = ", ".join(f"{name} {size / MIB:,.0f} MiB" for name, size in parts.items())
     return TrainingError(
         f"out of memory with {rows} {'row' if rows == 1 else 'rows'} in a micro-batch; planned were "
-        f"{memory.peak_bytes / GIB:.2f} GiB: {said}",
-        fix="set train.gradient_checkpointing: true, lower data.max_length, train with method.kind: lora or "
-        "model.quantize, or use a machine with more memory",
+        f"{memory.peak_bytes / MIB:,.0f} MiB: {said}",
+        fix="lower train.micro_batch or data.max_length, set train.gradient_checkpointing: true, quantize the base "
+        "(model.quantize), or use a machine with more memory",
     )
 
 
