@@ -68,7 +68,7 @@ def test_help_is_quick_to_import_and_lists_the_verbs() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": SOURCE}
     )
     assert shown.returncode == 0, shown.stderr
-    for verb in ("train", "plan", "data", "evaluate", "generate", "chat", "merge", "runs", "doctor", "recipe"):
+    for verb in ("train", "plan", "data", "evaluate", "generate", "chat", "merge", "runs", "rerun", "doctor", "recipe"):
         assert verb in shown.stdout
 
 

@@ -141,7 +141,7 @@ def test_a_damaged_lineage_is_named(first: Run, tmp_path: Path) -> None:
         (copy.path / LINEAGE).write_text(text)
         with pytest.raises(InputError, match=said) as caught:
             read_lineage(copy)
-        assert caught.value.where == str(copy.path / LINEAGE)
+        assert str(caught.value.where).startswith(str(copy.path / LINEAGE))
 
 
 def test_the_manifest_lists_what_the_run_left(first: Run, tmp_path: Path) -> None:

@@ -200,6 +200,12 @@ class Run:
         lock = FileLock(self.path / HELD)
         try:
             lock.acquire(timeout=0)
+        except NotImplementedError as error:
+            raise InputError(
+                "the file system of this directory cannot lock files, so two processes could spoil the run",
+                where=self.path,
+                fix="name a directory on another one: output=…",
+            ) from error
         except Timeout:
             raise InputError(
                 f"process {(self.holder() or {}).get('pid', 'unknown')} is working in this run",

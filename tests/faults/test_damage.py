@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +28,17 @@ def expected(root: Path) -> dict[str, str]:
     return jobs.traces(directory / OUTPUT)
 
 
-def killed_after_three(root: Path, name: str) -> Path:
-    directory = make_job(root, name, **JOB)
+@pytest.fixture(scope="module")
+def killed(root: Path) -> Path:
+    """A job that died in its fourth step."""
+    directory = make_job(root, "killed", **JOB)
     assert jobs.train(directory, fault=Fault(4, "forward, training")) == -9
     assert jobs.newest(directory / OUTPUT) == 3
-    return directory / OUTPUT / "checkpoints" / "step-3"
+    return directory
+
+
+def copy_of(killed: Path, name: str) -> Path:
+    return shutil.copytree(killed, killed.with_name(name))
 
 
 def flip(path: Path) -> None:
@@ -55,11 +62,10 @@ def cut(path: Path) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_end_is_the_same(
-    name: str, damages: Callable[[Path], None], root: Path, expected: dict[str, str]
+    name: str, damages: Callable[[Path], None], killed: Path, expected: dict[str, str]
 ) -> None:
-    checkpoint = killed_after_three(root, f"{damages.__name__}-{name}")
-    damages(checkpoint / name)
-    directory = checkpoint.parents[2]
+    directory = copy_of(killed, f"{damages.__name__}-{name}")
+    damages(directory / OUTPUT / "checkpoints" / "step-3" / name)
     assert jobs.train(directory, "--resume") == 0, jobs.said(directory)
     said = jobs.said(directory)
     assert "step-3" in said and "damaged" in said
@@ -71,33 +77,48 @@ def test_a_damaged_checkpoint_is_named_and_the_end_is_the_same(
 
 
 def test_when_all_checkpoints_are_damaged_the_run_begins_again_and_says_so(
-    root: Path, expected: dict[str, str]
+    killed: Path, expected: dict[str, str]
 ) -> None:
-    checkpoint = killed_after_three(root, "all")
-    for path in checkpoint.parent.glob("step-*/trained.safetensors"):
+    directory = copy_of(killed, "all")
+    for path in (directory / OUTPUT).glob("checkpoints/step-*/trained.safetensors"):
         flip(path)
-    directory = checkpoint.parents[2]
     assert jobs.train(directory, "--resume") == 0, jobs.said(directory)
     said = jobs.said(directory)
     assert all(f"step-{number} is damaged" in said for number in (1, 2, 3))
     assert set(jobs.differences(jobs.traces(directory / OUTPUT), expected)) <= {"events.jsonl", "report.json"}
 
 
-@pytest.mark.parametrize("tail", ["", "{", '{"event": "step", "step": 4, "lo', "\0\0\0\0"])
-def test_events_that_were_cut_off_are_written_again(tail: str, root: Path, expected: dict[str, str]) -> None:
-    checkpoint = killed_after_three(root, f"tail-{len(tail)}")
-    directory = checkpoint.parents[2]
+@pytest.mark.parametrize("tail", ['{"event": "step", "step": 4, "lo', "\0\0\0\0"])
+def test_events_that_were_cut_off_are_written_again(tail: str, killed: Path, expected: dict[str, str]) -> None:
+    directory = copy_of(killed, f"tail-{len(tail)}")
     events = directory / OUTPUT / "events.jsonl"
     text = events.read_text()
-    events.write_text(text + tail if tail else text[:-1])
+    events.write_text(text + tail)
     assert jobs.train(directory, "--resume") == 0, jobs.said(directory)
     assert not jobs.differences(jobs.traces(directory / OUTPUT), expected)
 
 
-@pytest.mark.parametrize("name", ["plan.json", "data.json", "recipe.yaml", "evaluation.base.json"])
-def test_a_damaged_file_of_the_run_is_named(name: str, root: Path) -> None:
-    directory = killed_after_three(root, f"cut-{name}").parents[2]
+@pytest.mark.parametrize("name", ["plan.json", "data.json", "recipe.yaml"])
+def test_a_damaged_file_of_the_run_is_named(name: str, killed: Path) -> None:
+    directory = copy_of(killed, f"cut-{name}")
     cut(directory / OUTPUT / name)
     code, said = jobs.train(directory, "--resume"), jobs.said(directory)
     assert code == 2, said
     assert name in said and "Traceback" not in said and "→" in said
+
+
+def test_a_log_that_lost_its_end_is_told_and_written_on(killed: Path, expected: dict[str, str]) -> None:
+    directory = copy_of(killed, "log")
+    events = directory / OUTPUT / "events.jsonl"
+    events.write_text(events.read_text()[:-1])
+    assert jobs.train(directory, "--resume") == 0, jobs.said(directory)
+    assert "events.jsonl was cut off" in jobs.said(directory)
+    told = {"events.jsonl", "report.json"}
+    assert set(jobs.differences(jobs.traces(directory / OUTPUT), expected)) <= told
+
+
+def test_a_damaged_evaluation_of_the_base_is_measured_again(killed: Path, expected: dict[str, str]) -> None:
+    directory = copy_of(killed, "evaluation")
+    cut(directory / OUTPUT / "evaluation.base.json")
+    assert jobs.train(directory, "--resume") == 0, jobs.said(directory)
+    assert not jobs.differences(jobs.traces(directory / OUTPUT), expected)

@@ -17,15 +17,15 @@ from conftest import colour_rows, write_jsonl
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is limited with Linux's means")
 MB = 1 << 20
 WIDE: dict[str, Any] = {
-    "data": {"train": "../rows/long.jsonl", "duplicates": "keep", "checks": False},
-    "train": {"steps": 2, "batch_size": 64, "micro_batch": 64, "evaluate_every": "off", "checkpoint_every": "off"},
+    "data": {"train": "../rows/long.jsonl", "duplicates": "keep", "checks": False, "overlong": "truncate"},
+    "train": {"steps": 2, "batch_size": 128, "micro_batch": 128, "evaluate_every": "off", "checkpoint_every": "off"},
 }
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_place(tmp_path_factory.mktemp("limits"))
-    rows = [{**row, "completion": " ".join([row["completion"]] * 20)} for row in colour_rows(128)]
+    rows = [{**row, "completion": " ".join([row["completion"]] * 40)} for row in colour_rows(128)]
     write_jsonl(root / "rows" / "long.jsonl", rows)
     return root
 
@@ -41,12 +41,12 @@ def starve(directory: Path, memory: int) -> int:
 
 
 def test_too_little_memory_halves_the_micro_batch_and_changes_no_gradient(root: Path) -> None:
-    half = make_job(root, "half", **{**WIDE, "train": {**WIDE["train"], "micro_batch": 32}})
+    half = make_job(root, "half", **{**WIDE, "train": {**WIDE["train"], "micro_batch": 64}})
     assert jobs.train(half) == 0, jobs.said(half)
     starved = make_job(root, "starved", **WIDE)
-    assert starve(starved, 38 * MB) == 0, jobs.said(starved)
+    assert starve(starved, 240 * MB) == 0, jobs.said(starved)
     warnings = [event["message"] for event in events(starved) if event["event"] == "warning"]
-    assert len(warnings) == 1 and "micro" in warnings[0] and "32" in warnings[0]
+    assert len(warnings) == 1 and "micro" in warnings[0] and "64 rows" in warnings[0]
     found, expected = (jobs.traces(directory / OUTPUT) for directory in (starved, half))
     assert "adapter/adapter_model.safetensors" not in jobs.differences(found, expected)
 

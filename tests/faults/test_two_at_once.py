@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -65,15 +66,20 @@ def test_of_two_that_start_at_the_same_time_one_is_refused(root: Path, expected:
     assert not jobs.differences(jobs.traces(directory / OUTPUT), expected)
 
 
-def killed(root: Path, name: str) -> Path:
-    directory = make_job(root, name)
+@pytest.fixture(scope="module")
+def killed(root: Path) -> Path:
+    directory = make_job(root, "killed")
     assert jobs.train(directory, fault=Fault(3, "forward, training")) == -9
     return directory
 
 
+def copy_of(killed: Path, name: str) -> Path:
+    return shutil.copytree(killed, killed.with_name(name))
+
+
 @pytest.mark.parametrize("lock", ["dead", "reused", "empty", "garbage"])
-def test_a_stale_lock_is_taken_over(lock: str, root: Path, expected: dict[str, str]) -> None:
-    directory = killed(root, f"stale-{lock}")
+def test_a_stale_lock_is_taken_over(lock: str, killed: Path, expected: dict[str, str]) -> None:
+    directory = copy_of(killed, f"stale-{lock}")
     path = directory / OUTPUT / "run.lock"
     assert path.exists()
     if lock == "reused":
@@ -87,9 +93,9 @@ def test_a_stale_lock_is_taken_over(lock: str, root: Path, expected: dict[str, s
 
 
 @pytest.mark.parametrize("at", [1, 2])
-def test_of_two_that_take_over_one_is_refused(at: int, root: Path, expected: dict[str, str]) -> None:
+def test_of_two_that_take_over_one_is_refused(at: int, killed: Path, expected: dict[str, str]) -> None:
     """One has found that the lock is a dead job's, and is slow to act on it; another is quick."""
-    directory = killed(root, f"take-over-{at}")
+    directory = copy_of(killed, f"take-over-{at}")
     other = directory.with_name(f"{directory.name}-other")
     other.mkdir()
     (other / RECIPE).write_text((directory / RECIPE).read_text())

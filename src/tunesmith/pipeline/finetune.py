@@ -14,8 +14,10 @@ from tunesmith.base import InputError, TunesmithError
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import load_model
 from tunesmith.pipeline.environment import describe_environment
+from tunesmith.pipeline.lineage import LINEAGE, MANIFEST, describe_lineage, write_manifest
 from tunesmith.pipeline.planning import Planned, plan_job
 from tunesmith.pipeline.proof import Proof, stored_evaluation, write_page, written_report
+from tunesmith.pipeline.reproduce import REPRODUCE, reproduce_script
 from tunesmith.pipeline.resuming import refuse_another_recipe, resumed_plan
 from tunesmith.pipeline.room import refuse_too_little_room
 from tunesmith.pipeline.sinks import check_sinks, open_sinks
@@ -67,6 +69,8 @@ def finetune(
     else:
         refuse_another_recipe(run, recipe, forced)
         if run.report is not None:
+            if not (run.path / MANIFEST).is_file():  # killed in the last instant
+                write_manifest(run)
             return run
     check_sinks(list(recipe.train.log))
     with _disk_troubles_told(path):
@@ -116,7 +120,7 @@ def _execute(
         )
         planned = planned.with_plan(_with_verified_packing(planned, model))
         proof = None if recipe.evaluate == "off" else Proof(planned, recipe.evaluate)
-        run = existing or _opened(planned)
+        run = existing or _opened(planned, parent, watcher)
         watcher.plan(planned.plan)
         if not is_main():
             return _work(Work(planned, run, model, None, watcher, stopping, forced))
@@ -151,6 +155,7 @@ def _work(work: Work) -> Run:
     write_page(run, report)
     # Last, because a run with a report is a finished one.
     run.write(REPORT, report)
+    write_manifest(run)
     return run
 
 
@@ -183,7 +188,7 @@ def _with_verified_packing(planned: Planned, model: nn.Module) -> Plan:
     )
 
 
-def _opened(planned: Planned) -> Run:
+def _opened(planned: Planned, parent: Path | None, watcher: Watcher) -> Run:
     """A new run's directory, which comes to be whole or not at all."""
     path = Path(planned.recipe.output)
     assert planned.prepared is not None
@@ -191,14 +196,16 @@ def _opened(planned: Planned) -> Run:
         wait_for_all()
         return Run(path)
     refuse_too_little_room(path, planned.plan, planned.recipe)
+    environment, lineage = describe_environment(), describe_lineage(path, planned, parent, watcher.progress)
     run = Run.create(
         path,
         {
             PLAN: planned.plan.model_dump(mode="json"),
             DATA: planned.prepared.manifest(),
-            ENVIRONMENT: describe_environment(),
+            ENVIRONMENT: environment,
+            LINEAGE: lineage,
         },
-        {RECIPE: recipe_yaml(planned.recipe)},
+        {RECIPE: recipe_yaml(planned.recipe), REPRODUCE: reproduce_script(lineage, environment, planned.recipe.output)},
     )
     wait_for_all()
     return run

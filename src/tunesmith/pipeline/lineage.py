@@ -19,7 +19,7 @@ from tunesmith.pipeline.fingerprints import fingerprints
 from tunesmith.pipeline.origin import dependency_versions, tunesmith_origin
 from tunesmith.pipeline.planning import Planned
 from tunesmith.recipe import Recipe
-from tunesmith.run import LOCK, PLAN, RECIPE, RESULTS, Run
+from tunesmith.run import HELD, LOCK, PLAN, RECIPE, RESULTS, Run
 
 LINEAGE, MANIFEST = "lineage.json", "manifest.json"
 CHECKPOINTS, TRACKERS = "checkpoints", ("tensorboard", "wandb")
@@ -114,7 +114,7 @@ def manifest_files(directory: Path) -> list[str]:
             and not (here / name / RECIPE).is_file()
         ]
         for name in files:
-            if ASIDE not in name and not (top and name in (LOCK, MANIFEST)):
+            if ASIDE not in name and not (top and name in (HELD, LOCK, MANIFEST)):
                 names.append((here / name).relative_to(directory).as_posix())
     return sorted(names)
 

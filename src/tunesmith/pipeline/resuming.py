@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.base import InputError
+from tunesmith.pipeline.lineage import write_lineage
 from tunesmith.pipeline.planning import Planned
+from tunesmith.pipeline.reproduce import write_reproduce_script
 from tunesmith.recipe import Plan, Recipe
 from tunesmith.recipe_file import parse_yaml, recipe_yaml
 from tunesmith.run import CHANGES, DATA, PLAN, RECIPE, Run
@@ -71,6 +73,8 @@ def record_changes(run: Run, planned: Planned, step: int) -> None:
     run.write(PLAN, planned.plan.model_dump(mode="json"))
     run.write(DATA, planned.prepared.manifest())
     run.write_text(RECIPE, recipe_yaml(planned.recipe))
+    write_lineage(run, planned, None)
+    write_reproduce_script(run, planned)
 
 
 def _is_forced(key: str, forced: Sequence[str]) -> bool:

@@ -273,8 +273,6 @@ def _user_defined(job: Job, key: str) -> DataSource:
         prompt = part("system_format", "{system}").replace("{system}", system) + prompt
     elif job.get(f"{key}.field_system") is not None:
         doubts.append("the system text of a row is left out: write its column into the prompt of data.columns")
-    if "{{" in prompt or "}}" in prompt:
-        doubts.append("doubled braces in the layout are kept as they are")
     job.say(key, "translated", "data.columns", LOUD + "; ".join(doubts) if doubts else "the layout as it is")
     return DataSource(
         "", "prompt-completion", {"prompt": prompt, "completion": part("field_output", "output")}, exact=True
