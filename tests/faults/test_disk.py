@@ -88,7 +88,7 @@ def test_a_disk_that_fills_up_costs_nothing_but_time(named: str, at: int, root: 
         code, said = jobs.ended(process), jobs.said(directory)
         assert code == 1, said
         assert "Traceback" not in said
-        error = said[said.rindex("error: ") :]
+        error = said[said.rindex("\nerror: ") :]
         assert RUN in error and "room" in error and "--resume" in error
         assert not jobs.damage(directory / RUN)
         assert jobs.newest(directory / RUN) >= stood
