@@ -31,11 +31,11 @@ from small_jobs import SCENARIOS, make_job, make_place  # noqa: E402
 KILLED = -9
 HEAD = """# Reliability
 
-Written by `python bench/kill_matrix.py --out docs/results/reliability.md`, which needs Linux and no GPU. Each job runs
-as often as there are moments at which it can die: before every change to a file of the run (made, opened for writing,
-renamed, removed), before every forward pass (in a step, inside an accumulation window, in validation, in generation, in
-the evaluation of base and tuned model), before and after every update of the weights. At that moment the process ends
-itself with SIGKILL; nothing is simulated. Then `tunesmith train recipe.yaml --resume` runs to its end.
+Written by `python bench/kill_matrix.py{options} --out docs/results/reliability.md`, which needs Linux and no GPU.
+Each job runs as often as there are moments at which it can die: before every change to a file of the run (made, opened
+for writing, renamed, removed), before every forward pass (in a step, inside an accumulation window, in validation, in
+generation, in the evaluation of base and tuned model), before and after every update of the weights. At that moment the
+process ends itself with SIGKILL; nothing is simulated. Then `tunesmith train recipe.yaml --resume` runs to its end.{sampled}
 
 - **lost**: the job did not end well after `--resume`, or a checkpoint that stood before is gone without a newer one.
 - **differing**: files of the result, tensors of the last checkpoint (weights, optimizer, random states), answers of the
@@ -214,6 +214,13 @@ def at_random(root: Path, seeds: Iterable[int], pool: ThreadPoolExecutor) -> Row
     return row
 
 
+def head(every: int) -> str:
+    """The page up to its table, saying so when only some of the moments were tried."""
+    if every == 1:
+        return HEAD.format(options="", sampled="")
+    return HEAD.format(options=f" --every {every}", sampled=f" On this page one in {every} of these moments was tried.")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=[*SCENARIOS, "cache", "random"], help="these jobs alone")
@@ -244,7 +251,7 @@ def main() -> int:
         print(json.dumps([asdict(row) for row in rows]))
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(HEAD + "".join(row.line() for row in rows), encoding="utf-8")
+        given.out.write_text(head(given.every) + "".join(row.line() for row in rows), encoding="utf-8")
     return 0 if all(row.clean for row in rows) else 1
 
 

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from conftest import build_model, colour_rows, write_jsonl
-from tunesmith.base import InputError
+from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Full, Lora
 from tunesmith.objectives import Supervised
@@ -151,10 +151,10 @@ CHANGES: dict[str, Any] = {
         {"train": {"evaluate_every": "off", "checkpoint_every": 1, "keep": 1}},
     ),
     "train.bad_step": (
-        {"train": {"spike": 1.01, "learning_rate": 5.0}},
-        {"train": {"spike": 1.01, "learning_rate": 5.0, "bad_step": "stop"}},
+        {"train": {"spike": 1.00001, "steps": 16}},
+        {"train": {"spike": 1.00001, "steps": 16, "bad_step": "stop"}},
     ),
-    "train.spike": ({"train": {"learning_rate": 5.0}}, {"train": {"learning_rate": 5.0, "spike": 1.01}}),
+    "train.spike": ({"train": {"steps": 16}}, {"train": {"steps": 16, "spike": 1.00001}}),
     "train.early_stopping": (
         {"train": {"learning_rate": 1e-6}},
         {"train": {"learning_rate": 1e-6, "early_stopping": {"patience": 1, "min_delta": 1}}},
@@ -262,7 +262,7 @@ def fingerprint(sections: dict[str, Any], places: dict[str, Path], output: Path)
     values["output"] = str(output)
     try:
         run = finetune(check_recipe(values, "test"))
-    except InputError as error:
+    except TunesmithError as error:
         return {"refused": error.what}
     plan = run.read("plan.json")
     plan.pop("time")
