@@ -35,7 +35,8 @@ Written by `python bench/kill_matrix.py{options} --out docs/results/reliability.
 Each job runs as often as there are moments at which it can die: before every change to a file of the run (made, opened
 for writing, renamed, removed), before every forward pass (in a step, inside an accumulation window, in validation, in
 generation, in the evaluation of base and tuned model), before and after every update of the weights. At that moment the
-process ends itself with SIGKILL; nothing is simulated. Then `tunesmith train recipe.yaml --resume` runs to its end.{sampled}
+process ends itself with SIGKILL; nothing is simulated. Then `tunesmith train recipe.yaml --resume` runs to its
+end.{sampled}
 
 - **lost**: the job did not end well after `--resume`, or a checkpoint that stood before is gone without a newer one.
 - **differing**: files of the result, tensors of the last checkpoint (weights, optimizer, random states), answers of the

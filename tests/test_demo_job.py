@@ -9,7 +9,8 @@ import torch
 
 from tunesmith.cli.train import demo_recipe
 from tunesmith.data.stdlib_docstrings import write_demo_data
-from tunesmith.pipeline import finetune, load
+from tunesmith.pipeline.finetune import finetune
+from tunesmith.pipeline.loaded import load
 from tunesmith.recipe_file import check_recipe
 
 pytestmark = pytest.mark.demo

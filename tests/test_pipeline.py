@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from conftest import build_model, colour_rows, write_jsonl
 from tunesmith.base import InputError, TrainingError
-from tunesmith.pipeline import Watcher, finetune
+from tunesmith.pipeline.finetune import Watcher, finetune
 from tunesmith.recipe_file import check_recipe, read_recipe
 from tunesmith.run import Run
 
@@ -127,7 +127,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(kind: str, tiny_model: Path, row
     (tmp_path / "recipe.json").write_text(json.dumps(values))
     script = (
         "import json, os, signal, sys\n"
-        "from tunesmith.pipeline import Watcher, finetune\n"
+        "from tunesmith.pipeline.finetune import Watcher, finetune\n"
         "from tunesmith.recipe_file import check_recipe\n"
         "def kill(event):\n"
         "    if event.get('event') == 'step' and event['step'] == 5: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -17,9 +17,9 @@ from conftest import build_model, colour_rows, write_jsonl
 from past_runs import past_run
 from tunesmith.base import InputError, Interrupted
 from tunesmith.cli.app import app
-from tunesmith.pipeline import Watcher
 from tunesmith.pipeline.lineage import read_lineage
 from tunesmith.pipeline.rerun import compare_runs, plan_rerun, rerun
+from tunesmith.pipeline.training import Watcher
 from tunesmith.pipeline.verifying import verify_run
 from tunesmith.run import Run
 

@@ -15,7 +15,7 @@ from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Full, Lora
 from tunesmith.objectives import Supervised
-from tunesmith.pipeline import finetune
+from tunesmith.pipeline.finetune import finetune
 from tunesmith.recipe import EarlyStopping, EvaluateSpec, ModelSpec, Recipe, TrainSpec
 from tunesmith.recipe_file import check_recipe
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from tunesmith.data.spec import DataSpec
     from tunesmith.methods import Full, Lora
     from tunesmith.objectives import Supervised
-    from tunesmith.pipeline import batches, evaluate, finetune, load
+    from tunesmith.pipeline.finetune import finetune
+    from tunesmith.pipeline.loaded import batches, evaluate, load
     from tunesmith.recipe import EvaluateSpec, ModelSpec, Plan, Recipe, TrainSpec
     from tunesmith.recipe_file import read_recipe
     from tunesmith.run import Run
@@ -30,7 +31,8 @@ _HOMES = {
     "tunesmith.data.spec": ("DataSpec",),
     "tunesmith.methods": ("Full", "Lora"),
     "tunesmith.objectives": ("Supervised",),
-    "tunesmith.pipeline": ("batches", "evaluate", "finetune", "load"),
+    "tunesmith.pipeline.finetune": ("finetune",),
+    "tunesmith.pipeline.loaded": ("batches", "evaluate", "load"),
     "tunesmith.recipe": ("EvaluateSpec", "ModelSpec", "Plan", "Recipe", "TrainSpec"),
     "tunesmith.recipe_file": ("read_recipe",),
     "tunesmith.run": ("Run",),

@@ -45,9 +45,8 @@ def cached(made_from: Any, build: Callable[[Path], None]) -> Path:
     Raises:
         InputError: when the cache cannot be written.
     """
-    text = json.dumps([made_from, _code(), version("transformers"), version("tokenizers")], sort_keys=True)
-    root = data_cache()
-    entry = root / sha256(text.encode()).hexdigest()[:32]
+    entry = entry_of(made_from)
+    root = entry.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{entry.name}.lock"):
@@ -63,6 +62,12 @@ def cached(made_from: Any, build: Callable[[Path], None]) -> Path:
             fix="make room there, or set TUNESMITH_DATA_CACHE to a directory on a disk that has some",
         ) from error
     return entry
+
+
+def entry_of(made_from: Any) -> Path:
+    """Where that entry is, or would be."""
+    text = json.dumps([made_from, _code(), version("transformers"), version("tokenizers")], sort_keys=True)
+    return data_cache() / sha256(text.encode()).hexdigest()[:32]
 
 
 def forget_unused(root: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.base import InputError
-from tunesmith.data.cache import cached
+from tunesmith.data.cache import cached, entry_of
 from tunesmith.data.check import Checks, Finding, Instance
 from tunesmith.data.ingest import AT_ONCE, Progress
 from tunesmith.data.read import Reading, content_hash, open_records
@@ -55,11 +55,6 @@ def inspect(
     Raises:
         InputError: when a benchmark's file cannot be read.
     """
-    made_from = {
-        "inspected": rows.identity,
-        "splits": {name: sha256(numbers.astype("<i8").tobytes()).hexdigest() for name, numbers in splits.items()},
-        "benchmarks": [[path, content_hash(Reading(path))] for path in benchmarks],
-    }
 
     def build(directory: Path) -> None:
         checks = Checks(benchmarks=[(path, benchmark_texts(path)) for path in benchmarks])
@@ -74,8 +69,16 @@ def inspect(
         found = [finding.as_json() for finding in checks.findings()]
         write_json(directory / _FOUND, {"findings": found, "flagged": checks.flagged()})
 
-    kept = read_json(cached(made_from, build) / _FOUND)
+    kept = read_json(cached(_made_from(rows, splits, benchmarks), build) / _FOUND)
     return Inspection([_finding(entry) for entry in kept["findings"]], kept["flagged"])
+
+
+def _made_from(rows: RowFile, splits: Mapping[str, np.ndarray], benchmarks: Sequence[str]) -> dict[str, Any]:
+    return {
+        "inspected": rows.identity,
+        "splits": {name: sha256(numbers.astype("<i8").tobytes()).hexdigest() for name, numbers in splits.items()},
+        "benchmarks": [[path, content_hash(Reading(path))] for path in benchmarks],
+    }
 
 
 @contextmanager
@@ -87,7 +90,8 @@ def inspecting_aside(
     Python runs one thread at a time; on many rows a second process halves the time. When it fails, `inspect` does the
     work itself and says what is wrong.
     """
-    if sum(map(len, splits.values())) < WORTH_A_PROCESS or (os.cpu_count() or 1) < 2:
+    few = sum(map(len, splits.values())) < WORTH_A_PROCESS or (os.cpu_count() or 1) < 2
+    if few or entry_of(_made_from(rows, splits, benchmarks)).is_dir():
         yield
         return
     with TemporaryDirectory(prefix="tunesmith-") as place:
