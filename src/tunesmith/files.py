@@ -62,18 +62,8 @@ def committed_directory(final: Path) -> Iterator[Path]:
     nothing new is left behind and the old directory stays as it was. What a killed process leaves, `recovered` mends.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = final.with_name(f"{final.name}{ASIDE}{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
+    with _synced_aside(final) as aside:
         yield aside
-        for path in sorted(aside.rglob("*")):
-            if path.is_file():
-                sync_file(path)
-        sync_directory(aside)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     if final.exists():
         old = final.with_name(f"{final.name}{OLD}{ASIDE}{os.getpid()}")
         os.replace(final, old)
@@ -96,8 +86,26 @@ def new_directory(final: Path) -> Iterator[Path]:
     except FileExistsError as error:
         raise NotADirectoryError(errno.ENOTDIR, f"{error.filename} is a file, not a directory") from error
     for left in final.parent.glob(f"{glob.escape(final.name)}{ASIDE}*"):
-        if not psutil.pid_exists(int(left.name.rpartition(ASIDE)[2] or "0")):
+        process = left.name.rpartition(ASIDE)[2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
+    with _synced_aside(final) as aside:
+        yield aside
+    try:
+        if final.is_dir():
+            final.rmdir()  # fails unless it is empty
+        os.rename(aside, final)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(error.errno, error.strerror, str(final)) from error
+        raise
+    sync_directory(final.parent)
+
+
+@contextmanager
+def _synced_aside(final: Path) -> Iterator[Path]:
+    """Yields an empty directory beside ``final``, whose files are on the disk when the block has ended well."""
     aside = final.with_name(f"{final.name}{ASIDE}{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -107,18 +115,9 @@ def new_directory(final: Path) -> Iterator[Path]:
             if path.is_file():
                 sync_file(path)
         sync_directory(aside)
-        if final.is_dir():
-            final.rmdir()  # fails unless it is empty
-        os.rename(aside, final)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise FileExistsError(error.errno, error.strerror, str(final)) from error
-        raise
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    sync_directory(final.parent)
 
 
 def recovered(directory: Path) -> None:

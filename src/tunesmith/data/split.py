@@ -66,12 +66,12 @@ def _held(rows: Belonging, count: int, *, seed: int, key: str) -> np.ndarray:
             fix="name a file of its own, or add rows" + ("; evaluate: off needs none" if key == "data.test" else ""),
         )
     drawn = sorted(range(len(names)), key=lambda at: _draw(seed, key, names[at]))
-    held = np.zeros(len(names), bool)
+    held, left = np.zeros(len(names), bool), len(names)
     for members, wanted in _by_stratum(rows, which, drawn, count):
         taken = 0
         for at in members:
-            if taken + sizes[at] <= wanted and held.sum() < len(names) - 1:
-                held[at] = True
+            if taken + sizes[at] <= wanted and left > 1:
+                held[at], left = True, left - 1
                 taken += sizes[at]
     if not held.any():
         held[min(drawn, key=lambda at: sizes[at])] = True
@@ -111,7 +111,7 @@ def _by_stratum(rows: Belonging, which: np.ndarray, drawn: list[int], count: int
     sizes = Counter(rows.strata.tolist())
     strata = sorted(sizes)
     wanted = shares([sizes[name] for name in strata], count)
-    return [
-        ([group for group in drawn if belongs[group] == name], share)
-        for name, share in zip(strata, wanted, strict=True)
-    ]
+    members: dict[bytes, list[int]] = defaultdict(list)
+    for group in drawn:
+        members[belongs[group]].append(group)
+    return [(members[name], share) for name, share in zip(strata, wanted, strict=True)]

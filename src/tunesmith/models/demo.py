@@ -17,7 +17,7 @@ import threading
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from hashlib import sha1
 from importlib.util import find_spec
 from pathlib import Path
@@ -261,11 +261,9 @@ def _resolves(host: str) -> bool:
     known = threading.Event()
 
     def look_up() -> None:
-        try:
+        with suppress(OSError):  # an unknown host is the answer no
             socket.getaddrinfo(host, 443)
             known.set()
-        except OSError:
-            pass
 
     thread = threading.Thread(target=look_up, daemon=True)
     thread.start()

@@ -24,10 +24,9 @@ from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import Stored
 from tunesmith.files import write_lines
 from tunesmith.models.demo import demo_model_here
-from tunesmith.models.load import Progress, end_of_turn_ids, load_tokenizer, locate_model, read_config, silent
+from tunesmith.models.load import Progress, load_tokenizer, locate_model, read_config, silent
 from tunesmith.models.measure import position_limit
-from tunesmith.models.templates import resolve_template
-from tunesmith.pipeline.planning import read_generation_settings
+from tunesmith.pipeline.planning import make_renderer, read_generation_settings
 
 LEVELS = ("problem", "warning", "note")
 BINS = 12
@@ -128,9 +127,7 @@ def counting_model(path: str | None, spec: DataSpec, progress: Progress = silent
     location = locate_model(path, progress)
     config = read_config(location)
     tokenizer = load_tokenizer(location)
-    template = resolve_template(spec.template, tokenizer)
-    stops = end_of_turn_ids(tokenizer, config) | end_of_turn_ids(tokenizer, read_generation_settings(location))
-    renderer = Renderer(template, tokenizer, spec.train_on, stops)
+    renderer = make_renderer(spec, tokenizer, config, read_generation_settings(location))
     return Counting(Path(path).name, renderer, position_limit(config))
 
 

@@ -16,6 +16,7 @@ from tunesmith.data.presets import PRESETS
 from tunesmith.data.read import STANDARD_INPUT
 from tunesmith.data.render import Renderer
 from tunesmith.data.sources import readings, source_specs
+from tunesmith.data.spec import DataSpec
 from tunesmith.evaluation.compare import choose_metrics
 from tunesmith.models.load import Progress, end_of_turn_ids, load_tokenizer, locate_model, read_config, silent
 from tunesmith.models.measure import meta_model, position_limit
@@ -53,11 +54,12 @@ class Planned:
 
 
 def make_renderer(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, generation: Any | None = None
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, generation: Any | None = None
 ) -> Renderer:
-    template = resolve_template(recipe.data.template, tokenizer)
+    """The renderer of a recipe's `data` section."""
+    template = resolve_template(spec.template, tokenizer)
     stops = end_of_turn_ids(tokenizer, config) | end_of_turn_ids(tokenizer, generation)
-    return Renderer(template, tokenizer, recipe.data.train_on, stops)
+    return Renderer(template, tokenizer, spec.train_on, stops)
 
 
 def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
@@ -70,7 +72,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     config = read_config(location, recipe.model.revision)
     model = meta_model(config, location)
     tokenizer = load_tokenizer(location, recipe.model.revision)
-    renderer = make_renderer(recipe, tokenizer, config, read_generation_settings(location))
+    renderer = make_renderer(recipe.data, tokenizer, config, read_generation_settings(location))
     limit = position_limit(config)
     prepared = prepare(
         recipe.data,

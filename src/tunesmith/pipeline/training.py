@@ -113,21 +113,23 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
     _take_best(work, checkpoints, progress)
     if is_main():
         _commit_result(work)
-        emit(
-            {
-                "event": "trained",
-                "step": progress.step,
-                "best_step": progress.best_step,
-                "best_loss": progress.best_loss,
-                "stopped_early": progress.stopped_early,
-                "skipped_steps": progress.health.skipped + len(progress.passed_over),
-            }
-        )
+        emit(_trained(progress))
     seconds = sum(event["seconds"] for event in run.events() if event["event"] in ("step", "validation"))
     return {
         "peak_bytes": memory.peak_bytes,
         "train_seconds": max(seconds, watch.seconds),
         "tokens_per_second": progress.tokens / max(1e-9, seconds),
+    }
+
+
+def _trained(progress: Progress) -> dict[str, Any]:
+    return {
+        "event": "trained",
+        "step": progress.step,
+        "best_step": progress.best_step,
+        "best_loss": progress.best_loss,
+        "stopped_early": progress.stopped_early,
+        "skipped_steps": progress.health.skipped + len(progress.passed_over),
     }
 
 
