@@ -106,7 +106,8 @@ def _rare_collections() -> Iterator[None]:
 def _code() -> str:
     """Hash of the modules that decide what rows and tokens are: another version of them must not meet old entries."""
     package = Path(__file__).parent
-    files = [*sorted(package.rglob("*.py")), package.parent / "models" / "templates.py"]
+    templates = [package.parent / "models" / name for name in ("sandbox.py", "templates.py")]
+    files = [*sorted(package.rglob("*.py")), *templates]
     digest = sha256()
     for file in files:
         digest.update(file.read_bytes())

@@ -87,8 +87,8 @@ def inspecting_aside(
 ) -> Iterator[None]:
     """Lets another process look through the same rows meanwhile, so that ``inspect`` finds them done.
 
-    Python runs one thread at a time; on many rows a second process halves the time. When it fails, `inspect` does the
-    work itself and says what is wrong.
+    Python runs one thread at a time; a second process takes the other core. When it fails, `inspect` does the work
+    itself and says what is wrong.
     """
     few = sum(map(len, splits.values())) < WORTH_A_PROCESS or (os.cpu_count() or 1) < 2
     if few or entry_of(_made_from(rows, splits, benchmarks)).is_dir():

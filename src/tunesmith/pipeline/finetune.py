@@ -69,7 +69,7 @@ def finetune(
     else:
         refuse_another_recipe(run, recipe, forced)
         if run.report is not None:
-            if not (run.path / MANIFEST).is_file():  # killed in the last instant
+            if is_main() and not (run.path / MANIFEST).is_file():  # killed in the last instant
                 write_manifest(run)
             return run
     check_sinks(list(recipe.train.log))
