@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tunesmith.batch import Source
+from tunesmith.base import Source
 from tunesmith.data.check import Checks, Finding
 from tunesmith.data.row import Row
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.base import InputError
-from tunesmith.batch import Source
+from tunesmith.base import InputError, Source
 from tunesmith.data.read import Reading, RecordStream
 from tunesmith.data.record import Record, RowErrors
 from tunesmith.data.rows import Row, RowStream

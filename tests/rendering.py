@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from chat_templates import Family
-from tunesmith.batch import Source
+from tunesmith.base import Source
 from tunesmith.data.render import Rendered, Renderer, TrainOn
 from tunesmith.data.rows import Row
 from tunesmith.models.templates import resolve_template

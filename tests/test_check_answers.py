@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from checking import checked, exchange, exchanges, found, one
-from tunesmith.batch import Source
+from tunesmith.base import Source
 from tunesmith.data.check.degenerate import repeats
 from tunesmith.data.row import Row
 

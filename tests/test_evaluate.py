@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import colour_rows
-from tunesmith.base import InputError
-from tunesmith.batch import Example, Source
+from tunesmith.base import InputError, Source
+from tunesmith.batch import Example
 from tunesmith.data.render import Renderer
 from tunesmith.data.rows import Row
 from tunesmith.engine.generate import Sampling, generate

@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chat_templates import FAMILIES, IM, KEEPING, MISTRAL, published
 from rendering import TURNS, conversation, decoded, renderer, row, spelled, trained
-from tunesmith.base import InputError
-from tunesmith.batch import Source
+from tunesmith.base import InputError, Source
 from tunesmith.data.formats import BadRow
 from tunesmith.data.render import TrainOn
 from tunesmith.data.rows import Row

@@ -9,8 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chat_templates import DEEPSEEK, FAMILIES, GLM_4, IM, published, tokenizer
 from rendering import TURNS, conversation, decoded, renderer, row, trained
-from tunesmith.base import InputError
-from tunesmith.batch import Source
+from tunesmith.base import InputError, Source
 from tunesmith.data.formats import BadRow
 from tunesmith.data.render import TrainOn
 from tunesmith.data.rows import Row

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from chat_templates import FAMILIES, Kind, tokenizer
 from rendering import TURNS, conversation, renderer, row
-from tunesmith.base import InputError
-from tunesmith.batch import Source
+from tunesmith.base import InputError, Source
 from tunesmith.data.formats import BadRow
 from tunesmith.data.render import ROWS_AT_ONCE, Rendered, Renderer, TrainOn
 from tunesmith.data.rows import Row

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from chat_templates import FAMILIES, KEEPING, Kind, tokenizer
 from conftest import build_tokenizer
 from rendering import TURNS, conversation, decoded, renderer, row, spelled, trained
-from tunesmith.batch import Source
+from tunesmith.base import Source
 from tunesmith.data.formats import BadRow
 from tunesmith.data.rows import Row
 from tunesmith.models.templates import NAMED_TEMPLATES, resolve_template

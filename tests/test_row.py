@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunesmith.batch import Source
+from tunesmith.base import Source
 from tunesmith.data.row import Row
 
 USER, ANSWER, WORSE = (

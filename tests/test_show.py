@@ -12,8 +12,7 @@ from transformers import AutoTokenizer
 
 from chat_templates import FAMILIES, tokenizer
 from conftest import colour_rows, write_jsonl
-from tunesmith.base import InputError
-from tunesmith.batch import Source
+from tunesmith.base import InputError, Source
 from tunesmith.cli.show import _listed, _short_sources, described, show_rows
 from tunesmith.data.render import Rendered, Renderer
 from tunesmith.data.rows import Row

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tunesmith.base import InputError
-from tunesmith.batch import Example, Source
+from tunesmith.base import InputError, Source
+from tunesmith.batch import Example
 from tunesmith.data.mix import RowOrder, places_in_an_epoch, shares
 from tunesmith.data.render import Rendered
 from tunesmith.data.rows import Row

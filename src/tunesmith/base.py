@@ -1,13 +1,32 @@
-"""The two things everything else is built on: a strict settings class and one family of errors."""
+"""What everything else is built on: settings that are strict, one family of errors, places in files, and progress."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
+
+Progress = Callable[[str, int, int | None], None]
+"""Label, done, total (None when unknown)."""
+
+
+def silent(label: str, done: int, total: int | None) -> None:
+    """A progress callback that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a row came from: the file as the user named it, and the line or record counted from 1."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
 
 
 class TunesmithError(Exception):

@@ -9,21 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tunesmith.base import Source
+
 Scope = Literal["token", "segment", "row"]
 """What the first dimension of a named tensor counts."""
 
 NO_PARENT = -1
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a row came from: the file as the user named it, and the line or record counted from 1."""
-
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.base import InputError
+from tunesmith.base import InputError, Progress
 from tunesmith.data.cache import cached, entry_of
 from tunesmith.data.check import Checks, Finding, Instance
-from tunesmith.data.ingest import AT_ONCE, Progress
 from tunesmith.data.read import Reading, content_hash, open_records
 from tunesmith.data.record import RowErrors
 from tunesmith.data.row_file import RowFile
@@ -27,6 +26,9 @@ from tunesmith.files import read_json, write_json
 
 WORTH_A_PROCESS = 20_000
 """Rows from which a second process, which takes seconds to start, is faster."""
+
+SHOWN_EVERY = 8192
+"""Rows between two reports of progress."""
 
 _FOUND = "findings.json"
 
@@ -61,7 +63,7 @@ def inspect(
         total, done = sum(map(len, splits.values())), 0
         for split, numbers in splits.items():
             for number, row in rows.read(numbers):
-                if done % AT_ONCE == 0:
+                if done % SHOWN_EVERY == 0:
                     progress("checking rows", done, total)
                 checks.add(row, split, number)
                 done += 1

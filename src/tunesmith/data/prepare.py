@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith.base import InputError
+from tunesmith.base import InputError, Progress
 from tunesmith.data.check import Finding
 from tunesmith.data.clean import (
     Losses,
@@ -22,7 +22,7 @@ from tunesmith.data.clean import (
     without_overlap,
 )
 from tunesmith.data.held import Held, HeldOut, left_out
-from tunesmith.data.ingest import Progress, SourceRows, ingest, tokens_of
+from tunesmith.data.ingest import SourceRows, ingest, tokens_of
 from tunesmith.data.inspection import inspect, inspecting_aside
 from tunesmith.data.mix import RowOrder, mixture_weights, places_in_an_epoch
 from tunesmith.data.record import RowErrors

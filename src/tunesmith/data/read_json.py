@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tunesmith.base import InputError
-from tunesmith.batch import Source
+from tunesmith.base import InputError, Source
 from tunesmith.data.compressed import CHUNK, FileBytes
 from tunesmith.data.read_text import UTF8, text_defect
 from tunesmith.data.record import Record, RowErrors

@@ -10,8 +10,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import IO, Any, cast
 
-from tunesmith.base import InputError, nearest
-from tunesmith.batch import Source
+from tunesmith.base import InputError, Source, nearest
 from tunesmith.data.compressed import CHUNK, FileBytes, whole_file
 from tunesmith.data.record import Record
 

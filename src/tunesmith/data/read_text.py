@@ -6,8 +6,7 @@ import csv
 import re
 from collections.abc import Iterable, Iterator
 
-from tunesmith.base import InputError
-from tunesmith.batch import Source
+from tunesmith.base import InputError, Source
 from tunesmith.data.compressed import FileBytes
 from tunesmith.data.record import Record, RowErrors
 

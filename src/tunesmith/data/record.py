@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.base import InputError
-from tunesmith.batch import Source
+from tunesmith.base import InputError, Source
 
 SHOWN_ERRORS = 20
 

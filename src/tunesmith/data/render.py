@@ -13,13 +13,21 @@ import numpy
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tunesmith.base import InputError
-from tunesmith.batch import Example, Scope, Source
+from tunesmith.base import InputError, Source
+from tunesmith.batch import Example, Scope
 from tunesmith.data.formats import BadRow
 from tunesmith.data.rows import Row
+from tunesmith.data.spec import DataSpec
 from tunesmith.data.spelling import WHERE, Spelled, Speller, TrainOn, Turn
 from tunesmith.data.tokenize import BREAK, Pieces, Tokenized
-from tunesmith.models.templates import SPELLED_OUT, Template, TemplateRefused, choose_template, opening_text
+from tunesmith.models.templates import (
+    SPELLED_OUT,
+    Template,
+    TemplateRefused,
+    choose_template,
+    opening_text,
+    resolve_template,
+)
 
 __all__ = ["TOKEN_SCOPES", "Rendered", "Renderer", "TrainOn"]
 
@@ -83,6 +91,11 @@ class Renderer:
         self._bos = opening_text(tokenizer)
         self._speller = Speller(template, tokenizer, train_on, self.stop_ids)
         self._pieces = Pieces(tokenizer)
+
+    @classmethod
+    def of(cls, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]) -> Renderer:
+        """The renderer of a recipe's `data` section."""
+        return cls(resolve_template(spec.template, tokenizer), tokenizer, spec.train_on, stop_ids)
 
     def learn_stop_ids(self) -> None:
         """Finds the token that closes an answer by rendering a short conversation; done once, before any row."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any
 
-from tunesmith.batch import Source
+from tunesmith.base import Source
 
 SAID = "as said"
 """Stands for the only reference of most rows: what the last turn says."""

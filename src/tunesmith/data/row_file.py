@@ -9,7 +9,7 @@ from struct import Struct
 
 import numpy as np
 
-from tunesmith.batch import Source
+from tunesmith.base import Source
 from tunesmith.data.row import Row
 from tunesmith.files import BytesAt
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.base import Progress, silent
 from tunesmith.batch import Example, pack
 from tunesmith.data.render import Rendered
 from tunesmith.engine.generate import Sampling, generate
 from tunesmith.models.forward import use_attention
-from tunesmith.models.load import Progress, silent
 from tunesmith.objectives.logps import token_logps
 
 TOKENS_AT_ONCE = 4096

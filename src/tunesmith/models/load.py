@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from tunesmith.base import InputError
+from tunesmith.base import InputError, Progress, silent
+
+if TYPE_CHECKING:  # models take seconds to import, and those who count tokens need none
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
 
 DEMO = "demo"
 WEIGHT_FILES = ("*.safetensors",)
-
-Progress = Callable[[str, int, int | None], None]
-"""Label, done, total (None when unknown)."""
-
-
-def silent(label: str, done: int, total: int | None) -> None:
-    """A progress callback that shows nothing."""
 
 
 def locate_model(path: str, progress: Progress = silent) -> str:
@@ -100,6 +89,8 @@ def load_model(
     Raises:
         InputError: when weights are missing, are in an unsafe format, or do not fill the architecture.
     """
+    from transformers import AutoModelForCausalLM
+
     directory = Path(path)
     if directory.is_dir() and not any(directory.glob("*.safetensors")):
         raise InputError(
@@ -122,9 +113,9 @@ def load_model(
             where=path,
             fix="use a complete causal language model",
         )
-    model = cast(PreTrainedModel, loaded)
+    model = cast("PreTrainedModel", loaded)
     if quantize == "none":
-        cast(nn.Module, model).to(device)
+        cast("nn.Module", model).to(device)
     return model.eval()
 
 
@@ -147,11 +138,18 @@ def _quantization(quantize: str, dtype: torch.dtype, device: torch.device) -> di
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, config: Any | None = None) -> set[int]:
-    """Token ids that end generation: the tokenizer's end-of-text and those of the model's generation settings."""
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: Any, location: str) -> set[int]:
+    """Token ids that end generation: the tokenizer's end-of-text, and those of the model's configuration and of the
+    generation settings that lie beside it."""
+    from transformers import GenerationConfig
+
     ids = {int(cast(int, tokenizer.eos_token_id))}
-    declared = getattr(config, "eos_token_id", None)
-    for value in declared if isinstance(declared, list) else [declared]:
-        if isinstance(value, int):
-            ids.add(value)
+    declaring = [config]
+    with suppress(OSError, ValueError):
+        declaring.append(GenerationConfig.from_pretrained(location))
+    for settings in declaring:
+        declared = getattr(settings, "eos_token_id", None)
+        ids.update(
+            value for value in (declared if isinstance(declared, list) else [declared]) if isinstance(value, int)
+        )
     return ids

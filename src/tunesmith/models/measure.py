@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from tunesmith.models.load import told_plainly
 
@@ -16,6 +16,8 @@ FALLBACK_POSITIONS = 1_000_000
 
 def meta_model(config: PreTrainedConfig, path: str) -> nn.Module:
     """The architecture without storage. Raises InputError when transformers has no causal model for it."""
+    from transformers import AutoModelForCausalLM
+
     with told_plainly("the model's architecture", path), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 

@@ -132,7 +132,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.renew()
         tree = _Bounded().visit(self.parse(source))
         tree.set_environment(self)
-        return Template.from_code(self, self.compile(tree), self.make_globals(None), None)
+        return Template.from_code(self, self.compile(tree), dict(self.make_globals(None)), None)
 
 
 class _Bounded(NodeTransformer):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.base import InputError
+from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.check import Finding
 from tunesmith.data.defects import Defects, Splits, find_defects, find_unfit
 from tunesmith.data.ingest import Ingested, ingest, tokens_of
@@ -24,9 +24,8 @@ from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import Stored
 from tunesmith.files import write_lines
 from tunesmith.models.demo import demo_model_here
-from tunesmith.models.load import Progress, load_tokenizer, locate_model, read_config, silent
+from tunesmith.models.load import load_tokenizer, locate_model, read_config, stop_token_ids
 from tunesmith.models.measure import position_limit
-from tunesmith.pipeline.planning import make_renderer, read_generation_settings
 
 LEVELS = ("problem", "warning", "note")
 BINS = 12
@@ -127,7 +126,7 @@ def counting_model(path: str | None, spec: DataSpec, progress: Progress = silent
     location = locate_model(path, progress)
     config = read_config(location)
     tokenizer = load_tokenizer(location)
-    renderer = make_renderer(spec, tokenizer, config, read_generation_settings(location))
+    renderer = Renderer.of(spec, tokenizer, stop_token_ids(tokenizer, config, location))
     return Counting(Path(path).name, renderer, position_limit(config))
 
 

@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tunesmith.models.load import Progress
+from tunesmith.base import Progress
 
 Fingerprint = dict[str, Any]
 """Of one file: `bytes`, and `sha256` in hexadecimal."""

@@ -10,11 +10,11 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from tunesmith.base import InputError
+from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.read import STANDARD_INPUT, Reading, content_hash
 from tunesmith.data.sources import readings
 from tunesmith.files import ASIDE, file_sha256, read_json
-from tunesmith.models.load import DEMO, Progress, silent
+from tunesmith.models.load import DEMO
 from tunesmith.pipeline.fingerprints import fingerprints
 from tunesmith.pipeline.origin import dependency_versions, tunesmith_origin
 from tunesmith.pipeline.planning import Planned

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tunesmith.base import InputError
+from tunesmith.base import InputError, Progress, silent
 from tunesmith.batch import Batch, pack
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.render import Renderer
@@ -24,18 +24,9 @@ from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.method import read_adapter_config
 from tunesmith.metrics import bootstrap
 from tunesmith.models.forward import packing_obstacle
-from tunesmith.models.load import (
-    Progress,
-    end_of_turn_ids,
-    load_model,
-    load_tokenizer,
-    locate_model,
-    read_config,
-    silent,
-)
+from tunesmith.models.load import load_model, load_tokenizer, locate_model, read_config, stop_token_ids
 from tunesmith.models.measure import position_limit
 from tunesmith.models.templates import resolve_template
-from tunesmith.pipeline.planning import read_generation_settings
 from tunesmith.plan.hardware import DTYPES, detect_hardware, native_dtypes
 from tunesmith.recipe import EvaluateSpec, Recipe
 from tunesmith.recipe_file import check_recipe, parse_yaml
@@ -167,8 +158,7 @@ def load_speaker(
 
 
 def renderer_for(base: str, model: Any, tokenizer: PreTrainedTokenizerBase, template: Any) -> Renderer:
-    stops = end_of_turn_ids(tokenizer, model.config) | end_of_turn_ids(tokenizer, read_generation_settings(base))
-    renderer = Renderer(template, tokenizer, "answers", stops)
+    renderer = Renderer(template, tokenizer, "answers", stop_token_ids(tokenizer, model.config, base))
     renderer.learn_stop_ids()
     return renderer
 

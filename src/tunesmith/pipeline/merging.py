@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tunesmith.base import InputError, TunesmithError
+from tunesmith.base import InputError, Progress, TunesmithError, silent
 from tunesmith.compose.merge import MergeCheck, merge_and_check
 from tunesmith.files import committed_directory, write_json
 from tunesmith.methods.lora import load_adapter
-from tunesmith.models.load import Progress, load_model, silent
+from tunesmith.models.load import load_model
 from tunesmith.models.load import load_tokenizer as load_tokenizer
 from tunesmith.models.templates import resolve_template
 from tunesmith.pipeline.loaded import Location, default_dtype, locate, renderer_for

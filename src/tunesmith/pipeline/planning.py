@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from tunesmith.base import InputError
+from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.presets import PRESETS
 from tunesmith.data.read import STANDARD_INPUT
 from tunesmith.data.render import Renderer
 from tunesmith.data.sources import readings, source_specs
-from tunesmith.data.spec import DataSpec
 from tunesmith.evaluation.compare import choose_metrics
-from tunesmith.models.load import Progress, end_of_turn_ids, load_tokenizer, locate_model, read_config, silent
+from tunesmith.models.load import load_tokenizer, locate_model, read_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
-from tunesmith.models.templates import resolve_template
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.recipe import Plan, Recipe, Resolved, Workload
@@ -53,15 +50,6 @@ class Planned:
         )
 
 
-def make_renderer(
-    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, generation: Any | None = None
-) -> Renderer:
-    """The renderer of a recipe's `data` section."""
-    template = resolve_template(spec.template, tokenizer)
-    stops = end_of_turn_ids(tokenizer, config) | end_of_turn_ids(tokenizer, generation)
-    return Renderer(template, tokenizer, spec.train_on, stops)
-
-
 def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     """Reads and renders the data and makes the plan that `finetune` executes.
 
@@ -72,7 +60,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     config = read_config(location, recipe.model.revision)
     model = meta_model(config, location)
     tokenizer = load_tokenizer(location, recipe.model.revision)
-    renderer = make_renderer(recipe.data, tokenizer, config, read_generation_settings(location))
+    renderer = Renderer.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
     limit = position_limit(config)
     prepared = prepare(
         recipe.data,
@@ -131,16 +119,6 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
 
 def _is_here(path: str) -> bool:
     return path == STANDARD_INPUT or path in PRESETS or Path(path).expanduser().exists()
-
-
-def read_generation_settings(location: str) -> Any | None:
-    """The model's own stop tokens, where it has them in a file beside its configuration."""
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(location)
-    except (OSError, ValueError):
-        return None
 
 
 def _has_tokenizer(location: str) -> bool:

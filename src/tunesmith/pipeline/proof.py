@@ -10,11 +10,10 @@ from typing import Any, cast
 
 from torch import nn
 
-from tunesmith.base import InputError
+from tunesmith.base import InputError, Progress
 from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row_nlls
 from tunesmith.evaluation.compare import best_and_worst, compare_forgetting, compare_metrics, judgement
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
-from tunesmith.models.load import Progress
 from tunesmith.models.measure import position_limit
 from tunesmith.pages.report import report_page
 from tunesmith.pipeline.planning import Planned

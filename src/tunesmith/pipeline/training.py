@@ -12,14 +12,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from tunesmith.base import Interrupted, TrainingError, TunesmithError
+from tunesmith.base import Interrupted, TrainingError, TunesmithError, silent
+from tunesmith.base import Progress as ShowProgress
 from tunesmith.evaluation.answers import Judging, judge, mean_nll
 from tunesmith.evaluation.compare import metric_rows
 from tunesmith.files import committed_directory
 from tunesmith.methods.low_rank import lora_layers
 from tunesmith.models.embeddings import untrained_tokens
-from tunesmith.models.load import Progress as ShowProgress
-from tunesmith.models.load import silent
 from tunesmith.pipeline.environment import code_sha256
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.proof import Proof

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.base import InputError
+from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.read import Reading, content_hash
 from tunesmith.files import file_sha256
-from tunesmith.models.load import Progress, silent
 from tunesmith.pipeline.fingerprints import differences
 from tunesmith.pipeline.lineage import LINEAGE, MANIFEST, manifest_files, parent_directory, read_lineage
 from tunesmith.pipeline.reproduce import REPRODUCE

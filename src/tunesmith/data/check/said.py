@@ -11,8 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.base import InputError
-from tunesmith.batch import Source
+from tunesmith.base import InputError, Source
 from tunesmith.data.check.words import folded, hash_of
 from tunesmith.data.row import Row
 
