@@ -26,8 +26,8 @@ from tunesmith.models.demo import demo_model
 
 HEAD = """# Large files
 
-Written by `python bench/large_data.py`; two cores, no GPU. Memory is the peak resident size of the largest process so far,
-of which about 0.6 GB is torch and transformers themselves, and most of the rest of a `train` is the logits of its
+Written by `python bench/large_data.py`; two cores, no GPU. Memory is the peak resident size of the largest process so
+far, of which about 0.6 GB is torch and transformers themselves, and most of the rest of a `train` is the logits of its
 evaluations (49,152 words a token): what grows from the smaller file to the larger one is what the data take.
 
 | job | rows | file | time | peak memory |

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from tiny import random_rows, reference_logits, tiny
 from tunesmith.batch import NO_PARENT, Batch, Example, pack
-from tunesmith.models import attention
+from tunesmith.models import attention, row_attention
 from tunesmith.models.attention import UnsupportedAttention, segment_attention
 from tunesmith.models.forward import next_token_logits, packing_obstacle
 
@@ -65,20 +66,36 @@ def queries_keys_values(segments: Tensor, heads: int, key_heads: int, seed: int 
     )
 
 
+@pytest.fixture
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """How rows are computed: as products, as products of blocks of queries, or by torch's kernel one by one."""
+    if request.param == "blocks":
+        monkeypatch.setattr(row_attention, "BLOCK", 3)
+    if request.param == "kernel":
+
+        def one_by_one(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, *settings: Any) -> Tensor:
+            options = {"scaling": settings[0], "sliding_window": settings[1], "is_causal": True}
+            whole = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+            return attention._one_by_one(*whole, segments, options)[0].flatten(1)
+
+        monkeypatch.setattr(attention, "attend", one_by_one)
+    row_attention.layout_of.cache_clear()
+    yield request.param
+    row_attention.layout_of.cache_clear()
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("parents", [False, True], ids=["roots", "ancestors"])
 @pytest.mark.parametrize("window", [None, 3], ids=["whole", "window"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
-@pytest.mark.parametrize("explicit", [True, False], ids=["products", "kernel"])
+@pytest.mark.parametrize("way", ["products", "blocks", "kernel"], indirect=True)
 def test_equals_dense_masked_attention(
     seed: int,
     parents: bool,
     window: int | None,
     heads: tuple[int, int],
-    explicit: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    way: str,
 ) -> None:
-    monkeypatch.setattr(attention, "EXPLICIT_LONGEST", 1024 if explicit else 0)
     segments = random_segments(seed, parents)
     tensors = queries_keys_values(segments, *heads, seed=seed)
     found, _ = segment_attention(
@@ -102,9 +119,8 @@ def test_without_causality_a_row_sees_itself_wholly() -> None:
     )
 
 
-@pytest.mark.parametrize("explicit", [True, False], ids=["products", "kernel"])
-def test_rows_do_not_see_each_other(explicit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "EXPLICIT_LONGEST", 1024 if explicit else 0)
+@pytest.mark.parametrize("way", ["products", "blocks", "kernel"], indirect=True)
+def test_rows_do_not_see_each_other(way: str) -> None:
     segments = torch.tensor([[0, 5, NO_PARENT], [5, 1, NO_PARENT], [6, 7, NO_PARENT]])
     query, key, value = queries_keys_values(segments, 4, 2)
     found, _ = segment_attention(CAUSAL, query, key, value, None, segments=segments)
@@ -121,12 +137,9 @@ def test_rows_do_not_see_each_other(explicit: bool, monkeypatch: pytest.MonkeyPa
 def test_dropout_reaches_the_weights() -> None:
     segments = random_segments(0, parents=False)
     tensors = queries_keys_values(segments, 4, 2)
-    for longest in (1024, 0):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "EXPLICIT_LONGEST", longest)
-            plain, _ = segment_attention(CAUSAL, *tensors, None, segments=segments, dropout=0.0)
-            dropped, _ = segment_attention(CAUSAL, *tensors, None, segments=segments, dropout=0.5)
-        assert not torch.allclose(plain, dropped)
+    plain, _ = segment_attention(CAUSAL, *tensors, None, segments=segments, dropout=0.0)
+    dropped, _ = segment_attention(CAUSAL, *tensors, None, segments=segments, dropout=0.5)
+    assert not torch.allclose(plain, dropped)
 
 
 @pytest.mark.parametrize(

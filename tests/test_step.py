@@ -97,7 +97,7 @@ def test_recomputing_activations_changes_nothing(method: Any, objective: Trainin
     expected, _ = gradients(model.train(), objective, batches)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     entered = []
-    model.model.layers[0].self_attn.register_forward_hook(lambda *_: entered.append(1))
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: entered.append(1))
     found, _ = gradients(model, objective, batches)
     assert len(entered) == 2 * len(batches)
     assert_same(found, expected)

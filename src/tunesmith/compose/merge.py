@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.base import TrainingError
 from tunesmith.batch import Example, pack
 from tunesmith.engine.generate import Sampling, generate
 from tunesmith.methods.low_rank import lora_layers, merge_layers
@@ -103,9 +104,12 @@ def _logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def _greedy(model: nn.Module, prompts: Sequence[Sequence[int]], stop_ids: set[int]) -> list[list[int]]:
-    answers = generate(
-        model, prompts, Sampling(GREEDY_TOKENS), stop_ids=stop_ids, batch_size=1, progress=lambda *_: None
-    )
+    try:
+        answers = generate(
+            model, prompts, Sampling(GREEDY_TOKENS), stop_ids=stop_ids, batch_size=1, progress=lambda *_: None
+        )
+    except TrainingError:  # a model that gives no numbers answers nothing; what is wrong with it shows in its weights
+        return [[] for _ in prompts]
     return [answer.token_ids for answer in answers]
 
 

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.base import InputError
 from tunesmith.methods.method import freeze, settle
+from tunesmith.models.projection import LowRank, project, projection_of
 
 
 class LoraLayer(nn.Module):
@@ -45,7 +46,15 @@ class LoraLayer(nn.Module):
     def bias(self) -> Tensor | None:
         return cast("Tensor | None", getattr(self.base, "bias", None))
 
+    def low_rank(self) -> LowRank | None:
+        """The update as plain tensors; None while dropout is part of it."""
+        dropped = self.training and isinstance(self.dropout, nn.Dropout)
+        return None if dropped else LowRank(self.lora_A, self.lora_B, self.scale)
+
     def forward(self, hidden: Tensor) -> Tensor:
+        if projection_of(self) is not None:
+            output = project(hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1]), (self,))[0]
+            return output.view(*hidden.shape[:-1], output.shape[-1])
         output = self.base(hidden)
         low_rank = F.linear(self.dropout(hidden), self.lora_A.to(hidden.dtype)) * self.scale  # [..., rank]
         update = low_rank.reshape(-1, low_rank.shape[-1])

@@ -6,19 +6,17 @@ no [tokens × tokens] mask is ever built.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 from tunesmith.batch import NO_PARENT
+from tunesmith.models.row_attention import row_attention
 
 SEGMENTS = "tunesmith_segments"
-EXPLICIT_LONGEST = 512
-"""Tokens up to which plain matrix products beat the CPU's fused kernel, and their memory does not matter."""
 
 
 class UnsupportedAttention(Exception):
@@ -59,13 +57,47 @@ def segment_attention(
     _refuse_hidden_window(module, options)
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    if causal and not options.get("dropout"):
+        packed = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+        scaling = options.get("scaling") or query.shape[3] ** -0.5
+        output = attend(*packed, segments, scaling, options.get("sliding_window"))
+        return output.view(1, query.shape[2], query.shape[1], -1), None
+    return _one_by_one(query, key, value, segments, {**options, "is_causal": causal}).contiguous(), None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scaling: float, window: int | None) -> Tensor:
+    """Causal attention of packed tokens by the way that is fastest for them.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``; key, value: ``[tokens, key_heads, head_dim]``.
+        segments: as in `Batch`.
+        window: how many tokens a query sees, itself among them; None for all.
+
+    Returns:
+        ``[tokens, heads * head_dim]``.
+    """
+    if bool((segments[:, 2] == NO_PARENT).all()):
+        if query.device.type == "cpu":
+            return row_attention(query, key, value, tuple(segments[:, 1].tolist()), scaling, window)
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            return _flash(query, key, value, segments, scaling, window)
+    whole = query.transpose(0, 1)[None], key.transpose(0, 1)[None], value.transpose(0, 1)[None]
+    options = {"scaling": scaling, "sliding_window": window, "is_causal": True}
+    return _one_by_one(*whole, segments, options)[0].flatten(1)
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scaling: float, window: int | None) -> Tensor:
+    """All rows in one call of the flash kernel for rows of any length (Dao 2023)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = F.pad(segments[:, 1].cumsum(0), (1, 0)).to(query.device, torch.int32)
     longest = int(segments[:, 1].max())
-    alone = bool((segments[:, 2] == NO_PARENT).all())
-    if query.device.type == "cpu" and alone and causal and longest <= EXPLICIT_LONGEST:
-        output = _explicit(query, key, value, segments, options)
-    else:
-        output = _one_by_one(query, key, value, segments, {**options, "is_causal": causal})
-    return output.contiguous(), None
+    seen = (-1 if window is None else window - 1, 0)
+    grouped = query.shape[1] != key.shape[1]
+    found = varlen_attn(
+        query, key, value, ends, ends, longest, longest, scale=scaling, window_size=seen, enable_gqa=grouped
+    )
+    return cast(Tensor, found).flatten(1)
 
 
 def _refuse_hidden_window(module: nn.Module, options: dict[str, Any]) -> None:
@@ -104,42 +136,6 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, opt
     return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
-def _explicit(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, options: dict[str, Any]) -> Tensor:
-    """Root segments as one batch of plain matrix products, padded to the longest of them.
-
-    The CPU's fused kernel is slow in its backward pass; for short rows these products are several times faster.
-    Keys of the padding come after every real query, so the causal mask hides them. Queries of one key-value head are
-    laid end to end, so that keys and values are never repeated.
-
-    Returns:
-        ``[1, tokens, heads, head_dim]``.
-    """
-    heads, key_heads, width = query.shape[1], key.shape[1], query.shape[3]
-    group, count, longest = heads // key_heads, segments.shape[0], int(segments[:, 1].max())
-    lengths = segments[:, 1].tolist()
-    offsets = torch.arange(longest)
-    real = (offsets < segments[:, 1:2]).reshape(-1).nonzero().squeeze(1)  # rows of the padded batch, in packed order
-
-    def batched(tensor: Tensor) -> Tensor:
-        rows = tensor[0].transpose(0, 1).split(lengths)
-        return pad_sequence(list(rows), batch_first=True).transpose(1, 2)  # [segments, heads, longest, head_dim]
-
-    scale = options.get("scaling") or width**-0.5
-    queries = (batched(query) * scale).reshape(count * key_heads, group * longest, width)
-    keys = batched(key).reshape(count * key_heads, longest, width)
-    mask = _mask(longest, longest, True, options.get("sliding_window"), query.device)
-    allowed = torch.ones(longest, longest, dtype=torch.bool).tril() if mask is None else mask
-    bias = torch.zeros(longest, longest, dtype=query.dtype).masked_fill(~allowed, float("-inf")).repeat(group, 1)
-    # The mask rides along in the product; filling it in afterwards would pass over the scores twice more.
-    scores = torch.baddbmm(bias.expand(count * key_heads, -1, -1), queries, keys.transpose(1, 2))
-    shares = torch.softmax(scores, dim=-1)  # [segments * key heads, group * longest, longest]
-    if dropout := options.get("dropout"):
-        shares = F.dropout(shares, dropout)
-    output = torch.bmm(shares, batched(value).reshape(count * key_heads, longest, -1))
-    output = output.view(count, heads, longest, -1).transpose(1, 2).reshape(count * longest, heads, -1)
-    return output.index_select(0, real)[None]
-
-
 def _ancestors(segments: Tensor, at: int) -> list[int]:
     """The segments that one attends to: its ancestors, oldest first, and itself."""
     family = [at]
@@ -156,6 +152,22 @@ def _mask(queries: int, keys: int, causal: bool, window: int | None, device: tor
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)  # [queries, keys]
     return allowed & (distance < window) if windowed and window is not None else allowed
+
+
+def use_attention(model: nn.Module, name: str) -> None:
+    language_model = cast(Any, model)
+    if language_model.config._attn_implementation != name:
+        language_model.set_attn_implementation(name)
+
+
+def use_default_attention(model: nn.Module) -> None:
+    """Puts back transformers' own attention, which generation and padded batches need."""
+    use_attention(model, default_attention(model))
+
+
+def default_attention(model: nn.Module) -> str:
+    """The attention that transformers would choose by itself: `sdpa` where the architecture has it."""
+    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
 
 
 AttentionInterface.register(SEGMENTS, segment_attention)

@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tunesmith.batch import Batch, Example, pack
-from tunesmith.models.attention import SEGMENTS, UnsupportedAttention
+from tunesmith.models.attention import SEGMENTS, UnsupportedAttention, attend, use_attention, use_default_attention
+from tunesmith.models.decoder import Decoder, decoder_of
+from tunesmith.models.head import has_plain_head, head_logits, target_logps
+from tunesmith.models.projection import projection_of
 
 
 def next_token_logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
@@ -26,23 +30,78 @@ def next_token_logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tens
     Returns:
         ``[n, vocabulary]`` in the model's dtype.
     """
+    hidden = _hidden(model, batch, positions)
+    if hidden is not None:
+        return head_logits(model, hidden)
     return (_packed if batch.layout == "packed" else _padded)(model, batch, positions)
 
 
+def next_token_logps(model: nn.Module, batch: Batch, positions: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities, fp32 ``[n]`` in nats, of ``targets`` after ``positions``; arguments as above.
+
+    Where the model's head is a plain product of the last hidden states, logits exist for a few positions at a time.
+    """
+    hidden = _hidden(model, batch, positions)
+    if hidden is None:
+        logits = (_packed if batch.layout == "packed" else _padded)(model, batch, positions)
+    else:
+        head = projection_of(cast(Any, model).get_output_embeddings())
+        if head is not None and head.bias is None and head.update is None:
+            return target_logps(hidden, head.weight, targets)
+        logits = head_logits(model, hidden)
+    return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _hidden(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor | None:
+    """What the head reads at ``positions``, ``[n, width]``; None when the model must be asked for logits."""
+    decoder = decoder_of(model)
+    if isinstance(decoder, Decoder) and batch.layout == "packed":
+        return decoder_hidden(decoder, batch)[positions]
+    if not has_plain_head(model):
+        return None
+    arguments, places = (
+        _packed_call(model, batch, positions) if batch.layout == "packed" else _padded_call(model, batch, positions)
+    )
+    return cast(Any, model).base_model(**arguments).last_hidden_state[places]
+
+
+def decoder_hidden(decoder: Decoder, batch: Batch) -> Tensor:
+    """The decoder's last hidden states of a packed batch, ``[tokens, width]``."""
+
+    def within(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, batch.segments, decoder.scaling, decoder.windows[layer])
+
+    return decoder.hidden(batch.token_ids, batch.positions, within)
+
+
 def _packed(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
-    use_attention(model, SEGMENTS)
+    arguments, _ = _packed_call(model, batch, positions)
     selects = _selects_logits(model)
-    logits = model(
-        input_ids=batch.token_ids[None],
-        position_ids=batch.positions[None],
-        segments=batch.segments,
-        use_cache=False,
-        **({"logits_to_keep": positions} if selects else {}),
-    ).logits[0]
+    logits = model(**arguments, **({"logits_to_keep": positions} if selects else {})).logits[0]
     return logits if selects else logits[positions]
 
 
+def _packed_call(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[dict[str, Any], Any]:
+    """Arguments for the model, and where in its output the positions stand."""
+    use_attention(model, SEGMENTS)
+    arguments = {
+        "input_ids": batch.token_ids[None],
+        "position_ids": batch.positions[None],
+        "segments": batch.segments,
+        "use_cache": False,
+    }
+    return arguments, (0, positions)
+
+
 def _padded(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
+    arguments, (row, column) = _padded_call(model, batch, positions)
+    kept, place = torch.unique(column, return_inverse=True)
+    selects = _selects_logits(model)
+    logits = model(**arguments, **({"logits_to_keep": kept.to(batch.token_ids.device)} if selects else {})).logits
+    return logits[row, place if selects else column]
+
+
+def _padded_call(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
     if batch.rows != len(batch.segments):
         raise ValueError("segments with parents share their tokens and cannot be padded")
     use_default_attention(model)
@@ -51,36 +110,12 @@ def _padded(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
     token_ids = pad_sequence(rows, batch_first=True)  # [rows, longest]
     mask = torch.arange(token_ids.shape[1])[None] < lengths[:, None]
     row = torch.searchsorted(starts, positions.cpu(), right=True) - 1
-    column = positions.cpu() - starts[row]
-    kept, place = torch.unique(column, return_inverse=True)
-    selects = _selects_logits(model)
-    logits = model(
-        input_ids=token_ids,
-        attention_mask=mask.to(token_ids),
-        use_cache=False,
-        **({"logits_to_keep": kept.to(token_ids.device)} if selects else {}),
-    ).logits
-    return logits[row, place if selects else column]
+    arguments = {"input_ids": token_ids, "attention_mask": mask.to(token_ids), "use_cache": False}
+    return arguments, (row, positions.cpu() - starts[row])
 
 
 def _selects_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-def use_attention(model: nn.Module, name: str) -> None:
-    language_model = cast(Any, model)
-    if language_model.config._attn_implementation != name:
-        language_model.set_attn_implementation(name)
-
-
-def use_default_attention(model: nn.Module) -> None:
-    """Puts back transformers' own attention, which generation and padded batches need."""
-    use_attention(model, default_attention(model))
-
-
-def default_attention(model: nn.Module) -> str:
-    """The attention that transformers would choose by itself: `sdpa` where the architecture has it."""
-    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
 
 
 def packing_obstacle(model: nn.Module) -> str | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.batch import Batch
-from tunesmith.models.forward import next_token_logits
+from tunesmith.models.forward import next_token_logps
 
 
 class TokenLogps(NamedTuple):
@@ -31,5 +30,4 @@ def token_logps(model: nn.Module, batch: Batch) -> TokenLogps:
     nothing before it and must not be a target.
     """
     chosen = torch.nonzero(batch.tensors["target_weights"] > 0).squeeze(1)  # [chosen]
-    logits = next_token_logits(model, batch, chosen - 1)  # [chosen, vocabulary]
-    return TokenLogps(-F.cross_entropy(logits.float(), batch.token_ids[chosen], reduction="none"), chosen)
+    return TokenLogps(next_token_logps(model, batch, chosen - 1, batch.token_ids[chosen]), chosen)

@@ -1,0 +1,258 @@
+"""Decoder blocks of the Llama shape, run from transformers' own modules with few passes over memory.
+
+The blocks of Llama, Mistral, Qwen2, Qwen3 and Gemma are the same chain: norm, three projections, rotary positions,
+attention, a projection, norm, two projections, a gate, a projection. `Decoder` runs that chain on packed tokens with
+gradients written by hand, so that little is kept and nothing is passed over twice. It owns no weights: modules stay
+where transformers and the methods put them, and are looked up at every pass. Training and generation differ only in
+the attention that they hand in.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tunesmith.batch import NO_PARENT
+from tunesmith.models import kernels
+from tunesmith.models.attention import attend, use_attention, use_default_attention
+from tunesmith.models.projection import compute_dtype, project
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Number of the layer, query ``[tokens, heads, head_dim]``, key and value ``[tokens, key_heads, head_dim]`` with their
+positions rotated in; returns ``[tokens, heads * head_dim]``."""
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma")
+GATES = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+
+
+class Decoder:
+    """The stack of blocks of a causal language model.
+
+    Attributes:
+        layers, heads, key_heads, head_dim: its sizes.
+        scaling: of the attention's scores.
+        windows: for each layer how many tokens a query sees, itself among them; None for all.
+
+    Args:
+        model: a model for which `shape_obstacle` finds nothing.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)  # modules are looked up at every pass: a method may have put others there
+        blocks = cast(Any, model).model.layers
+        attention = blocks[0].self_attn
+        config = attention.config
+        self.layers, self.heads = len(blocks), int(config.num_attention_heads)
+        self.key_heads = int(config.num_key_value_heads)
+        self.head_dim, self.scaling = int(attention.head_dim), float(attention.scaling)
+        self.windows = [_window(block.self_attn) for block in blocks]
+        self._gate = GATES[config.hidden_act]
+
+    def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """What the last norm returns, ``[tokens, width]``, for int64 ``[tokens]`` token ids and positions."""
+        backbone = cast(Any, self._model()).model
+        hidden = backbone.embed_tokens(token_ids)
+        dtype = compute_dtype(hidden)
+        cos, sin = (turn[0, :, None].to(dtype) for turn in backbone.rotary_emb(hidden[None], positions[None]))
+        delta: Tensor | None = None
+        for number, block in enumerate(backbone.layers):
+
+            def run(hidden: Tensor, delta: Tensor | None, number: int = number, block: Any = block) -> Any:
+                return self._block(number, block, hidden, delta, (cos, sin), attend)
+
+            if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
+                hidden, delta = cast(Any, checkpoint(run, hidden, delta, use_reentrant=False))
+            else:
+                hidden, delta = run(hidden, delta)
+        return self._add_norm(hidden, delta, backbone.norm)[1]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[n, vocabulary]`` from ``[n, width]``."""
+        head = cast(Any, self._model()).get_output_embeddings()
+        return head(hidden.to(head.weight.dtype))
+
+    def _block(
+        self,
+        number: int,
+        block: Any,
+        hidden: Tensor,
+        delta: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        attend: Attend,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream before the last addition of a block, and what is still to be added."""
+        attention, mlp = block.self_attn, block.mlp
+        hidden, normed = self._add_norm(hidden, delta, block.input_layernorm)
+        query, key, value = (
+            part.view(len(part), -1, self.head_dim)
+            for part in project(normed, (attention.q_proj, attention.k_proj, attention.v_proj))
+        )
+        query = self._rotated(query, getattr(attention, "q_norm", None), rotary)
+        key = self._rotated(key, getattr(attention, "k_norm", None), rotary)
+        (delta,) = project(attend(number, query, key, value), (attention.o_proj,))
+        hidden, normed = self._add_norm(hidden, delta, block.post_attention_layernorm)
+        gate, up = project(normed, (mlp.gate_proj, mlp.up_proj))
+        gated = cast(Tensor, _Gated.apply(gate, up, self._gate))
+        (delta,) = project(gated, (mlp.down_proj,))
+        return hidden, delta
+
+    def _add_norm(self, hidden: Tensor, delta: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+        dtype = compute_dtype(hidden)
+        if norm._forward_hooks or norm._forward_pre_hooks:  # a method trains this norm in a dtype of its own
+            hidden = hidden if delta is None else hidden + delta
+            return hidden, norm(hidden).to(dtype)
+        settings = _NormSettings(norm_offset(norm), _eps(norm), dtype)
+        return cast(tuple[Tensor, Tensor], _AddNorm.apply(hidden, delta, norm.weight, settings))
+
+    def _rotated(self, x: Tensor, norm: Any | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        if norm is not None:
+            x = self._add_norm(x, None, norm)[1]
+        return cast(Tensor, _Rotated.apply(x, *rotary))
+
+
+_DECODERS: WeakKeyDictionary[nn.Module, Decoder | str] = WeakKeyDictionary()
+
+
+def decoder_of(model: nn.Module) -> Decoder | str:
+    """The decoder of a model, compared once with what transformers computes; or the reason why there is none."""
+    if model not in _DECODERS:
+        found = shape_obstacle(model) or Decoder(model)
+        _DECODERS[model] = found if isinstance(found, str) else _difference(model, found) or found
+    return _DECODERS[model]
+
+
+def _difference(model: nn.Module, decoder: Decoder) -> str | None:
+    """What is wrong with a decoder that does not give the hidden states that transformers' own forward pass gives."""
+    lengths = (9, 13)
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(cast(Any, model).get_input_embeddings().weight.shape[0])
+    rows = [torch.randint(vocabulary, (length,), generator=generator).to(device) for length in lengths]
+    segments = torch.tensor([[0, lengths[0], NO_PARENT], [lengths[0], lengths[1], NO_PARENT]])
+
+    def within(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, segments, decoder.scaling, decoder.windows[layer])
+
+    training, implementation = model.training, cast(Any, model).config._attn_implementation
+    model.eval()
+    use_default_attention(model)
+    try:
+        with torch.no_grad():
+            expected = [
+                cast(Any, model).model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows
+            ]
+            positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+            found = decoder.hidden(torch.cat(rows), positions, within)
+    finally:
+        model.train(training)
+        use_attention(model, implementation)
+    wanted = torch.cat(expected).float()
+    difference = float((found.float() - wanted).norm() / wanted.norm().clamp_min(1e-12))
+    bound = 1e-3 if found.dtype == torch.float32 else 5e-2
+    return None if difference < bound else f"its fused form gives other hidden states (by {difference:.2%})"
+
+
+def shape_obstacle(model: nn.Module) -> str | None:
+    """Why a model's blocks are no chain of the Llama shape, or None when they are."""
+    backbone = getattr(model, "model", None)
+    if not all(hasattr(backbone, name) for name in ("embed_tokens", "layers", "norm", "rotary_emb")):
+        return "the model is not laid out like Llama"
+    for block in cast(Any, backbone).layers:
+        family = type(block).__name__.removesuffix("DecoderLayer")
+        if family not in FAMILIES:
+            return f"blocks of the kind {type(block).__name__} have no fused form"
+        if any(part._forward_hooks or part._forward_pre_hooks for part in (block, block.self_attn, block.mlp)):
+            return "something hooks into its blocks"
+        config = block.self_attn.config
+        if config.hidden_act not in GATES:
+            return f"its gate is {config.hidden_act}"
+        if getattr(config, "attention_dropout", 0.0):
+            return "it uses attention dropout"
+    return None
+
+
+def norm_offset(norm: nn.Module) -> float:
+    """What an RMS norm adds to its weight: 1 in Gemma."""
+    return 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
+
+
+def _eps(norm: Any) -> float:
+    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
+
+
+def _window(attention: Any) -> int | None:
+    if type(attention).__name__.startswith("Mistral"):  # its layers ask the configuration anew each time
+        return cast("int | None", attention.config.sliding_window)
+    return cast("int | None", getattr(attention, "sliding_window", None))
+
+
+class _NormSettings(NamedTuple):
+    offset: float
+    eps: float
+    dtype: torch.dtype
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, delta: Tensor | None, weight: Tensor, settings: _NormSettings
+    ) -> tuple[Tensor, Tensor]:
+        offset, eps, dtype = settings
+        ctx.set_materialize_grads(False)
+        if delta is None:
+            total = hidden.view_as(hidden)
+            normed, inverse = kernels.rms_norm(total, weight, offset, eps, dtype)
+        else:
+            total, normed, inverse = kernels.add_rms_norm(hidden, delta, weight, offset, eps, dtype)
+        ctx.save_for_backward(total, inverse, weight)
+        ctx.offset, ctx.delta_dtype = offset, None if delta is None else delta.dtype
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        beside, gradient = grad_outputs
+        total, inverse, weight = ctx.saved_tensors
+        if gradient is None:
+            found, d_weight = beside, None
+        else:
+            found = kernels.rms_norm_backward(gradient, beside, total, inverse, weight, ctx.offset)
+            d_weight = None
+            if ctx.needs_input_grad[2]:
+                rows = gradient.reshape(-1, gradient.shape[-1])
+                d_weight = kernels.rms_norm_weight_backward(rows, total.reshape(rows.shape), inverse.reshape(-1, 1))
+                d_weight = d_weight.to(weight.dtype)
+        d_delta = None if ctx.delta_dtype is None or found is None else found.to(ctx.delta_dtype)
+        return found, d_delta, d_weight, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.kind = kind
+        return getattr(kernels, kind)(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (gradient,) = grad_outputs
+        d_gate, d_up = getattr(kernels, f"{ctx.kind}_backward")(gradient, *ctx.saved_tensors)
+        return d_gate, d_up, None
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return kernels.rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (gradient,) = grad_outputs
+        cos, sin = ctx.saved_tensors
+        return kernels.rotate(gradient, cos, -sin), None, None

@@ -1,0 +1,162 @@
+"""Linear layers that read the same input, as one function with a gradient written by hand.
+
+A layer is `x W^T + b`, with a low-rank update `scale (x A^T) B^T` beside it where a method has put one (LoRA, Hu et al.
+2021, equation 3). Autograd would run a dozen nodes for it, cast every weight once more, and keep several copies of the
+activations; here x is kept once for all layers that read it, frozen weights get no gradient, and the products with A
+are one for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An update ``scale (x down^T) up^T``: down ``[rank, in]``, up ``[out, rank]``, both trained."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer taken apart: weight ``[out, in]``, bias ``[out]``, and the update beside it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    update: LowRank | None = None
+
+
+@runtime_checkable
+class Updated(Protocol):
+    """A module that is a frozen layer with a low-rank update."""
+
+    base: nn.Module
+
+    def low_rank(self) -> LowRank | None:
+        """The update; None while it is more than that, for example under dropout."""
+        ...
+
+
+def projection_of(module: nn.Module) -> Projection | None:
+    """A module taken apart; None when it is not a plain linear layer, with or without an update."""
+    update = None
+    if isinstance(module, Updated):
+        update = module.low_rank()
+        if update is None or _hooked(module):
+            return None
+        module = module.base
+    if type(module) is not nn.Linear or _hooked(module):
+        return None
+    return Projection(module.weight, module.bias, update)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def project(hidden: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
+    """What each of ``modules`` makes of the same ``hidden`` ``[tokens, in]``, in its dtype.
+
+    Under autocast the products run in the dtype of autocast, which is then the dtype of the result.
+    """
+    projections = [projection_of(module) for module in modules]
+    if any(projection is None for projection in projections):
+        return [module(hidden) for module in modules]
+    return project_by(hidden, cast(list[Projection], projections))
+
+
+def project_by(hidden: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    tensors = [tensor for projection in projections for tensor in _tensors(projection)]
+    scales = tuple(projection.update.scale if projection.update else 0.0 for projection in projections)
+    return list(cast(tuple[Tensor, ...], _Projections.apply(hidden, scales, compute_dtype(hidden), *tensors)))
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+_PARTS = 4
+
+
+def _tensors(projection: Projection) -> tuple[Tensor | None, ...]:
+    update = projection.update
+    pair = (update.down, update.up) if update else (None, None)
+    return projection.weight, projection.bias, *pair
+
+
+class _Projections(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, scales: tuple[float, ...], dtype: torch.dtype, *tensors: Any) -> Any:
+        x = hidden.to(dtype)
+        layers = [tensors[at : at + _PARTS] for at in range(0, len(tensors), _PARTS)]
+        downs = [down.to(dtype) for _, _, down, _ in layers if down is not None]
+        low = F.linear(x, torch.cat(downs) if len(downs) > 1 else downs[0]) if downs else None  # [tokens, all ranks]
+        outputs, at = [], 0
+        for (weight, bias, down, up), scale in zip(layers, scales, strict=True):
+            output = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+            if down is not None and low is not None:
+                part = low[:, at : at + len(down)]
+                output.addmm_(part, up.t().to(dtype), alpha=scale)
+                at += len(down)
+            outputs.append(output)
+        ctx.scales, ctx.dtype, ctx.input_dtype = scales, dtype, hidden.dtype
+        wants_input = any(ctx.needs_input_grad[3:])
+        ctx.save_for_backward(x if wants_input else None, low if wants_input else None, *tensors)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        x, low, *tensors = ctx.saved_tensors
+        layers = [tensors[at : at + _PARTS] for at in range(0, len(tensors), _PARTS)]
+        needed = ctx.needs_input_grad[3:]
+        d_hidden: Tensor | None = None
+        found: list[Tensor | None] = []
+        d_lows: list[Tensor] = []
+        at = 0
+        for index, ((weight, bias, down, up), scale, gradient) in enumerate(
+            zip(layers, ctx.scales, grad_outputs, strict=True)
+        ):
+            d_weight, d_bias, d_up = None, None, None
+            first = index * _PARTS
+            if ctx.needs_input_grad[0]:
+                frozen = weight.to(ctx.dtype)
+                d_hidden = gradient @ frozen if d_hidden is None else d_hidden.addmm_(gradient, frozen)
+            if needed[first]:
+                d_weight = _in_dtype_of(weight, gradient.t() @ x)
+            if bias is not None and needed[first + 1]:
+                d_bias = gradient.sum(0, dtype=bias.dtype)
+            if down is not None:
+                part = low[:, at : at + len(down)]
+                d_up = _in_dtype_of(up, (part.t() @ gradient).t(), scale) if needed[first + 3] else None
+                d_lows.append((gradient @ up.to(ctx.dtype)).mul_(scale))  # [tokens, rank]
+                at += len(down)
+            found += [d_weight, d_bias, None, d_up]
+        if d_lows:
+            d_low = torch.cat(d_lows, dim=1) if len(d_lows) > 1 else d_lows[0]
+            downs = [down for _, _, down, _ in layers if down is not None]
+            if ctx.needs_input_grad[0]:
+                whole = torch.cat([down.to(ctx.dtype) for down in downs])
+                d_hidden = d_low @ whole if d_hidden is None else d_hidden.addmm_(d_low, whole)
+            d_downs = iter((d_low.t() @ x).split([len(down) for down in downs]))
+            for index, (_, _, down, _) in enumerate(layers):
+                if down is not None:
+                    d_down = next(d_downs)
+                    found[index * _PARTS + 2] = _in_dtype_of(down, d_down) if needed[index * _PARTS + 2] else None
+        if d_hidden is not None:
+            d_hidden = d_hidden.to(ctx.input_dtype)
+        return d_hidden, None, None, *found
+
+
+def _in_dtype_of(parameter: Tensor, gradient: Tensor, scale: float = 1.0) -> Tensor:
+    gradient = gradient.to(parameter.dtype)
+    return gradient if scale == 1.0 else gradient.mul_(scale)

@@ -1,0 +1,226 @@
+"""Causal attention inside rows that lie end to end, as batched matrix products with a gradient written by hand.
+
+The CPU's fused attention kernel is slow backward, and autograd would keep several copies of the scores. Rows of like
+length are laid beside each other as one batch of products; queries of one key-value head are laid end to end, so that
+keys and values are never repeated. Long rows are cut into blocks of queries whose shares are computed again in the
+backward pass, so that memory grows with the tokens and not with their square (Dao et al. 2022, section 3.1, by rows).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+BLOCK = 512
+"""Queries of a block; the shares of rows up to this length are kept for the backward pass."""
+
+WASTE = 1.25
+"""Rows share a batch of products while padding makes it at most this much larger."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows whose products are one batch, padded to the longest of them.
+
+    Attributes:
+        rows, longest: how many, and tokens of the longest.
+        queries: int64 ``[rows * heads * longest]``: for each slot of the padded batch the row of ``[tokens * heads]``
+            that fills it; the slots are ordered by row, key-value head, query head of it, position.
+        keys: the same for ``[tokens * key_heads]``.
+        padding: slots of the queries that are none.
+    """
+
+    rows: int
+    longest: int
+    queries: Tensor
+    keys: Tensor
+    padding: Tensor | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How packed tokens become batches of products, and back.
+
+    Attributes:
+        groups: which follow each other.
+        from_queries: int64 ``[tokens * heads]``: the slot, counted over all groups, where each query was put.
+        from_keys: the same for keys and values.
+    """
+
+    groups: tuple[Group, ...]
+    from_queries: Tensor
+    from_keys: Tensor
+    heads: int
+    key_heads: int
+
+
+@lru_cache(maxsize=16)
+def layout_of(lengths: tuple[int, ...], heads: int, key_heads: int, device: torch.device) -> Layout:
+    """The layout of rows of these lengths, which lie end to end."""
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    tokens = starts[-1]
+    groups, query_slots = [], torch.zeros(tokens, heads, dtype=torch.long)
+    key_slots = torch.zeros(tokens, key_heads, dtype=torch.long)
+    query_base, key_base = 0, 0
+    for members in _groups(lengths):
+        longest, count = max(lengths[row] for row in members), len(members)
+        offsets = torch.arange(longest)
+        own = torch.tensor([lengths[row] for row in members])[:, None]
+        token = torch.tensor([starts[row] for row in members])[:, None] + torch.minimum(offsets, own - 1)
+        real = offsets < own  # [rows, longest]
+        queries, q_slot = _slots(token, heads)
+        keys, k_slot = _slots(token, key_heads)
+        query_slots[token[real]] = query_base + q_slot.permute(0, 2, 1)[real]
+        key_slots[token[real]] = key_base + k_slot.permute(0, 2, 1)[real]
+        fill = ~real[:, None, :].expand(-1, heads, -1)
+        padding = q_slot[fill] if bool(fill.any()) else None
+        groups.append(
+            Group(count, longest, queries.to(device), keys.to(device), None if padding is None else padding.to(device))
+        )
+        query_base += count * heads * longest
+        key_base += count * key_heads * longest
+    return Layout(tuple(groups), query_slots.reshape(-1).to(device), key_slots.reshape(-1).to(device), heads, key_heads)
+
+
+def _groups(lengths: tuple[int, ...]) -> list[list[int]]:
+    """Rows by length, put together while padding wastes little; long ones alone."""
+    groups: list[list[int]] = []
+    real = 0
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        length = lengths[row]
+        together = groups and length <= BLOCK and length**2 * (len(groups[-1]) + 1) <= WASTE * (real + length**2)
+        if together:
+            groups[-1].append(row)
+            real += length**2
+        else:
+            groups.append([row])
+            real = length**2
+    return groups
+
+
+def _slots(token: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """For ``[rows, longest]`` tokens the rows of ``[tokens * heads]`` in the order of slots, and the slots' numbers."""
+    rows, longest = token.shape
+    source = token[:, None, :] * heads + torch.arange(heads)[:, None]  # [rows, heads, longest]
+    return source.reshape(-1), torch.arange(rows * heads * longest).view(rows, heads, longest)
+
+
+def row_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float, window: int | None
+) -> Tensor:
+    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), causal, inside each row.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``; key, value: ``[tokens, key_heads, head_dim]``.
+        lengths: tokens of the rows, which lie end to end.
+        window: how many tokens a query sees, itself among them; None for all.
+
+    Returns:
+        ``[tokens, heads * value_dim]``.
+    """
+    layout = layout_of(lengths, query.shape[1], key.shape[1], query.device)
+    return cast(Tensor, _RowAttention.apply(query, key, value, layout, scaling, window))
+
+
+class _RowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None
+    ) -> Tensor:
+        ctx.layout, ctx.scaling, ctx.window = layout, scaling, window
+        needed = any(ctx.needs_input_grad[:3])
+        kept: list[Tensor] = []
+        outputs = []
+        for group in layout.groups:
+            queries, keys, values = _gathered(query, key, value, group, layout)
+            output = []
+            for first, last in _blocks(group.longest):
+                shares = _shares(queries, keys, (first, last), scaling, window)
+                output.append(torch.bmm(shares.flatten(1, 2), values[:, :last]).view(*shares.shape[:3], -1))
+                if needed and group.longest <= BLOCK:
+                    kept.append(shares)
+            whole = torch.cat(output, dim=2) if len(output) > 1 else output[0]  # [rows * key heads, group, longest, …]
+            outputs.append(whole.reshape(-1, value.shape[-1]))
+        if needed:
+            ctx.save_for_backward(query, key, value, *kept)
+        flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return flat.index_select(0, layout.from_queries).view(len(query), -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        query, key, value, *kept = ctx.saved_tensors
+        layout, shares_kept = cast(Layout, ctx.layout), iter(kept)
+        gradient = grad_outputs[0].contiguous().view(-1, value.shape[-1])
+        found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        for group in layout.groups:
+            queries, keys, values = _gathered(query, key, value, group, layout)
+            slopes = gradient.index_select(0, group.queries)
+            if group.padding is not None:
+                slopes.index_fill_(0, group.padding, 0)
+            slopes = slopes.view(*queries.shape[:3], -1)
+            d_queries = []
+            d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
+            for first, last in _blocks(group.longest):
+                block = (first, last)
+                short = group.longest <= BLOCK
+                shares = next(shares_kept) if short else _shares(queries, keys, block, ctx.scaling, ctx.window)
+                slope = slopes[:, :, first:last].flatten(1, 2)
+                flat = shares.flatten(1, 2)
+                d_values[:, :last].baddbmm_(flat.transpose(1, 2), slope)
+                d_shares = torch.bmm(slope, values[:, :last].transpose(1, 2))
+                d_scores = torch._softmax_backward_data(d_shares, flat, -1, flat.dtype)
+                asked = queries[:, :, first:last].flatten(1, 2)
+                d_query = torch.baddbmm(asked, d_scores, keys[:, :last], beta=0, alpha=ctx.scaling)
+                d_queries.append(d_query.view(*shares.shape[:3], -1))
+                d_keys[:, :last].baddbmm_(d_scores.transpose(1, 2), asked, alpha=ctx.scaling)
+            whole = torch.cat(d_queries, dim=2) if len(d_queries) > 1 else d_queries[0]
+            for pieces, piece in zip(found, (whole, d_keys, d_values), strict=True):
+                pieces.append(piece.reshape(-1, piece.shape[-1]))
+        flats = [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in found]
+        d_query = flats[0].index_select(0, layout.from_queries).view_as(query)
+        d_key = flats[1].index_select(0, layout.from_keys).view_as(key)
+        d_value = flats[2].index_select(0, layout.from_keys).view_as(value)
+        return d_query, d_key, d_value, None, None, None
+
+
+def _gathered(query: Tensor, key: Tensor, value: Tensor, group: Group, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+    """``[rows * key heads, heads of each, longest, head_dim]`` and twice ``[rows * key heads, longest, head_dim]``."""
+    batch, share = group.rows * layout.key_heads, layout.heads // layout.key_heads
+    queries = query.reshape(-1, query.shape[-1]).index_select(0, group.queries)
+    keys = key.reshape(-1, key.shape[-1]).index_select(0, group.keys)
+    values = value.reshape(-1, value.shape[-1]).index_select(0, group.keys)
+    longest = group.longest
+    return queries.view(batch, share, longest, -1), keys.view(batch, longest, -1), values.view(batch, longest, -1)
+
+
+def _blocks(longest: int) -> list[tuple[int, int]]:
+    return [(first, min(first + BLOCK, longest)) for first in range(0, longest, BLOCK)]
+
+
+def _shares(queries: Tensor, keys: Tensor, block: tuple[int, int], scaling: float, window: int | None) -> Tensor:
+    """How much each query of a block takes of each key before its end: ``[batch, heads of each, queries, keys]``."""
+    first, last = block
+    bias = _bias(first, last, window, queries.dtype, queries.device)
+    share = queries.shape[1]
+    # The mask rides along in the product; filling it in afterwards would pass over the scores twice more.
+    scores = torch.baddbmm(
+        bias.repeat(share, 1).expand(len(queries), -1, -1),
+        queries[:, :, first:last].flatten(1, 2),
+        keys[:, :last].transpose(1, 2),
+        alpha=scaling,
+    )
+    return torch.softmax(scores, dim=-1).view(len(queries), share, last - first, last)
+
+
+@lru_cache(maxsize=64)
+def _bias(first: int, last: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zero where a query of ``first … last`` may look, minus infinity elsewhere: ``[queries, keys]``."""
+    distance = torch.arange(first, last, device=device)[:, None] - torch.arange(last, device=device)
+    allowed = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return torch.zeros(last - first, last, dtype=dtype, device=device).masked_fill(~allowed, float("-inf"))
