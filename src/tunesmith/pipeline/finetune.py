@@ -70,7 +70,8 @@ def finetune(
         refuse_another_recipe(run, recipe, forced)
         if run.report is not None:
             if is_main() and not (run.path / MANIFEST).is_file():  # killed in the last instant
-                write_manifest(run)
+                with run.locked():  # which clears away what was half-written then
+                    write_manifest(run)
             return run
     check_sinks(list(recipe.train.log))
     with _disk_troubles_told(path):
