@@ -15,13 +15,14 @@ from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.batch import NO_PARENT
 from tunesmith.models import kernels
 from tunesmith.models.attention import attend, use_attention, use_default_attention
-from tunesmith.models.projection import compute_dtype, project
+from tunesmith.models.projection import compute_dtype, project, project_by, projection_of
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Number of the layer, query ``[tokens, heads, head_dim]``, key and value ``[tokens, key_heads, head_dim]`` with their
@@ -60,11 +61,12 @@ class Decoder:
         hidden = backbone.embed_tokens(token_ids)
         dtype = compute_dtype(hidden)
         cos, sin = (turn[0, :, None].to(dtype) for turn in backbone.rotary_emb(hidden[None], positions[None]))
+        rotary = cos, kernels.signed(sin)
         delta: Tensor | None = None
         for number, block in enumerate(backbone.layers):
 
             def run(hidden: Tensor, delta: Tensor | None, number: int = number, block: Any = block) -> Any:
-                return self._block(number, block, hidden, delta, (cos, sin), attend)
+                return self._block(number, block, hidden, delta, rotary, attend)
 
             if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
                 hidden, delta = cast(Any, checkpoint(run, hidden, delta, use_reentrant=False))
@@ -75,7 +77,8 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """``[n, vocabulary]`` from ``[n, width]``."""
         head = cast(Any, self._model()).get_output_embeddings()
-        return head(hidden.to(head.weight.dtype))
+        layer, narrow = projection_of(head), hidden.to(head.weight.dtype)
+        return head(narrow) if layer is None else project_by(narrow, (layer,))[0]
 
     def _block(
         self,
@@ -90,7 +93,7 @@ class Decoder:
         attention, mlp = block.self_attn, block.mlp
         hidden, normed = self._add_norm(hidden, delta, block.input_layernorm)
         query, key, value = (
-            part.view(len(part), -1, self.head_dim)
+            part.reshape(len(part), -1, self.head_dim)
             for part in project(normed, (attention.q_proj, attention.k_proj, attention.v_proj))
         )
         query = self._rotated(query, getattr(attention, "q_norm", None), rotary)
@@ -107,13 +110,17 @@ class Decoder:
         if norm._forward_hooks or norm._forward_pre_hooks:  # a method trains this norm in a dtype of its own
             hidden = hidden if delta is None else hidden + delta
             return hidden, norm(hidden).to(dtype)
+        if not torch.is_grad_enabled():
+            hidden = hidden if delta is None else hidden + delta
+            scale = norm.weight + norm_offset(norm) if norm_offset(norm) else norm.weight
+            return hidden, F.rms_norm(hidden, hidden.shape[-1:], scale.to(hidden.dtype), _eps(norm)).to(dtype)
         settings = _NormSettings(norm_offset(norm), _eps(norm), dtype)
         return cast(tuple[Tensor, Tensor], _AddNorm.apply(hidden, delta, norm.weight, settings))
 
     def _rotated(self, x: Tensor, norm: Any | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
         if norm is not None:
             x = self._add_norm(x, None, norm)[1]
-        return cast(Tensor, _Rotated.apply(x, *rotary))
+        return cast(Tensor, _Rotated.apply(x, *rotary)) if torch.is_grad_enabled() else kernels.rotate(x, *rotary)
 
 
 _DECODERS: WeakKeyDictionary[nn.Module, Decoder | str] = WeakKeyDictionary()
@@ -247,12 +254,12 @@ class _Gated(torch.autograd.Function):
 
 class _Rotated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return kernels.rotate(x, cos, sin)
+    def forward(ctx: Any, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, signed_sin)
+        return kernels.rotate(x, cos, signed_sin)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (gradient,) = grad_outputs
-        cos, sin = ctx.saved_tensors
-        return kernels.rotate(gradient, cos, -sin), None, None
+        cos, signed_sin = ctx.saved_tensors
+        return kernels.rotate(gradient, cos, -signed_sin), None, None

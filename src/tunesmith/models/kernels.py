@@ -91,13 +91,17 @@ def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
     return 0.5 * x * (1 + inner), derivative
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def signed(sin: Tensor) -> Tensor:
+    """The sines of rotary positions with the sign that each half of a head needs, for `rotate`."""
+    half = sin.shape[-1] // 2
+    return torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021, equation 34), halves beside each other.
 
     Args:
-        x: ``[tokens, heads, head_dim]``; cos, sin: ``[tokens, 1, head_dim]``. With ``-sin`` it is its own inverse,
-        and its own gradient.
+        x: ``[tokens, heads, head_dim]``; cos, signed_sin: ``[tokens, 1, head_dim]``. With ``-signed_sin`` it is its
+            own inverse, and its own gradient.
     """
-    half = x.shape[-1] // 2
-    signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-    return torch.addcmul(x * cos, x.roll(half, -1), signed)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
