@@ -13,10 +13,11 @@ import torch
 from conftest import build_tokenizer, colour_rows, write_jsonl
 from tunesmith.base import InputError, silent
 from tunesmith.data import cache
-from tunesmith.data.ingest import ingest, tokens_of
+from tunesmith.data.ingest import ingest
 from tunesmith.data.read import Reading
 from tunesmith.data.render import Renderer
 from tunesmith.data.stored import RenderedRows, Stored
+from tunesmith.data.token_file import tokens_of
 from tunesmith.models.templates import resolve_template
 
 

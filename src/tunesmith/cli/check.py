@@ -37,11 +37,15 @@ def run_check(
 ) -> int:
     """Checks files, or the data of a recipe, and returns the exit code: 2 when training would refuse the rows."""
     spec, held, own = _asked(files, recipe, benchmarks)
-    from tunesmith.pipeline.checking import check_data, counting_model, write_fixed
+    from tunesmith.data.ingest import ingesting_aside
+    from tunesmith.data.sources import readings
 
-    quiet_libraries()
-    with Display(as_json) as display:
+    with Display(as_json) as display, ingesting_aside(readings(spec, held)) as reading_is_done:
+        quiet_libraries()
+        from tunesmith.pipeline.checking import check_data, counting_model, write_fixed
+
         counting = counting_model(model or own, spec, display.progress)
+        reading_is_done(display.progress)
         checked = check_data(spec, held=held, counting=counting, progress=display.progress)
         fixed = write_fixed(checked, spec, fix) if fix is not None else None
     found = checked.as_json()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from types import TracebackType
@@ -136,9 +137,8 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    from datasets.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
+    # Read by `datasets` when it is imported, which takes a second and is often not needed at all.
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def out(text: str = "") -> None:

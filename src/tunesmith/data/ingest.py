@@ -1,28 +1,30 @@
-"""Sources become a file of rows, and a file of rows a file of tokens; each once for the same content."""
+"""Sources become a file of rows, once for the same content."""
 
 from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Collection, Sequence
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tunesmith.base import InputError, Progress, Source
+from tunesmith.base import InputError, Progress, Source, silent
 from tunesmith.data.cache import cached
 from tunesmith.data.formats import preference_advice
-from tunesmith.data.read import Reading, content_hash
+from tunesmith.data.read import STANDARD_INPUT, Reading, content_hash
 from tunesmith.data.record import RowErrors
-from tunesmith.data.render import Renderer
 from tunesmith.data.row_file import RowFile, RowFileWriter
 from tunesmith.data.rows import RowStream, open_rows
-from tunesmith.data.token_file import TokenFile, TokenFileWriter, renderer_identity
 from tunesmith.files import read_json, write_json
 
-AT_ONCE = 8192
-"""Rows that are rendered together: enough for the tokenizer's threads, little for memory."""
+SHOWN_EVERY = 8192
+"""Rows between two reports of progress."""
 
 _SOURCES, _ERRORS, ALL_ERRORS = "sources.json", "errors.json", "errors.jsonl"
 
@@ -154,7 +156,7 @@ def _read(reading: Reading, role: str, digest: str, at: int, reader: _Reader) ->
         )
     before = reader.writer.count
     for count, row in enumerate(stream):
-        if count % AT_ONCE == 0:
+        if count % SHOWN_EVERY == 0:
             reader.progress(f"reading {reading.path}", *stream.position())
         reader.writer.add(row, at)
     rows = reader.writer.count - before
@@ -167,27 +169,45 @@ def _advice(stream: RowStream, reading: Reading) -> str:
     return "train a token classifier on them, or map columns to a prompt and a completion in data.columns"
 
 
-def tokens_of(rows: RowFile, renderer: Renderer, progress: Progress) -> TokenFile:
-    """Renders every row once and keeps the tokens on disk.
+WORTH_A_PROCESS = 2**23
+"""Bytes from which reading in a second process is worth its start."""
 
-    Raises:
-        InputError: when the template is unfit for every row. What is wrong with single rows is kept beside them.
+
+@contextmanager
+def ingesting_aside(readings: Sequence[tuple[Reading, str]]) -> Iterator[Callable[[Progress], None]]:
+    """Lets another process read the sources meanwhile, so that ``ingest`` finds them done.
+
+    For those who have seconds of imports before them. What is yielded waits for that process; when it fails, `ingest`
+    does the work itself and says what is wrong.
     """
-    identity = renderer_identity(renderer)
+    sizes = [os.path.getsize(reading.path) if os.path.isfile(reading.path) else 0 for reading, _ in readings]
+    if sum(sizes) < WORTH_A_PROCESS or any(reading.path == STANDARD_INPUT for reading, _ in readings):
+        yield lambda progress: None
+        return
+    asked = json.dumps([[asdict(reading), role] for reading, role in readings])
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, asked],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
-    def build(directory: Path) -> None:
-        writer = TokenFileWriter(directory, len(rows))
-        numbers = iter(range(len(rows)))
-        done = 0
-        while chunk := list(islice(numbers, AT_ONCE)):
-            progress("rendering rows", done, len(rows))
-            read = [rows[number] for number in chunk]
-            for number, row, item in zip(chunk, read, renderer.render_many(read), strict=True):
-                writer.add(number, row.references, item)
-            done += len(chunk)
-        writer.close(renderer)
+    def wait(progress: Progress) -> None:
+        while process.poll() is None:
+            progress("reading rows", 0, 1)
+            time.sleep(0.05)
 
-    directory = cached({"tokens": identity, "rows": rows.identity}, build)
-    tokens = TokenFile(directory)
-    tokens.teach(renderer)
-    return tokens
+    try:
+        yield wait
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _aside(asked: str) -> None:
+    with suppress(InputError):
+        ingest([(Reading(**reading), role) for reading, role in json.loads(asked)], silent)
+
+
+if __name__ == "__main__":
+    _aside(sys.argv[1])

@@ -22,7 +22,7 @@ from tunesmith.data.clean import (
     without_overlap,
 )
 from tunesmith.data.held import Held, HeldOut, left_out
-from tunesmith.data.ingest import SourceRows, ingest, tokens_of
+from tunesmith.data.ingest import SourceRows, ingest
 from tunesmith.data.inspection import inspect, inspecting_aside
 from tunesmith.data.mix import RowOrder, mixture_weights, places_in_an_epoch
 from tunesmith.data.record import RowErrors
@@ -31,6 +31,7 @@ from tunesmith.data.row_file import RowFile
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import RenderedRows, Stored
+from tunesmith.data.token_file import tokens_of
 from tunesmith.data.truncate import truncated
 
 UNUSED = ("preference", "token-labels")

@@ -1,4 +1,4 @@
-"""Token ids and target weights of rows on disk, read row by row."""
+"""Token ids and target weights of rows on disk, made once for the same content, read row by row."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.base import Progress
 from tunesmith.batch import Example
+from tunesmith.data.cache import cached
 from tunesmith.data.record import BadRow
 from tunesmith.data.render import TOKEN_SCOPES, Rendered, Renderer
 from tunesmith.data.row_file import RowFile
@@ -22,6 +25,9 @@ from tunesmith.files import BytesAt, read_json, write_json
 INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("prompt", "<u4"), ("targets", "<u4"), ("bad", "?")])
 """Where the tokens of a row begin (in tokens), how many there are, how many of them stand before the last answer, how
 many are trained on, and whether the row cannot be rendered."""
+
+AT_ONCE = 8192
+"""Rows that are rendered together: enough for the tokenizer's threads, little for memory."""
 
 _IDS, _WEIGHTS, _INDEX, _REST = "tokens.bin", "weights.bin", "tokens.npy", "tokens.json"
 _BYTES = 4
@@ -106,6 +112,32 @@ class TokenFileWriter:
         }
         rest = {"bad": self._bad, "references": self._references, "learned": learned}
         write_json(self.directory / _REST, rest)
+
+
+def tokens_of(rows: RowFile, renderer: Renderer, progress: Progress) -> TokenFile:
+    """Renders every row once and keeps the tokens on disk.
+
+    Raises:
+        InputError: when the template is unfit for every row. What is wrong with single rows is kept beside them.
+    """
+    identity = renderer_identity(renderer)
+
+    def build(directory: Path) -> None:
+        writer = TokenFileWriter(directory, len(rows))
+        numbers = iter(range(len(rows)))
+        done = 0
+        while chunk := list(islice(numbers, AT_ONCE)):
+            progress("rendering rows", done, len(rows))
+            read = [rows[number] for number in chunk]
+            for number, row, item in zip(chunk, read, renderer.render_many(read), strict=True):
+                writer.add(number, row.references, item)
+            done += len(chunk)
+        writer.close(renderer)
+
+    directory = cached({"tokens": identity, "rows": rows.identity}, build)
+    tokens = TokenFile(directory)
+    tokens.teach(renderer)
+    return tokens
 
 
 def renderer_identity(renderer: Renderer) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.check import Finding
 from tunesmith.data.defects import Defects, Splits, find_defects, find_unfit
-from tunesmith.data.ingest import Ingested, ingest, tokens_of
+from tunesmith.data.ingest import Ingested, ingest
 from tunesmith.data.inspection import inspect, inspecting_aside
 from tunesmith.data.read import open_records
 from tunesmith.data.record import RowErrors
@@ -22,6 +22,7 @@ from tunesmith.data.rows import Row
 from tunesmith.data.sources import readings
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import Stored
+from tunesmith.data.token_file import tokens_of
 from tunesmith.files import write_lines
 from tunesmith.models.demo import demo_model_here
 from tunesmith.models.load import load_tokenizer, locate_model, read_config, stop_token_ids
