@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from tunesmith.batch import NO_PARENT
+from tunesmith.models.projection import compute_dtype
 from tunesmith.models.row_attention import row_attention
 
 SEGMENTS = "tunesmith_segments"
@@ -58,9 +59,10 @@ def segment_attention(
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     if causal and not options.get("dropout"):
-        packed = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+        # Under autocast rotary positions widen queries and keys, and values stay narrow.
+        asked, keys, values = (tensor[0].transpose(0, 1).to(compute_dtype(query)) for tensor in (query, key, value))
         scaling = options.get("scaling") or query.shape[3] ** -0.5
-        output = attend(*packed, segments, scaling, options.get("sliding_window"))
+        output = attend(asked, keys, values, segments, scaling, options.get("sliding_window"))
         return output.view(1, query.shape[2], query.shape[1], -1), None
     return _one_by_one(query, key, value, segments, {**options, "is_causal": causal}).contiguous(), None
 

@@ -22,14 +22,16 @@ from torch.utils.checkpoint import checkpoint
 from tunesmith.batch import NO_PARENT
 from tunesmith.models import kernels
 from tunesmith.models.attention import attend, use_attention, use_default_attention
-from tunesmith.models.projection import compute_dtype, project, project_by, projection_of
+from tunesmith.models.projection import Gating, compute_dtype, project, project_by, project_gated, projection_of
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Number of the layer, query ``[tokens, heads, head_dim]``, key and value ``[tokens, key_heads, head_dim]`` with their
 positions rotated in; returns ``[tokens, heads * head_dim]``."""
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma")
-GATES = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+_SWIGLU = Gating(kernels.swiglu, kernels.swiglu_backward)
+_GEGLU = Gating(kernels.geglu, kernels.geglu_backward)
+GATES = {"silu": _SWIGLU, "swish": _SWIGLU, "gelu_pytorch_tanh": _GEGLU, "gelu_new": _GEGLU}
 
 
 class Decoder:
@@ -53,7 +55,7 @@ class Decoder:
         self.key_heads = int(config.num_key_value_heads)
         self.head_dim, self.scaling = int(attention.head_dim), float(attention.scaling)
         self.windows = [_window(block.self_attn) for block in blocks]
-        self._gate = GATES[config.hidden_act]
+        self._gating = GATES[config.hidden_act]
 
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """What the last norm returns, ``[tokens, width]``, for int64 ``[tokens]`` token ids and positions."""
@@ -101,9 +103,7 @@ class Decoder:
         (delta,) = project(attend(number, query, key, value), (attention.o_proj,))
         hidden, normed = self._add_norm(hidden, delta, block.post_attention_layernorm)
         gate, up = project(normed, (mlp.gate_proj, mlp.up_proj))
-        gated = cast(Tensor, _Gated.apply(gate, up, self._gate))
-        (delta,) = project(gated, (mlp.down_proj,))
-        return hidden, delta
+        return hidden, project_gated(gate, up, self._gating, mlp.down_proj)
 
     def _add_norm(self, hidden: Tensor, delta: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(hidden)
@@ -155,7 +155,8 @@ def _difference(model: nn.Module, decoder: Decoder) -> str | None:
                 cast(Any, model).model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows
             ]
             positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-            found = decoder.hidden(torch.cat(rows), positions, within)
+        with torch.enable_grad():  # as in training
+            found = decoder.hidden(torch.cat(rows), positions, within).detach()
     finally:
         model.train(training)
         use_attention(model, implementation)
@@ -236,20 +237,6 @@ class _AddNorm(torch.autograd.Function):
                 d_weight = d_weight.to(weight.dtype)
         d_delta = None if ctx.delta_dtype is None or found is None else found.to(ctx.delta_dtype)
         return found, d_delta, d_weight, None
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.kind = kind
-        return getattr(kernels, kind)(gate, up)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        (gradient,) = grad_outputs
-        d_gate, d_up = getattr(kernels, f"{ctx.kind}_backward")(gradient, *ctx.saved_tensors)
-        return d_gate, d_up, None
 
 
 class _Rotated(torch.autograd.Function):

@@ -8,9 +8,9 @@ are one for all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -142,44 +142,109 @@ class _Projections(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         x, low, *tensors = ctx.saved_tensors
-        layers = _layers(tensors)
-        needed = ctx.needs_input_grad[3:]
-        d_hidden: Tensor | None = None
-        found: list[Tensor | None] = []
-        d_lows: list[Tensor] = []
-        at = 0
-        for index, ((weight, bias, down, up), scale, gradient) in enumerate(
-            zip(layers, ctx.scales, grad_outputs, strict=True)
-        ):
-            d_weight, d_bias, d_up = None, None, None
-            first = index * _PARTS
-            if ctx.needs_input_grad[0]:
-                frozen = weight.to(ctx.dtype)
-                d_hidden = gradient @ frozen if d_hidden is None else d_hidden.addmm_(gradient, frozen)
-            if needed[first]:
-                d_weight = _in_dtype_of(weight, gradient.t() @ x)
-            if bias is not None and needed[first + 1]:
-                d_bias = gradient.sum(0, dtype=bias.dtype)
+        known = _Known(ctx.dtype, ctx.scales, low, ctx.needs_input_grad[0], ctx.needs_input_grad[3:])
+        d_hidden, found = _gradients(known, x, _layers(tensors), grad_outputs)
+        return None if d_hidden is None else d_hidden.to(ctx.input_dtype), None, None, *found
+
+
+def project_gated(gate: Tensor, up: Tensor, gating: Gating, module: nn.Module) -> Tensor:
+    """What ``module`` makes of ``gating.forward(gate, up)``, which is computed again in the backward pass."""
+    projection = projection_of(module)
+    if projection is None or not torch.is_grad_enabled():
+        gated = (
+            gating.forward(gate, up) if not torch.is_grad_enabled() else cast(Tensor, _Gated.apply(gate, up, gating))
+        )
+        return project(gated, (module,))[0]
+    scale = projection.update.scale if projection.update else 0.0
+    return cast(Tensor, _GatedProjection.apply(gate, up, gating, scale, *_tensors(projection)))
+
+
+class Gating(NamedTuple):
+    """A gate: ``(gate, up)`` to the product, and ``(gradient, gate, up)`` to the gradients of both and the product."""
+
+    forward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gating: Gating) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.gating = gating
+        return gating.forward(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        return *ctx.gating.backward(grad_outputs[0], *ctx.saved_tensors), None
+
+
+class _GatedProjection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gating: Gating, scale: float, *tensors: Any) -> Tensor:
+        (output,), low = _outputs(gating.forward(gate, up), _layers(tensors), (scale,))
+        ctx.gating, ctx.scale = gating, scale
+        ctx.save_for_backward(gate, up, low, *tensors)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        gate, up, low, *tensors = ctx.saved_tensors
+        x = ctx.gating.forward(gate, up) if any(ctx.needs_input_grad[4:]) else None
+        wanted = any(ctx.needs_input_grad[:2])
+        known = _Known(gate.dtype, (ctx.scale,), low, wanted, ctx.needs_input_grad[4:])
+        d_gated, found = _gradients(known, x, _layers(tensors), grad_outputs)
+        del x
+        slopes = (None, None) if d_gated is None else ctx.gating.backward(d_gated, gate, up)
+        return *slopes, None, None, *found
+
+
+class _Known(NamedTuple):
+    """What the backward pass of projections knows: their inputs' update parts, and which gradients are needed."""
+
+    dtype: torch.dtype
+    scales: tuple[float, ...]
+    low: Tensor | None
+    wants_input: bool
+    needed: Sequence[bool]
+
+
+def _gradients(
+    known: _Known, x: Any, layers: Sequence[Sequence[Any]], slopes: Sequence[Tensor]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient of the common input, and those of every layer's weight, bias, down and up."""
+    dtype, scales, low, wants_input, needed = known
+    d_hidden: Tensor | None = None
+    found: list[Tensor | None] = []
+    d_lows: list[Tensor] = []
+    at = 0
+    for index, ((weight, bias, down, up), scale, slope) in enumerate(zip(layers, scales, slopes, strict=True)):
+        d_weight, d_bias, d_up = None, None, None
+        first = index * _PARTS
+        if wants_input:
+            frozen = weight.to(dtype)
+            d_hidden = slope @ frozen if d_hidden is None else d_hidden.addmm_(slope, frozen)
+        if needed[first]:
+            d_weight = _in_dtype_of(weight, slope.t() @ x)
+        if bias is not None and needed[first + 1]:
+            d_bias = slope.sum(0, dtype=bias.dtype)
+        if down is not None and low is not None:
+            part = low[:, at : at + len(down)]
+            d_up = _in_dtype_of(up, (part.t() @ slope).t(), scale) if needed[first + 3] else None
+            d_lows.append((slope @ up.to(dtype)).mul_(scale))  # [tokens, rank]
+            at += len(down)
+        found += [d_weight, d_bias, None, d_up]
+    if d_lows:
+        d_low = torch.cat(d_lows, dim=1) if len(d_lows) > 1 else d_lows[0]
+        downs = [down for _, _, down, _ in layers if down is not None]
+        if wants_input:
+            whole = torch.cat([down.to(dtype) for down in downs])
+            d_hidden = d_low @ whole if d_hidden is None else d_hidden.addmm_(d_low, whole)
+        d_downs = iter((d_low.t() @ x).split([len(down) for down in downs]))
+        for index, (_, _, down, _) in enumerate(layers):
             if down is not None:
-                part = low[:, at : at + len(down)]
-                d_up = _in_dtype_of(up, (part.t() @ gradient).t(), scale) if needed[first + 3] else None
-                d_lows.append((gradient @ up.to(ctx.dtype)).mul_(scale))  # [tokens, rank]
-                at += len(down)
-            found += [d_weight, d_bias, None, d_up]
-        if d_lows:
-            d_low = torch.cat(d_lows, dim=1) if len(d_lows) > 1 else d_lows[0]
-            downs = [down for _, _, down, _ in layers if down is not None]
-            if ctx.needs_input_grad[0]:
-                whole = torch.cat([down.to(ctx.dtype) for down in downs])
-                d_hidden = d_low @ whole if d_hidden is None else d_hidden.addmm_(d_low, whole)
-            d_downs = iter((d_low.t() @ x).split([len(down) for down in downs]))
-            for index, (_, _, down, _) in enumerate(layers):
-                if down is not None:
-                    d_down = next(d_downs)
-                    found[index * _PARTS + 2] = _in_dtype_of(down, d_down) if needed[index * _PARTS + 2] else None
-        if d_hidden is not None:
-            d_hidden = d_hidden.to(ctx.input_dtype)
-        return d_hidden, None, None, *found
+                d_down = next(d_downs)
+                found[index * _PARTS + 2] = _in_dtype_of(down, d_down) if needed[index * _PARTS + 2] else None
+    return d_hidden, found
 
 
 def _in_dtype_of(parameter: Tensor, gradient: Tensor, scale: float = 1.0) -> Tensor:

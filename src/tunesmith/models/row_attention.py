@@ -2,8 +2,9 @@
 
 The CPU's fused attention kernel is slow backward, and autograd would keep several copies of the scores. Rows of like
 length are laid beside each other as one batch of products; queries of one key-value head are laid end to end, so that
-keys and values are never repeated. Long rows are cut into blocks of queries whose shares are computed again in the
-backward pass, so that memory grows with the tokens and not with their square (Dao et al. 2022, section 3.1, by rows).
+keys and values are never repeated. Long rows are cut into blocks of queries, and what queries take of keys is computed
+again in the backward pass, so that memory grows with the tokens and not with their square (Dao et al. 2022, section
+3.1, by rows).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 512
-"""Queries of a block; the shares of rows up to this length are kept for the backward pass."""
+"""Queries of a block."""
 
 WASTE = 1.25
 """Rows share a batch of products while padding makes it at most this much larger."""
@@ -134,8 +135,6 @@ class _RowAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None
     ) -> Tensor:
         ctx.layout, ctx.scaling, ctx.window = layout, scaling, window
-        needed = any(ctx.needs_input_grad[:3])
-        kept: list[Tensor] = []
         outputs = []
         for group in layout.groups:
             queries, keys, values = _gathered(query, key, value, group, layout)
@@ -143,19 +142,16 @@ class _RowAttention(torch.autograd.Function):
             for first, last in _blocks(group.longest):
                 shares = _shares(queries, keys, (first, last), scaling, window)
                 output.append(torch.bmm(shares.flatten(1, 2), values[:, :last]).view(*shares.shape[:3], -1))
-                if needed and group.longest <= BLOCK:
-                    kept.append(shares)
             whole = torch.cat(output, dim=2) if len(output) > 1 else output[0]  # [rows * key heads, group, longest, …]
             outputs.append(whole.reshape(-1, value.shape[-1]))
-        if needed:
-            ctx.save_for_backward(query, key, value, *kept)
+        ctx.save_for_backward(query, key, value)
         flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return flat.index_select(0, layout.from_queries).view(len(query), -1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        query, key, value, *kept = ctx.saved_tensors
-        layout, shares_kept = cast(Layout, ctx.layout), iter(kept)
+        query, key, value = ctx.saved_tensors
+        layout = cast(Layout, ctx.layout)
         gradient = grad_outputs[0].contiguous().view(-1, value.shape[-1])
         found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
         for group in layout.groups:
@@ -167,9 +163,7 @@ class _RowAttention(torch.autograd.Function):
             d_queries = []
             d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
             for first, last in _blocks(group.longest):
-                block = (first, last)
-                short = group.longest <= BLOCK
-                shares = next(shares_kept) if short else _shares(queries, keys, block, ctx.scaling, ctx.window)
+                shares = _shares(queries, keys, (first, last), ctx.scaling, ctx.window)
                 slope = slopes[:, :, first:last].flatten(1, 2)
                 flat = shares.flatten(1, 2)
                 d_values[:, :last].baddbmm_(flat.transpose(1, 2), slope)
