@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,11 @@ def projection_of(module: nn.Module) -> Projection | None:
         if update is None or _hooked(module):
             return None
         module = module.base
-    if type(module) is not nn.Linear or _hooked(module):
+    if _hooked(module):
         return None
-    return Projection(module.weight, module.bias, update)
+    if type(module) is Conv1D:  # GPT-2's linear layer, whose weight lies the other way round
+        return Projection(module.weight.t(), module.bias, update)
+    return Projection(module.weight, module.bias, update) if type(module) is nn.Linear else None
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from tunesmith.base import InputError, TunesmithError
+from tunesmith.models.decoder import decoder_of
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import load_model
 from tunesmith.pipeline.environment import describe_environment
@@ -34,6 +35,10 @@ __all__ = ["Watcher", "finetune"]
 
 DISK_TROUBLES = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+BLOCKS = "decoder blocks"
+"""Name of what a plan says about them."""
 
 
 def finetune(
@@ -171,7 +176,7 @@ def _with_verified_packing(planned: Planned, model: nn.Module) -> Plan:
         return plan
     obstacle = packing_obstacle(model) if planned.recipe.method.can_pack else "the method cannot pack"
     if obstacle is None:
-        return plan
+        return _with_blocks(plan, model)
     if asked is True:
         raise InputError(
             f"rows cannot be packed for this model: {obstacle}",
@@ -187,6 +192,16 @@ def _with_verified_packing(planned: Planned, model: nn.Module) -> Plan:
             "notes": [*plan.notes, f"rows are padded instead of packed: {obstacle}"],
         }
     )
+
+
+def _with_blocks(plan: Plan, model: nn.Module) -> Plan:
+    """Says whose decoder blocks will run: the fast form of them, or transformers' own and why."""
+    found = decoder_of(model)
+    value, reason = "fused", "the same hidden states as transformers' own blocks"
+    if isinstance(found, str):
+        value, reason = "transformers' own", found
+    others = [item for item in plan.resolved if item.name != BLOCKS]
+    return plan.model_copy(update={"resolved": [*others, Resolved(name=BLOCKS, value=value, reason=reason)]})
 
 
 def _opened(planned: Planned, parent: Path | None, watcher: Watcher) -> Run:
