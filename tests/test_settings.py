@@ -318,15 +318,15 @@ def test_a_revision_reaches_the_hub_client(monkeypatch: pytest.MonkeyPatch, plac
 def test_batch_size_reaches_generation(
     monkeypatch: pytest.MonkeyPatch, places: dict[str, Path], tmp_path: Path
 ) -> None:
-    from tunesmith.engine import generate as engine
+    from tunesmith.evaluation import answers
 
     sizes: list[int] = []
-    answered = engine._generate_batch
+    generate = answers.generate
 
-    def recorded(model: Any, prompts: Any, *rest: Any) -> Any:
-        sizes.append(len(prompts))
-        return answered(model, prompts, *rest)
+    def recorded(*arguments: Any, batch_size: int, **settings: Any) -> Any:
+        sizes.append(batch_size)
+        return generate(*arguments, batch_size=batch_size, **settings)
 
-    monkeypatch.setattr(engine, "_generate_batch", recorded)
+    monkeypatch.setattr(answers, "generate", recorded)
     fingerprint({"evaluate": {"batch_size": 3}}, places, tmp_path / "run")
-    assert max(sizes) == 3
+    assert set(sizes) == {3}

@@ -1,40 +1,21 @@
-"""Answers to prompts: greedy or sampled, batched by length, with a KV cache."""
+"""Answers to prompts: greedy or sampled, many rows at a time, with a cache of keys and values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import nn
 
-from tunesmith.models.forward import use_default_attention
+from tunesmith.base import Progress
+from tunesmith.engine.decode import PackedAnswers
+from tunesmith.engine.padded import PaddedAnswers
+from tunesmith.engine.sampling import Generation, Sampling
+from tunesmith.models.decoder import decoder_of
+from tunesmith.models.forward import use_attention, use_default_attention
 
-Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer.
-
-    Attributes:
-        token_ids: without the prompt, and without the token that ended it.
-        finish_reason: ``stop`` when the model ended its answer, ``length`` when the limit did.
-    """
-
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: greedy at temperature 0."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
+__all__ = ["Generation", "Sampling", "generate"]
 
 
 def generate(
@@ -48,62 +29,41 @@ def generate(
 ) -> list[Generation]:
     """Answers every prompt, in the order given.
 
-    Prompts of similar length share a batch, padded on the left; the answer does not depend on the neighbours beyond
-    rounding. A dead run of the model (non-finite logits) raises what transformers raises.
+    An answer does not depend on the other prompts beyond rounding. Sampling draws one number from torch's global
+    generator, and every answer follows from it and the number of its prompt.
+
+    Args:
+        model: a causal language model of transformers, adapted or not; its mode and attention are left as they were.
+        prompts: token ids, at least one each.
+        stop_ids: tokens that end an answer, at least one.
+        batch_size: rows at a time.
+
+    Raises:
+        TrainingError: when the model's logits are not finite.
     """
+    progress("answering", 0, len(prompts))
+    if not prompts:
+        return []
     language_model = cast(Any, model)
-    was_training, own_settings = model.training, language_model.generation_config
+    was_training, attention = model.training, language_model.config._attn_implementation
     model.eval()
-    use_default_attention(model)
-    # transformers fills every setting that is not given from the model's own, such as a repetition penalty.
-    language_model.generation_config = GenerationConfig()
-    order = sorted(range(len(prompts)), key=lambda at: -len(prompts[at]))
-    answers: dict[int, Generation] = {}
-    try:
-        for start in range(0, len(order), batch_size):
-            progress("answering", start, len(order))
-            chosen = order[start : start + batch_size]
-            found = _generate_batch(model, [prompts[at] for at in chosen], sampling, stop_ids)
-            answers.update(zip(chosen, found, strict=True))
-    finally:
-        language_model.generation_config = own_settings
-        model.train(was_training)
-    progress("answering", len(order), len(order))
-    return [answers[at] for at in range(len(prompts))]
-
-
-def _generate_batch(
-    model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: set[int]
-) -> list[Generation]:
     device = next(model.parameters()).device
-    longest = max(len(prompt) for prompt in prompts)
-    filler = min(stop_ids)
-    token_ids = torch.full((len(prompts), longest), filler, dtype=torch.long)
-    mask = torch.zeros_like(token_ids)
-    for row, prompt in enumerate(prompts):
-        token_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    sampled = sampling.temperature > 0
-    config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampled,
-        temperature=sampling.temperature if sampled else None,
-        top_p=sampling.top_p if sampled else None,
-        top_k=0 if sampled else None,
-        eos_token_id=sorted(stop_ids),
-        pad_token_id=filler,
-        use_cache=True,
-    )
-    with torch.inference_mode():
-        output = cast(Any, model).generate(
-            input_ids=token_ids.to(device), attention_mask=mask.to(device), generation_config=config
-        )
-    return [_cut(row, stop_ids) for row in cast(Tensor, output)[:, longest:].cpu()]
-
-
-def _cut(row: Tensor, stop_ids: set[int]) -> Generation:
-    ids = row.tolist()
-    for position, token in enumerate(ids):
-        if token in stop_ids:
-            return Generation(ids[:position], "stop")
-    return Generation(ids, "length")
+    answers: dict[int, Generation] = {}
+    # Prompts of similar length are answered together, the longest first: memory is then known from the beginning.
+    order = sorted(range(len(prompts)), key=lambda at: -len(prompts[at]))
+    try:
+        # Not inference mode: what modules keep from pass to pass must serve training too.
+        with torch.no_grad():
+            decoder = decoder_of(model)
+            use_default_attention(model)
+            if isinstance(decoder, str):
+                path = PaddedAnswers(model, prompts, order, sampling, stop_ids, batch_size)
+            else:
+                path = PackedAnswers(decoder, prompts, order, sampling, stop_ids, batch_size)
+            for number, answer in path.run(device):
+                answers[number] = answer
+                progress("answering", len(answers), len(prompts))
+    finally:
+        use_attention(model, attention)
+        model.train(was_training)
+    return [answers[at] for at in range(len(prompts))]
