@@ -10,6 +10,7 @@ from typing import Any
 import jobs
 import pytest
 from jobs import OUTPUT, Fault
+from safetensors.torch import load_file
 from small_jobs import make_job, make_place
 
 from conftest import colour_rows, write_jsonl
@@ -50,8 +51,11 @@ def test_too_little_memory_halves_the_micro_batch_and_changes_no_gradient(root: 
             break
     warnings = [event["message"] for event in events(starved) if event["event"] == "warning"]
     assert len(warnings) == 1 and "64 rows" in warnings[0], jobs.said(starved)
-    found, expected = (jobs.traces(directory / OUTPUT) for directory in (starved, half))
-    assert "adapter/adapter_model.safetensors" not in jobs.differences(found, expected)
+    found, expected = (
+        load_file(directory / OUTPUT / "adapter/adapter_model.safetensors") for directory in (starved, half)
+    )
+    for name, tensor in expected.items():  # the same gradient within the rounding of fp32
+        assert float((found[name] - tensor).norm() / tensor.norm().clamp_min(1e-12)) < 1e-4, name
 
 
 def test_too_little_memory_twice_ends_with_the_plan_s_numbers(root: Path) -> None:
