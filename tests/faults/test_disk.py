@@ -73,7 +73,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_start(root: Path) -> Non
         ("os.rename disk/run/evaluation.base", 1),
         ("tensors optimizer", 2),
         ("tensors adapter_model", 1),
-        ("forward, evaluating", 7),  # the tuned model is judged
+        ("forward, evaluating", 9),  # the tuned model is judged
     ],
 )
 def test_a_disk_that_fills_up_costs_nothing_but_time(named: str, at: int, root: Path, expected: dict[str, str]) -> None:
