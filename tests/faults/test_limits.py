@@ -10,7 +10,6 @@ from typing import Any
 import jobs
 import pytest
 from jobs import OUTPUT, Fault
-from safetensors.torch import load_file
 from small_jobs import make_job, make_place
 
 from conftest import colour_rows, write_jsonl
@@ -44,18 +43,18 @@ def starve(directory: Path, memory: int) -> int:
 def test_too_little_memory_halves_the_micro_batch_and_changes_no_gradient(root: Path) -> None:
     half = make_job(root, "half", **{**WIDE, "train": {**WIDE["train"], "micro_batch": 64}})
     assert jobs.train(half) == 0, jobs.said(half)
-    # How much of the heap is free differs: the limit is looked for at which half fits and the whole does not.
-    for memory in (240, 270, 210, 300, 180, 330):
+    # How much of the heap is free differs: a limit is looked for at which half fits and the whole does not, in the
+    # first step already: one that was summed whole has other roundings.
+    for memory in (150, 170, 130, 190, 110, 210):
         starved = make_job(root, f"starved-{memory}", **WIDE)
-        if starve(starved, memory * MB) == 0 and any(event["event"] == "warning" for event in events(starved)):
+        if starve(starved, memory * MB) == 0 and any(
+            event["event"] == "warning" and event["step"] == 1 for event in events(starved)
+        ):
             break
     warnings = [event["message"] for event in events(starved) if event["event"] == "warning"]
     assert len(warnings) == 1 and "64 rows" in warnings[0], jobs.said(starved)
-    found, expected = (
-        load_file(directory / OUTPUT / "adapter/adapter_model.safetensors") for directory in (starved, half)
-    )
-    for name, tensor in expected.items():  # the same gradient within the rounding of fp32
-        assert float((found[name] - tensor).norm() / tensor.norm().clamp_min(1e-12)) < 1e-4, name
+    found, expected = (jobs.traces(directory / OUTPUT) for directory in (starved, half))
+    assert "adapter/adapter_model.safetensors" not in jobs.differences(found, expected)
 
 
 def test_too_little_memory_twice_ends_with_the_plan_s_numbers(root: Path) -> None:
