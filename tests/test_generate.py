@@ -16,7 +16,7 @@ from tunesmith.engine import decode, padded
 from tunesmith.engine.cache import Cache
 from tunesmith.engine.generate import Generation, Sampling, generate
 from tunesmith.engine.lookup import Lookup
-from tunesmith.engine.sampling import Chooser, Place
+from tunesmith.engine.sampling import Asked, Chooser, Place
 from tunesmith.methods.lora import Lora
 from tunesmith.models.decoder import Decoder, decoder_of
 
@@ -154,7 +154,7 @@ def test_common_beginnings_of_a_padded_batch(monkeypatch: pytest.MonkeyPatch) ->
     model: Any = tiny("gpt2")
     # The last row is shorter than what another adds to the beginning.
     prompts = [RAGGED[6] + end for end in texts([3, 90, 70, 1])] + [RAGGED[6][:50]]
-    answers = padded.PaddedAnswers(model, prompts, range(5), Sampling(NEW), {2}, 5)
+    answers = padded.PaddedAnswers(model, Asked(prompts, range(5), Sampling(NEW), {2}, 5))
 
     def read_before() -> int:
         return answers._begin(range(5), torch.device("cpu"))[1]["past_key_values"].get_seq_length()

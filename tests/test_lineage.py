@@ -18,6 +18,7 @@ from tunesmith.cli.app import app
 from tunesmith.data.read import Reading, content_hash
 from tunesmith.files import file_sha256
 from tunesmith.models.templates import NAMED_TEMPLATES
+from tunesmith.pipeline.finetune import finetune
 from tunesmith.pipeline.lineage import (
     LINEAGE,
     MANIFEST,
@@ -154,6 +155,16 @@ def test_the_manifest_lists_what_the_run_left(first: Run, tmp_path: Path) -> Non
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_text("x")
     assert set(manifest_files(copy)) - files.keys() == {"notes.md"}
+
+
+def test_a_run_that_died_as_it_wrote_its_manifest_gets_one_and_keeps_no_part(tiny_model: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tiny_model, tmp_path)
+    run = finetune(recipe)
+    before = run.read(MANIFEST)
+    (run.path / MANIFEST).rename(run.path / f"{MANIFEST}.partial99999999")
+    finetune(recipe, resume=True)
+    assert run.read(MANIFEST) == before
+    assert not list(run.path.glob("*.partial*"))
 
 
 def test_versions_are_those_of_everything_that_is_needed() -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.base import InputError, Progress, Source, silent
+from tunesmith.data.aside import running_aside
 from tunesmith.data.cache import cached
 from tunesmith.data.formats import preference_advice
 from tunesmith.data.read import STANDARD_INPUT, Reading, content_hash
@@ -62,7 +61,7 @@ def ingest(readings: Sequence[tuple[Reading, str]], progress: Progress, *, refus
     Raises:
         InputError: for sources that cannot be read at all; wrong rows are counted beside the others.
     """
-    gc.freeze()  # what torch and transformers brought is no garbage; looking through it cost a fifth of the time
+    gc.freeze()  # what torch and transformers brought is no garbage, and takes long to look through
     hashes = [_hashed(reading, progress) for reading, _ in readings]
     made_from = [
         {"reading": asdict(reading), "role": role, "sha256": digest}
@@ -185,23 +184,8 @@ def ingesting_aside(readings: Sequence[tuple[Reading, str]]) -> Iterator[Callabl
         yield lambda progress: None
         return
     asked = json.dumps([[asdict(reading), role] for reading, role in readings])
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, asked],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-    def wait(progress: Progress) -> None:
-        while process.poll() is None:
-            progress("reading rows", 0, 1)
-            time.sleep(0.05)
-
-    try:
-        yield wait
-    finally:
-        process.kill()
-        process.wait()
+    with running_aside(__name__, asked) as wait:
+        yield lambda progress: wait("reading rows", progress)
 
 
 def _aside(asked: str) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from tunesmith.base import InputError, Progress
+from tunesmith.data.aside import running_aside
 from tunesmith.data.cache import cached, entry_of
 from tunesmith.data.check import Checks, Finding, Instance
+from tunesmith.data.ingest import SHOWN_EVERY
 from tunesmith.data.read import Reading, content_hash, open_records
 from tunesmith.data.record import RowErrors
 from tunesmith.data.row_file import RowFile
@@ -26,9 +26,6 @@ from tunesmith.files import read_json, write_json
 
 WORTH_A_PROCESS = 20_000
 """Rows from which a second process, which takes seconds to start, is faster."""
-
-SHOWN_EVERY = 8192
-"""Rows between two reports of progress."""
 
 _FOUND = "findings.json"
 
@@ -99,18 +96,9 @@ def inspecting_aside(
     with TemporaryDirectory(prefix="tunesmith-") as place:
         for name, numbers in splits.items():
             np.save(Path(place) / f"{name}.npy", numbers)
-        command = [sys.executable, "-m", __name__, str(rows.directory), place, *benchmarks]
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
+        with running_aside(__name__, str(rows.directory), place, *benchmarks) as wait:
             yield
-            while process.poll() is None:
-                progress("checking rows", 0, 1)
-                time.sleep(0.1)
-        finally:
-            process.kill()
-            process.wait()
+            wait("checking rows", progress)
 
 
 def _finding(entry: dict[str, Any]) -> Finding:

@@ -12,7 +12,7 @@ import torch
 from tunesmith.engine.cache import Cache, common
 from tunesmith.engine.cached_attention import Piece, StepAttention, in_order
 from tunesmith.engine.lookup import Lookup
-from tunesmith.engine.sampling import Chooser, Generation, Place, Sampling
+from tunesmith.engine.sampling import Asked, Chooser, Generation, Place
 from tunesmith.models.decoder import Decoder
 
 TOKENS_AT_ONCE = 4096
@@ -56,21 +56,14 @@ class PackedAnswers:
     from its slot. Guesses that come true save a pass; they change no answer.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        prompts: Sequence[Sequence[int]],
-        order: Sequence[int],
-        sampling: Sampling,
-        stop_ids: set[int],
-        batch_size: int,
-    ) -> None:
-        self._decoder, self._prompts, self._sampling, self._stop_ids = decoder, prompts, sampling, stop_ids
-        self._waiting = deque(order)
-        longest = max(map(len, prompts)) + sampling.max_new_tokens
-        self._cache = Cache(decoder.layers, min(batch_size, len(prompts)), longest)
+    def __init__(self, decoder: Decoder, asked: Asked) -> None:
+        self._decoder, self._prompts = decoder, asked.prompts
+        self._sampling, self._stop_ids = asked.sampling, asked.stop_ids
+        self._waiting = deque(asked.order)
+        longest = max(map(len, asked.prompts)) + asked.sampling.max_new_tokens
+        self._cache = Cache(decoder.layers, min(asked.batch_size, len(asked.prompts)), longest)
         self._rows: dict[int, _Row] = {}
-        self._chooser, self._lookup = Chooser(sampling), Lookup()
+        self._chooser, self._lookup = Chooser(asked.sampling), Lookup()
 
     def run(self, device: torch.device) -> Iterator[tuple[int, Generation]]:
         """Yields the number of a prompt and its answer, as answers end."""

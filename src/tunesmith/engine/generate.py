@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,9 +10,9 @@ from torch import nn
 from tunesmith.base import Progress
 from tunesmith.engine.decode import PackedAnswers
 from tunesmith.engine.padded import PaddedAnswers
-from tunesmith.engine.sampling import Generation, Sampling
+from tunesmith.engine.sampling import Asked, Generation, Sampling
+from tunesmith.models.attention import as_transformers_runs_it
 from tunesmith.models.decoder import decoder_of
-from tunesmith.models.forward import use_attention, use_default_attention
 
 __all__ = ["Generation", "Sampling", "generate"]
 
@@ -44,26 +43,16 @@ def generate(
     progress("answering", 0, len(prompts))
     if not prompts:
         return []
-    language_model = cast(Any, model)
-    was_training, attention = model.training, language_model.config._attn_implementation
-    model.eval()
     device = next(model.parameters()).device
     answers: dict[int, Generation] = {}
     # Prompts of similar length are answered together, the longest first: memory is then known from the beginning.
     order = sorted(range(len(prompts)), key=lambda at: -len(prompts[at]))
-    try:
-        # Not inference mode: what modules keep from pass to pass must serve training too.
-        with torch.no_grad():
-            decoder = decoder_of(model)
-            use_default_attention(model)
-            if isinstance(decoder, str):
-                path = PaddedAnswers(model, prompts, order, sampling, stop_ids, batch_size)
-            else:
-                path = PackedAnswers(decoder, prompts, order, sampling, stop_ids, batch_size)
-            for number, answer in path.run(device):
-                answers[number] = answer
-                progress("answering", len(answers), len(prompts))
-    finally:
-        use_attention(model, attention)
-        model.train(was_training)
+    asked = Asked(prompts, order, sampling, stop_ids, batch_size)
+    # Not inference mode: what modules keep from pass to pass must serve training too.
+    with as_transformers_runs_it(model), torch.no_grad():
+        decoder = decoder_of(model)
+        path = PaddedAnswers(model, asked) if isinstance(decoder, str) else PackedAnswers(decoder, asked)
+        for number, answer in path.run(device):
+            answers[number] = answer
+            progress("answering", len(answers), len(prompts))
     return [answers[at] for at in range(len(prompts))]

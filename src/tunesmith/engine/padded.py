@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 )
 
 from tunesmith.engine.cache import common
-from tunesmith.engine.sampling import Chooser, Generation, Place, Sampling
+from tunesmith.engine.sampling import Asked, Chooser, Generation, Place
 
 WORTH_SHARING = 512
 """Tokens that a common beginning must spare before it is run by itself."""
@@ -31,23 +31,16 @@ class PaddedAnswers:
     `prepare_inputs_for_generation` says how a pass goes on from it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        order: Sequence[int],
-        sampling: Sampling,
-        stop_ids: set[int],
-        batch_size: int,
-    ) -> None:
-        self._model, self._prompts, self._sampling, self._stop_ids = cast(Any, model), prompts, sampling, stop_ids
+    def __init__(self, model: nn.Module, asked: Asked) -> None:
+        self._model, self._prompts = cast(Any, model), asked.prompts
+        self._sampling, self._stop_ids = asked.sampling, asked.stop_ids
         self._accepted = set(inspect.signature(model.forward).parameters)
-        self._filler = min(stop_ids)
-        self._chooser = Chooser(sampling)
+        self._filler = min(asked.stop_ids)
+        self._chooser = Chooser(asked.sampling)
         # Architectures older than transformers' cache (RWKV) mix the rows of a batch up once they decode.
-        rows = batch_size if "cache_params" in self._accepted or self._empty() is not None else 1
-        equal_lengths = rows > 1 and self._minds_padding(order[-1])
-        alike = groupby(order, key=lambda at: len(prompts[at]) if equal_lengths else 0)
+        rows = asked.batch_size if "cache_params" in self._accepted or self._empty() is not None else 1
+        equal_lengths = rows > 1 and self._minds_padding(asked.order[-1])
+        alike = groupby(asked.order, key=lambda at: len(asked.prompts[at]) if equal_lengths else 0)
         self._batches = [
             members[start : start + rows]
             for members in (list(group) for _, group in alike)

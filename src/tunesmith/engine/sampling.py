@@ -37,6 +37,24 @@ class Sampling:
     top_p: float = 1.0
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Prompts to be answered.
+
+    Attributes:
+        prompts: token ids, at least one each.
+        order: numbers of the prompts, in which they are begun.
+        stop_ids: tokens that end an answer, at least one.
+        batch_size: rows at a time.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    order: Sequence[int]
+    sampling: Sampling
+    stop_ids: set[int]
+    batch_size: int
+
+
 class Place(NamedTuple):
     """A token of an answer: the number of the prompt, and how many tokens of the answer come before it."""
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.base import InputError
 from tunesmith.methods.method import freeze, settle
-from tunesmith.models.projection import LowRank, project, projection_of
+from tunesmith.models.projection import LowRank, project_by, projection_of
 
 
 class LoraLayer(nn.Module):
@@ -52,8 +52,10 @@ class LoraLayer(nn.Module):
         return None if dropped else LowRank(self.lora_A, self.lora_B, self.scale)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if projection_of(self) is not None:
-            output = project(hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1]), (self,))[0]
+        projection = projection_of(self)
+        if projection is not None:
+            rows = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
+            (output,) = project_by(rows, (projection,))
             return output.view(*hidden.shape[:-1], output.shape[-1])
         output = self.base(hidden)
         low_rank = F.linear(self.dropout(hidden), self.lora_A.to(hidden.dtype)) * self.scale  # [..., rank]

@@ -6,6 +6,8 @@ no [tokens × tokens] mask is ever built.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -165,6 +167,19 @@ def use_attention(model: nn.Module, name: str) -> None:
 def use_default_attention(model: nn.Module) -> None:
     """Puts back transformers' own attention, which generation and padded batches need."""
     use_attention(model, default_attention(model))
+
+
+@contextmanager
+def as_transformers_runs_it(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and transformers' own attention, both put back afterwards."""
+    training, attention = model.training, cast(Any, model).config._attn_implementation
+    model.eval()
+    use_default_attention(model)
+    try:
+        yield
+    finally:
+        model.train(training)
+        use_attention(model, attention)
 
 
 def default_attention(model: nn.Module) -> str:

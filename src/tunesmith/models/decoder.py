@@ -15,14 +15,14 @@ from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.batch import NO_PARENT
 from tunesmith.models import kernels
-from tunesmith.models.attention import attend, use_attention, use_default_attention
-from tunesmith.models.projection import Gating, compute_dtype, project, project_by, project_gated, projection_of
+from tunesmith.models.attention import as_transformers_runs_it, attend
+from tunesmith.models.head import head_logits
+from tunesmith.models.projection import Gating, compute_dtype, project, project_gated
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Number of the layer, query ``[tokens, heads, head_dim]``, key and value ``[tokens, key_heads, head_dim]`` with their
@@ -76,11 +76,17 @@ class Decoder:
                 hidden, delta = run(hidden, delta)
         return self._add_norm(hidden, delta, backbone.norm)[1]
 
+    def hidden_of_rows(self, token_ids: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
+        """`hidden` of packed rows, which attend within ``segments`` as a `Batch` has them."""
+
+        def within(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attend(query, key, value, segments, self.scaling, self.windows[layer])
+
+        return self.hidden(token_ids, positions, within)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """``[n, vocabulary]`` from ``[n, width]``."""
-        head = cast(Any, self._model()).get_output_embeddings()
-        layer, narrow = projection_of(head), hidden.to(head.weight.dtype)
-        return head(narrow) if layer is None else project_by(narrow, (layer,))[0]
+        return head_logits(cast(nn.Module, self._model()), hidden)
 
     def _block(
         self,
@@ -110,12 +116,11 @@ class Decoder:
         if norm._forward_hooks or norm._forward_pre_hooks:  # a method trains this norm in a dtype of its own
             hidden = hidden if delta is None else hidden + delta
             return hidden, norm(hidden).to(dtype)
-        if not torch.is_grad_enabled():
-            hidden = hidden if delta is None else hidden + delta
-            scale = norm.weight + norm_offset(norm) if norm_offset(norm) else norm.weight
-            return hidden, F.rms_norm(hidden, hidden.shape[-1:], scale.to(hidden.dtype), _eps(norm)).to(dtype)
         settings = _NormSettings(norm_offset(norm), _eps(norm), dtype)
-        return cast(tuple[Tensor, Tensor], _AddNorm.apply(hidden, delta, norm.weight, settings))
+        if torch.is_grad_enabled():
+            return cast(tuple[Tensor, Tensor], _AddNorm.apply(hidden, delta, norm.weight, settings))
+        hidden = hidden if delta is None else hidden + delta
+        return hidden, kernels.rms_norm(hidden, norm.weight, *settings)
 
     def _rotated(self, x: Tensor, norm: Any | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
         if norm is not None:
@@ -143,23 +148,13 @@ def _difference(model: nn.Module, decoder: Decoder) -> str | None:
     rows = [torch.randint(vocabulary, (length,), generator=generator).to(device) for length in lengths]
     segments = torch.tensor([[0, lengths[0], NO_PARENT], [lengths[0], lengths[1], NO_PARENT]])
 
-    def within(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend(query, key, value, segments, decoder.scaling, decoder.windows[layer])
-
-    training, implementation = model.training, cast(Any, model).config._attn_implementation
-    model.eval()
-    use_default_attention(model)
-    try:
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+    with as_transformers_runs_it(model):
         with torch.no_grad():
-            expected = [
-                cast(Any, model).model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows
-            ]
-            positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+            backbone = cast(Any, model).model
+            expected = [backbone(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
         with torch.enable_grad():  # as in training
-            found = decoder.hidden(torch.cat(rows), positions, within).detach()
-    finally:
-        model.train(training)
-        use_attention(model, implementation)
+            found = decoder.hidden_of_rows(torch.cat(rows), positions, segments).detach()
     wanted = torch.cat(expected).float()
     difference = float((found.float() - wanted).norm() / wanted.norm().clamp_min(1e-12))
     bound = 1e-3 if found.dtype == torch.float32 else 5e-2
@@ -211,26 +206,19 @@ class _AddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, delta: Tensor | None, weight: Tensor, settings: _NormSettings
     ) -> tuple[Tensor, Tensor]:
-        offset, eps, dtype = settings
         ctx.set_materialize_grads(False)
-        if delta is None:
-            total = hidden.view_as(hidden)
-            normed, inverse = kernels.rms_norm(total, weight, offset, eps, dtype)
-        else:
-            total, normed, inverse = kernels.add_rms_norm(hidden, delta, weight, offset, eps, dtype)
-        ctx.save_for_backward(total, inverse, weight)
-        ctx.offset, ctx.delta_dtype = offset, None if delta is None else delta.dtype
-        return total, normed
+        total = hidden.view_as(hidden) if delta is None else hidden + delta.to(hidden.dtype)
+        ctx.save_for_backward(total, kernels.inverse_rms(total, settings.eps), weight)
+        ctx.offset, ctx.delta_dtype = settings.offset, None if delta is None else delta.dtype
+        return total, kernels.rms_norm(total, weight, *settings)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
         beside, gradient = grad_outputs
         total, inverse, weight = ctx.saved_tensors
-        if gradient is None:
-            found, d_weight = beside, None
-        else:
+        found, d_weight = beside, None
+        if gradient is not None:
             found = kernels.rms_norm_backward(gradient, beside, total, inverse, weight, ctx.offset)
-            d_weight = None
             if ctx.needs_input_grad[2]:
                 rows = gradient.reshape(-1, gradient.shape[-1])
                 d_weight = kernels.rms_norm_weight_backward(rows, total.reshape(rows.shape), inverse.reshape(-1, 1))

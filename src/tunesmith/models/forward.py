@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tunesmith.batch import Batch, Example, pack
-from tunesmith.models.attention import SEGMENTS, UnsupportedAttention, attend, use_attention, use_default_attention
+from tunesmith.models.attention import SEGMENTS, UnsupportedAttention, use_attention, use_default_attention
 from tunesmith.models.decoder import Decoder, decoder_of
 from tunesmith.models.head import has_plain_head, head_logits, target_logps
 from tunesmith.models.projection import projection_of
@@ -56,22 +56,13 @@ def _hidden(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor | None:
     """What the head reads at ``positions``, ``[n, width]``; None when the model must be asked for logits."""
     decoder = decoder_of(model)
     if isinstance(decoder, Decoder) and batch.layout == "packed":
-        return decoder_hidden(decoder, batch)[positions]
+        return decoder.hidden_of_rows(batch.token_ids, batch.positions, batch.segments)[positions]
     if not has_plain_head(model):
         return None
     arguments, places = (
         _packed_call(model, batch, positions) if batch.layout == "packed" else _padded_call(model, batch, positions)
     )
     return cast(Any, model).base_model(**arguments).last_hidden_state[places]
-
-
-def decoder_hidden(decoder: Decoder, batch: Batch) -> Tensor:
-    """The decoder's last hidden states of a packed batch, ``[tokens, width]``."""
-
-    def within(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend(query, key, value, batch.segments, decoder.scaling, decoder.windows[layer])
-
-    return decoder.hidden(batch.token_ids, batch.positions, within)
 
 
 def _packed(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.models.attention import use_attention, use_default_attention
-from tunesmith.models.projection import compute_dtype
+from tunesmith.models.attention import as_transformers_runs_it
+from tunesmith.models.projection import compute_dtype, project
 
 LOGITS_AT_ONCE = 2**24
 """Logits that exist at a time, in the dtype of the arithmetic."""
@@ -35,7 +35,7 @@ def target_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """``[n, vocabulary]`` from the last hidden states, which some models keep in a wider dtype than their head."""
     head = cast(Any, model).get_output_embeddings()
-    return head(hidden.to(head.weight.dtype))
+    return project(hidden.to(head.weight.dtype), (head,))[0]
 
 
 def _chunks(rows: int, vocabulary: int, at_once: int) -> list[slice]:
@@ -114,16 +114,8 @@ def _head_is_plain(model: Any) -> bool:
     if head is None or backbone is model:
         return False
     token_ids = torch.arange(1, 6, device=next(model.parameters()).device)[None]
-    training, implementation = model.training, model.config._attn_implementation
-    model.eval()
-    use_default_attention(model)
-    try:
-        with torch.no_grad():
-            expected = model(input_ids=token_ids, use_cache=False).logits
-            output = backbone(input_ids=token_ids, use_cache=False)
-            found = head_logits(model, output.last_hidden_state) if hasattr(output, "last_hidden_state") else None
-    finally:
-        model.train(training)
-        use_attention(model, implementation)
-    # The same product of the same numbers: a cap or a scale, however gentle, changes some bit.
-    return found is not None and torch.equal(found, expected)
+    with as_transformers_runs_it(model), torch.no_grad():
+        expected = model(input_ids=token_ids, use_cache=False).logits
+        hidden = getattr(backbone(input_ids=token_ids, use_cache=False), "last_hidden_state", None)
+        # The same product of the same numbers: a cap or a scale, however gentle, changes some bit.
+        return hidden is not None and torch.equal(head(hidden.to(head.weight.dtype)), expected)

@@ -11,27 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def add_rms_norm(
-    hidden: Tensor, delta: Tensor, weight: Tensor, offset: float, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Adds to the residual stream and normalizes it (Zhang & Sennrich 2019, equation 4).
+def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float, dtype: torch.dtype) -> Tensor:
+    """Root mean square normalization (Zhang & Sennrich 2019, equation 4).
 
     Args:
-        hidden: ``[tokens, width]``; delta: the same, what a layer adds.
-        weight: ``[width]``; ``offset`` is added to it (1 in Gemma).
+        x: ``[…, width]``; weight: ``[width]``, to which ``offset`` is added (1 in Gemma).
 
     Returns:
-        The sum in the dtype of ``hidden``, its norm in ``dtype``, and 1 / rms, fp32 ``[tokens, 1]``.
+        ``[…, width]`` in ``dtype``.
     """
-    total = hidden + delta.to(hidden.dtype)
-    normed, inverse = rms_norm(total, weight, offset, eps, dtype)
-    return total, normed, inverse
-
-
-def rms_norm(x: Tensor, weight: Tensor, offset: float, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = (weight + offset if offset else weight).to(x.dtype)
-    return F.rms_norm(x, x.shape[-1:], scale, eps).to(dtype), torch.rsqrt(length * length / x.shape[-1] + eps)
+    return F.rms_norm(x, x.shape[-1:], scale, eps).to(dtype)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """What `rms_norm` multiplies with, fp32 ``[…, 1]``."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return torch.rsqrt(length * length / x.shape[-1] + eps)
 
 
 def rms_norm_backward(

@@ -78,6 +78,7 @@ def project(hidden: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def project_by(hidden: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """`project` for layers that are taken apart already."""
     tensors = [tensor for projection in projections for tensor in _tensors(projection)]
     scales = tuple(projection.update.scale if projection.update else 0.0 for projection in projections)
     dtype = compute_dtype(hidden)
