@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tunesmith.methods import Full, Lora, trainable_parameters
 from tunesmith.methods.low_rank import merge_layers
 from tunesmith.models import decoder, forward, head, kernels
 from tunesmith.models.decoder import Decoder, decoder_of
+from tunesmith.models.projection import rounded_up
 from tunesmith.objectives import Supervised
 from tunesmith.train.precision import Precision
 
@@ -166,6 +168,23 @@ def test_children_share_their_parent(model_type: str) -> None:
         scopes={},
     )
     assert_as_good_as_plain(adapted(model_type, Full()), shared, pack(rows, "padded"))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("shared", [False, True], ids=["rows", "children"])
+def test_filling_up_changes_nothing(model_type: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = pack(random_rows((9, 17, 12, 31)))
+    if shared:
+        batch = replace(batch, segments=torch.tensor([[0, 9, NO_PARENT], [9, 17, 0], [26, 12, 0], [38, 31, NO_PARENT]]))
+    model = adapted(model_type, Full(), dtype=torch.bfloat16, **MILD)
+    seen: list[int] = []
+    monkeypatch.setattr(forward, "rounded_up", lambda count: seen.append(count) or rounded_up(count))
+    precision = Precision(torch.bfloat16, CPU, autocast=True)
+    filled = gradients(model, batch, precision=precision)
+    monkeypatch.setattr(forward, "rounded_up", lambda count: count)
+    monkeypatch.setattr(head, "rounded_up", lambda count: count)
+    assert error(filled, gradients(model, batch, precision=precision)) < 1e-2
+    assert seen == [69] and rounded_up(69) == 72
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:

@@ -132,7 +132,7 @@ def test_guesses_save_passes_and_change_no_answer(monkeypatch: pytest.MonkeyPatc
     passes = recorded(monkeypatch)
     [answer] = said(model, PROMPTS[:1], {2}, 1, new=40)
     guessed = len(passes)
-    monkeypatch.setattr(decode, "GUESSES", 0)
+    monkeypatch.setattr(decode.Lookup, "guess", lambda *_: [])
     assert said(model, PROMPTS[:1], {2}, 1, new=40) == [answer]
     assert len(passes) - guessed == 40 and guessed < 36
 

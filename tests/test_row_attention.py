@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tunesmith.models import row_attention as module
-from tunesmith.models.row_attention import WASTE, layout_of, row_attention
+from tunesmith.models.row_attention import EVEN, WASTE, layout_of, row_attention
 
 CPU = torch.device("cpu")
 SCALING, HEAD_DIM = 0.31, 4
@@ -35,7 +35,7 @@ def block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_every_query_and_key_has_one_slot_and_the_rest_is_padding(
     lengths: tuple[int, ...], heads: tuple[int, int]
 ) -> None:
-    layout = layout_of(lengths, *heads, CPU)
+    layout = layout_of(lengths, sum(lengths), *heads, CPU)
     for sources, slots in (
         (torch.cat([group.queries for group in layout.groups]), layout.from_queries),
         (torch.cat([group.keys for group in layout.groups]), layout.from_keys),
@@ -54,12 +54,30 @@ def test_every_query_and_key_has_one_slot_and_the_rest_is_padding(
 @given(LENGTHS)
 def test_rows_share_a_batch_only_while_padding_is_small_and_long_ones_are_alone(lengths: tuple[int, ...]) -> None:
     left = sorted(lengths)
-    for group in layout_of(lengths, 1, 1, CPU).groups:
+    for group in layout_of(lengths, sum(lengths), 1, 1, CPU).groups:
         members, left = left[: group.rows], left[group.rows :]
-        assert group.longest == members[-1]
-        assert group.rows * group.longest**2 <= WASTE * sum(length**2 for length in members)
-        assert group.rows == 1 or group.longest <= module.BLOCK
+        assert group.longest % EVEN == 0 and group.longest - EVEN < members[-1] <= group.longest
+        assert group.rows * members[-1] ** 2 <= WASTE * sum(length**2 for length in members)
+        assert group.rows == 1 or members[-1] <= module.BLOCK
     assert not left
+
+
+@small
+@given(LENGTHS, HEADS)
+def test_tokens_behind_the_last_row_change_nothing_and_get_no_gradient(
+    lengths: tuple[int, ...], heads: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    tokens = sum(lengths)
+    long = [torch.randn(tokens + 3, count, 4, requires_grad=True) for count in (heads[0], heads[1], heads[1])]
+    short = [tensor[:tokens].detach().requires_grad_() for tensor in long]
+    found, expected = (row_attention(*tensors, lengths, SCALING, None) for tensors in (long, short))
+    assert torch.equal(found[:tokens], expected) and bool(found.isfinite().all())
+    weights = torch.randn_like(expected)
+    (found[:tokens] * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for one, other in zip(long, short, strict=True):
+        assert torch.equal(one.grad[:tokens], other.grad) and not bool(one.grad[tokens:].any())
 
 
 def attention(tensors: list[Tensor], lengths: tuple[int, ...], window: int | None = None) -> Tensor:

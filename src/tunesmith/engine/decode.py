@@ -18,8 +18,7 @@ from tunesmith.models.decoder import Decoder
 TOKENS_AT_ONCE = 4096
 """Prompt tokens of one pass; longer prompts are read in parts, so that memory is bounded."""
 CHEAP_TOKENS = 16
-"""Tokens up to which a pass takes as long as with one, because reading the weights is what takes time."""
-GUESSES = 7
+"""Tokens up to which a pass takes little longer than with one, because reading the weights is what takes time."""
 WORTH_SHARING = 16
 """Tokens that two prompts must begin with alike before one takes them over from the other."""
 WORTH_WAITING = 512
@@ -67,9 +66,10 @@ class PackedAnswers:
 
     def run(self, device: torch.device) -> Iterator[tuple[int, Generation]]:
         """Yields the number of a prompt and its answer, as answers end."""
-        while self._waiting or self._rows:
-            self._admit()
-            yield from self._step(device)
+        with self._decoder.keeping_weights():
+            while self._waiting or self._rows:
+                self._admit()
+                yield from self._step(device)
 
     def _admit(self) -> None:
         """Gives free slots to waiting prompts, but first to those from which the others can take tokens over."""
@@ -136,11 +136,11 @@ class PackedAnswers:
     def _plan(self) -> list[tuple[_Row, Piece]]:
         """The rows of the next pass with what each of them runs."""
         answering = [row for row in self._rows.values() if row.cached == len(row.tokens) - 1]
-        room = CHEAP_TOKENS - len(self._rows)
+        # In a full pass the first guess of a row, which mostly comes true, is worth its token; no further one is.
+        each = max(CHEAP_TOKENS // len(self._rows) - 1, 1)
         for row in answering:
-            most = min(GUESSES, room, self._sampling.max_new_tokens - row.answered - 1)
+            most = min(each, self._sampling.max_new_tokens - row.answered - 1)
             row.guesses = self._lookup.guess(row.tokens, most) if most > 0 and row.answered else []
-            room -= len(row.guesses)
         planned, budget = [], TOKENS_AT_ONCE
         for row in self._rows.values():
             count = min(len(row.tokens) + len(row.guesses) - row.cached, max(budget, 0))

@@ -74,7 +74,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scaling:
 
     Args:
         query: ``[tokens, heads, head_dim]``; key, value: ``[tokens, key_heads, head_dim]``.
-        segments: as in `Batch`.
+        segments: as in `Batch`; tokens behind the last one belong to none, and what is returned for them means nothing.
         window: how many tokens a query sees, itself among them; None for all.
 
     Returns:
@@ -117,8 +117,9 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, opt
     """Each segment through torch's fused kernel. Returns ``[1, tokens, heads, head_dim]``."""
     causal = options["is_causal"]
     lengths = segments[:, 1].tolist()
+    filler = query.shape[2] - sum(lengths)
     # Splitting has a cheap backward pass; slicing would fill a whole tensor with zeros for every piece.
-    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    queries, keys, values = (tensor.split([*lengths, filler], dim=2) for tensor in (query, key, value))
     pieces = []
     for at, length in enumerate(lengths):
         family = _ancestors(segments, at)
@@ -137,7 +138,7 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, opt
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         )
-    return torch.cat(pieces, dim=2).transpose(1, 2)
+    return torch.cat([*pieces, torch.zeros_like(queries[-1])], dim=2).transpose(1, 2)
 
 
 def _ancestors(segments: Tensor, at: int) -> list[int]:

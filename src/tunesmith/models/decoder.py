@@ -10,7 +10,9 @@ the attention that they hand in.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -22,7 +24,7 @@ from tunesmith.batch import NO_PARENT
 from tunesmith.models import kernels
 from tunesmith.models.attention import as_transformers_runs_it, attend
 from tunesmith.models.head import head_logits
-from tunesmith.models.projection import Gating, compute_dtype, project, project_gated
+from tunesmith.models.projection import Gating, Run, compute_dtype, kept_projection, project, project_gated
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Number of the layer, query ``[tokens, heads, head_dim]``, key and value ``[tokens, key_heads, head_dim]`` with their
@@ -32,6 +34,37 @@ FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma")
 _SWIGLU = Gating(kernels.swiglu, kernels.swiglu_backward)
 _GEGLU = Gating(kernels.geglu, kernels.geglu_backward)
 GATES = {"silu": _SWIGLU, "swish": _SWIGLU, "gelu_pytorch_tanh": _GEGLU, "gelu_new": _GEGLU}
+
+
+class _Norm(NamedTuple):
+    """An RMS norm; ``module`` is there where only itself can run, because a method trains it in a dtype of its own."""
+
+    module: nn.Module | None
+    weight: Tensor
+    offset: float
+    eps: float
+
+    @classmethod
+    def of(cls, norm: Any) -> _Norm:
+        hooked = norm._forward_hooks or norm._forward_pre_hooks
+        return cls(norm if hooked else None, norm.weight, norm_offset(norm), _eps(norm))
+
+
+class _Parts(NamedTuple):
+    """What a block does, in this order."""
+
+    norm: _Norm
+    query_key_value: Run
+    query_norm: _Norm | None
+    key_norm: _Norm | None
+    out: Run
+    second_norm: _Norm
+    gate_up: Run
+    down: Callable[[Tensor, Tensor], Tensor]
+
+
+def _projection(modules: Sequence[nn.Module]) -> Run:
+    return partial(project, modules=modules)
 
 
 class Decoder:
@@ -56,6 +89,7 @@ class Decoder:
         self.head_dim, self.scaling = int(attention.head_dim), float(attention.scaling)
         self.windows = [_window(block.self_attn) for block in blocks]
         self._gating = GATES[config.hidden_act]
+        self._kept: list[_Parts] | None = None
 
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """What the last norm returns, ``[tokens, width]``, for int64 ``[tokens]`` token ids and positions."""
@@ -66,15 +100,48 @@ class Decoder:
         rotary = cos, kernels.signed(sin)
         delta: Tensor | None = None
         for number, block in enumerate(backbone.layers):
+            parts = self._kept[number] if self._kept else self._parts(block)
 
-            def run(hidden: Tensor, delta: Tensor | None, number: int = number, block: Any = block) -> Any:
-                return self._block(number, block, hidden, delta, rotary, attend)
+            def run(hidden: Tensor, delta: Tensor | None, number: int = number, parts: _Parts = parts) -> Any:
+                return self._block(number, parts, hidden, delta, rotary, attend)
 
-            if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
+            if self._kept:
+                hidden, delta = run(hidden, delta)
+            elif getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
                 hidden, delta = cast(Any, checkpoint(run, hidden, delta, use_reentrant=False))
             else:
                 hidden, delta = run(hidden, delta)
-        return self._add_norm(hidden, delta, backbone.norm)[1]
+        return self._add_norm(hidden, delta, _Norm.of(backbone.norm))[1]
+
+    @contextmanager
+    def keeping_weights(self) -> Iterator[None]:
+        """Nothing is looked up or cast anew inside, where weights do not change and nothing is trained.
+
+        A pass over one token otherwise spends as long on finding its weights as on reading them.
+        """
+        backbone = cast(Any, self._model()).model
+        dtype = compute_dtype(backbone.embed_tokens.weight)
+        with torch.no_grad():
+            self._kept = [self._parts(block, partial(kept_projection, dtype=dtype)) for block in backbone.layers]
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def _parts(self, block: Any, projection: Callable[[Sequence[nn.Module]], Run] = _projection) -> _Parts:
+        attention, mlp = block.self_attn, block.mlp
+        gated_down = partial(project_gated, gating=self._gating, module=mlp.down_proj)
+        norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        return _Parts(
+            norm=_Norm.of(block.input_layernorm),
+            query_key_value=projection((attention.q_proj, attention.k_proj, attention.v_proj)),
+            query_norm=None if norms[0] is None else _Norm.of(norms[0]),
+            key_norm=None if norms[1] is None else _Norm.of(norms[1]),
+            out=projection((attention.o_proj,)),
+            second_norm=_Norm.of(block.post_attention_layernorm),
+            gate_up=projection((mlp.gate_proj, mlp.up_proj)),
+            down=gated_down if projection is _projection else partial(self._gated, projection((mlp.down_proj,))),
+        )
 
     def hidden_of_rows(self, token_ids: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
         """`hidden` of packed rows, which attend within ``segments`` as a `Batch` has them."""
@@ -88,41 +155,40 @@ class Decoder:
         """``[n, vocabulary]`` from ``[n, width]``."""
         return head_logits(cast(nn.Module, self._model()), hidden)
 
+    def _gated(self, run: Run, gate: Tensor, up: Tensor) -> Tensor:
+        return run(self._gating.forward(gate, up))[0]
+
     def _block(
         self,
         number: int,
-        block: Any,
+        parts: _Parts,
         hidden: Tensor,
         delta: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         attend: Attend,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream before the last addition of a block, and what is still to be added."""
-        attention, mlp = block.self_attn, block.mlp
-        hidden, normed = self._add_norm(hidden, delta, block.input_layernorm)
-        query, key, value = (
-            part.reshape(len(part), -1, self.head_dim)
-            for part in project(normed, (attention.q_proj, attention.k_proj, attention.v_proj))
-        )
-        query = self._rotated(query, getattr(attention, "q_norm", None), rotary)
-        key = self._rotated(key, getattr(attention, "k_norm", None), rotary)
-        (delta,) = project(attend(number, query, key, value), (attention.o_proj,))
-        hidden, normed = self._add_norm(hidden, delta, block.post_attention_layernorm)
-        gate, up = project(normed, (mlp.gate_proj, mlp.up_proj))
-        return hidden, project_gated(gate, up, self._gating, mlp.down_proj)
+        hidden, normed = self._add_norm(hidden, delta, parts.norm)
+        query, key, value = (part.reshape(len(part), -1, self.head_dim) for part in parts.query_key_value(normed))
+        query = self._rotated(query, parts.query_norm, rotary)
+        key = self._rotated(key, parts.key_norm, rotary)
+        (delta,) = parts.out(attend(number, query, key, value))
+        hidden, normed = self._add_norm(hidden, delta, parts.second_norm)
+        gate, up = parts.gate_up(normed)
+        return hidden, parts.down(gate, up)
 
-    def _add_norm(self, hidden: Tensor, delta: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    def _add_norm(self, hidden: Tensor, delta: Tensor | None, norm: _Norm) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(hidden)
-        if norm._forward_hooks or norm._forward_pre_hooks:  # a method trains this norm in a dtype of its own
+        if norm.module is not None:
             hidden = hidden if delta is None else hidden + delta
-            return hidden, norm(hidden).to(dtype)
-        settings = _NormSettings(norm_offset(norm), _eps(norm), dtype)
+            return hidden, norm.module(hidden).to(dtype)
+        settings = _NormSettings(norm.offset, norm.eps, dtype)
         if torch.is_grad_enabled():
             return cast(tuple[Tensor, Tensor], _AddNorm.apply(hidden, delta, norm.weight, settings))
         hidden = hidden if delta is None else hidden + delta
         return hidden, kernels.rms_norm(hidden, norm.weight, *settings)
 
-    def _rotated(self, x: Tensor, norm: Any | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def _rotated(self, x: Tensor, norm: _Norm | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
         if norm is not None:
             x = self._add_norm(x, None, norm)[1]
         return cast(Tensor, _Rotated.apply(x, *rotary)) if torch.is_grad_enabled() else kernels.rotate(x, *rotary)

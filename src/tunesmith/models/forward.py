@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from tunesmith.batch import Batch, Example, pack
 from tunesmith.models.attention import SEGMENTS, UnsupportedAttention, use_attention, use_default_attention
 from tunesmith.models.decoder import Decoder, decoder_of
 from tunesmith.models.head import has_plain_head, head_logits, target_logps
-from tunesmith.models.projection import projection_of
+from tunesmith.models.projection import compute_dtype, projection_of, rounded_up
 
 
 def next_token_logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
@@ -30,6 +31,7 @@ def next_token_logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tens
     Returns:
         ``[n, vocabulary]`` in the model's dtype.
     """
+    batch = _filled_up(model, batch)
     hidden = _hidden(model, batch, positions)
     if hidden is not None:
         return head_logits(model, hidden)
@@ -41,6 +43,7 @@ def next_token_logps(model: nn.Module, batch: Batch, positions: Tensor, targets:
 
     Where the model's head is a plain product of the last hidden states, logits exist for a few positions at a time.
     """
+    batch = _filled_up(model, batch)
     hidden = _hidden(model, batch, positions)
     if hidden is None:
         logits = (_packed if batch.layout == "packed" else _padded)(model, batch, positions)
@@ -50,6 +53,19 @@ def next_token_logps(model: nn.Module, batch: Batch, positions: Tensor, targets:
             return target_logps(hidden, head.weight, targets)
         logits = head_logits(model, hidden)
     return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _filled_up(model: nn.Module, batch: Batch) -> Batch:
+    """Packed tokens, followed by some that belong to no row, up to a number that comes up again and again.
+
+    On a CPU each number of tokens that was not met before makes the library of products in narrow dtypes write some
+    thirty kernels anew, and keep them.
+    """
+    embeddings = cast(Any, model).get_input_embeddings().weight
+    if batch.layout == "padded" or embeddings.device.type != "cpu" or compute_dtype(embeddings) == torch.float32:
+        return batch
+    filler = (0, rounded_up(batch.tokens) - batch.tokens)
+    return replace(batch, token_ids=F.pad(batch.token_ids, filler), positions=F.pad(batch.positions, filler))
 
 
 def _hidden(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.models.attention import as_transformers_runs_it
-from tunesmith.models.projection import compute_dtype, project
+from tunesmith.models.projection import compute_dtype, project, rounded_up
 
 LOGITS_AT_ONCE = 2**24
 """Logits that exist at a time, in the dtype of the arithmetic."""
@@ -29,7 +29,10 @@ def target_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Args:
         hidden: ``[n, width]``; weight: ``[vocabulary, width]``; targets: int64 ``[n]``.
     """
-    return cast(Tensor, _TargetLogps.apply(hidden, weight, targets, compute_dtype(weight)))
+    dtype = compute_dtype(weight)
+    filler = rounded_up(len(targets)) - len(targets) if dtype != torch.float32 and weight.device.type == "cpu" else 0
+    filled = F.pad(hidden, (0, 0, 0, filler)), weight, F.pad(targets, (0, filler)), dtype
+    return cast(Tensor, _TargetLogps.apply(*filled))[: len(targets)]
 
 
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:

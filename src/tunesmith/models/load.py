@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Progress, silent
-from tunesmith.models.freed_memory import keep_freed_memory
 
 if TYPE_CHECKING:  # models take seconds to import, and those who count tokens need none
     import torch
@@ -92,8 +91,6 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    if device.type == "cpu":
-        keep_freed_memory()
     directory = Path(path)
     if directory.is_dir() and not any(directory.glob("*.safetensors")):
         raise InputError(

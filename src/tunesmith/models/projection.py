@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,6 @@ class Projection:
     update: LowRank | None = None
 
 
-@runtime_checkable
 class Updated(Protocol):
     """A module that is a frozen layer with a low-rank update."""
 
@@ -50,11 +49,12 @@ class Updated(Protocol):
 def projection_of(module: nn.Module) -> Projection | None:
     """A module taken apart; None when it is not a plain linear layer, with or without an update."""
     update = None
-    if isinstance(module, Updated):
-        update = module.low_rank()
+    if hasattr(type(module), "low_rank"):
+        updated = cast(Updated, module)
+        update = updated.low_rank()
         if update is None or _hooked(module):
             return None
-        module = module.base
+        module = updated.base
     if _hooked(module):
         return None
     if type(module) is Conv1D:  # GPT-2's linear layer, whose weight lies the other way round
@@ -64,6 +64,10 @@ def projection_of(module: nn.Module) -> Projection | None:
 
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+Run = Callable[[Tensor], list[Tensor]]
+"""What each of some layers makes of the same input ``[tokens, in]``."""
 
 
 def project(hidden: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
@@ -79,17 +83,31 @@ def project(hidden: Tensor, modules: Sequence[nn.Module]) -> list[Tensor]:
 
 def project_by(hidden: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     """`project` for layers that are taken apart already."""
-    tensors = [tensor for projection in projections for tensor in _tensors(projection)]
-    scales = tuple(projection.update.scale if projection.update else 0.0 for projection in projections)
     dtype = compute_dtype(hidden)
     if not torch.is_grad_enabled():
-        return _outputs(hidden.to(dtype), _layers(tensors), scales)[0]
-    return list(cast(tuple[Tensor, ...], _Projections.apply(hidden, scales, dtype, *tensors)))
+        return _outputs(hidden.to(dtype), _Layers.of(projections, dtype))[0]
+    tensors = [tensor for projection in projections for tensor in _tensors(projection)]
+    return list(cast(tuple[Tensor, ...], _Projections.apply(hidden, _scales(projections), dtype, *tensors)))
+
+
+def kept_projection(modules: Sequence[nn.Module], dtype: torch.dtype) -> Run:
+    """`project` of modules whose weights do not change while it is in use: taken apart and cast once, no gradients."""
+    projections = [projection_of(module) for module in modules]
+    if any(projection is None for projection in projections):
+        return lambda hidden: [module(hidden) for module in modules]
+    layers = _Layers.of(cast(list[Projection], projections), dtype)
+    return lambda hidden: _outputs(hidden, layers)[0]
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def rounded_up(rows: int) -> int:
+    """The next of the numbers of rows of a product that are sixteen from each power of two to the next."""
+    step = max(1, 2 ** (rows.bit_length() - 5)) if rows > 0 else 1
+    return -(-rows // step) * step
 
 
 FEW = 24
@@ -101,10 +119,47 @@ _PARTS = 4
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x weight^T + bias``, ``[tokens, out]``; for a few tokens perhaps a transposed view."""
-    if len(x) > FEW or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+    if x.shape[0] > FEW or x.dtype != torch.bfloat16 or x.device.type != "cpu":
         return F.linear(x, weight, bias)
-    output = torch.mv(weight, x[0])[None] if len(x) == 1 else torch.mm(weight, x.t()).t()
+    output = torch.mv(weight, x[0])[None] if x.shape[0] == 1 else torch.mm(weight, x.t()).t()
     return output if bias is None else output + bias
+
+
+class _Layers(NamedTuple):
+    """Layers that read the same input, cast for the products.
+
+    Attributes:
+        weights, biases: of each layer.
+        down: of all updates, ``[all ranks, in]``.
+        ups: of each layer ``[out, rank]``, or None.
+        scales: of each layer's update.
+    """
+
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    down: Tensor | None
+    ups: list[Tensor | None]
+    scales: Sequence[float]
+
+    @classmethod
+    def of(cls, projections: Sequence[Projection], dtype: torch.dtype) -> _Layers:
+        tensors = [tensor for projection in projections for tensor in _tensors(projection)]
+        return cls.cast(tensors, _scales(projections), dtype)
+
+    @classmethod
+    def cast(cls, tensors: Sequence[Any], scales: Sequence[float], dtype: torch.dtype) -> _Layers:
+        """From weight, bias, down and up of each layer."""
+        narrow: list[Any] = [
+            tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors
+        ]
+        weights, biases, downs, ups = (narrow[kind::_PARTS] for kind in range(_PARTS))
+        there = [down for down in downs if down is not None]
+        down = torch.cat(there) if len(there) > 1 else there[0] if there else None
+        return cls(weights, biases, down, ups, scales)
+
+
+def _scales(projections: Sequence[Projection]) -> tuple[float, ...]:
+    return tuple(projection.update.scale if projection.update else 0.0 for projection in projections)
 
 
 def _layers(tensors: Sequence[Any]) -> list[Sequence[Any]]:
@@ -112,17 +167,15 @@ def _layers(tensors: Sequence[Any]) -> list[Sequence[Any]]:
     return [tensors[at : at + _PARTS] for at in range(0, len(tensors), _PARTS)]
 
 
-def _outputs(x: Tensor, layers: Sequence[Sequence[Any]], scales: Sequence[float]) -> tuple[list[Tensor], Tensor | None]:
+def _outputs(x: Tensor, layers: _Layers) -> tuple[list[Tensor], Tensor | None]:
     """What each layer makes of ``x``, and the inputs of all updates, ``[tokens, all ranks]``."""
-    dtype = x.dtype
-    downs = [down.to(dtype) for _, _, down, _ in layers if down is not None]
-    low = F.linear(x, torch.cat(downs) if len(downs) > 1 else downs[0]) if downs else None
+    low = None if layers.down is None else F.linear(x, layers.down)
     outputs, at = [], 0
-    for (weight, bias, down, up), scale in zip(layers, scales, strict=True):
-        output = _product(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        if down is not None and low is not None:
-            output.addmm_(low[:, at : at + len(down)], up.t().to(dtype), alpha=scale)
-            at += len(down)
+    for weight, bias, up, scale in zip(layers.weights, layers.biases, layers.ups, layers.scales, strict=True):
+        output = _product(x, weight, bias)
+        if up is not None and low is not None:
+            output.addmm_(low[:, at : at + up.shape[1]], up.t(), alpha=scale)
+            at += up.shape[1]
         outputs.append(output)
     return outputs, low
 
@@ -137,7 +190,7 @@ class _Projections(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, scales: tuple[float, ...], dtype: torch.dtype, *tensors: Any) -> Any:
         x = hidden.to(dtype)
-        outputs, low = _outputs(x, _layers(tensors), scales)
+        outputs, low = _outputs(x, _Layers.cast(tensors, scales, dtype))
         ctx.scales, ctx.dtype, ctx.input_dtype = scales, dtype, hidden.dtype
         wants_input = any(ctx.needs_input_grad[3:])
         ctx.save_for_backward(x if wants_input else None, low if wants_input else None, *tensors)
@@ -153,12 +206,11 @@ class _Projections(torch.autograd.Function):
 
 def project_gated(gate: Tensor, up: Tensor, gating: Gating, module: nn.Module) -> Tensor:
     """What ``module`` makes of ``gating.forward(gate, up)``, which is computed again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return project(gating.forward(gate, up), (module,))[0]
     projection = projection_of(module)
-    if projection is None or not torch.is_grad_enabled():
-        gated = (
-            gating.forward(gate, up) if not torch.is_grad_enabled() else cast(Tensor, _Gated.apply(gate, up, gating))
-        )
-        return project(gated, (module,))[0]
+    if projection is None:
+        return project(cast(Tensor, _Gated.apply(gate, up, gating)), (module,))[0]
     scale = projection.update.scale if projection.update else 0.0
     return cast(Tensor, _GatedProjection.apply(gate, up, gating, scale, *_tensors(projection)))
 
@@ -185,7 +237,7 @@ class _Gated(torch.autograd.Function):
 class _GatedProjection(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, gating: Gating, scale: float, *tensors: Any) -> Tensor:
-        (output,), low = _outputs(gating.forward(gate, up), _layers(tensors), (scale,))
+        (output,), low = _outputs(gating.forward(gate, up), _Layers.cast(tensors, (scale,), gate.dtype))
         ctx.gating, ctx.scale = gating, scale
         ctx.save_for_backward(gate, up, low, *tensors)
         return output

@@ -19,6 +19,10 @@ from torch import Tensor
 BLOCK = 512
 """Queries of a block."""
 
+EVEN = 8
+"""The longest row of a group is made a multiple of this: unaligned rows of scores are slow, and each length new to the
+library of products costs it a kernel."""
+
 WASTE = 1.25
 """Rows share a batch of products while padding makes it at most this much larger."""
 
@@ -50,27 +54,29 @@ class Layout:
         groups: which follow each other.
         from_queries: int64 ``[tokens * heads]``: the slot, counted over all groups, where each query was put.
         from_keys: the same for keys and values.
+        covered: tokens that belong to a row.
     """
 
     groups: tuple[Group, ...]
     from_queries: Tensor
     from_keys: Tensor
+    covered: int
     heads: int
     key_heads: int
 
 
 @lru_cache(maxsize=16)
-def layout_of(lengths: tuple[int, ...], heads: int, key_heads: int, device: torch.device) -> Layout:
-    """The layout of rows of these lengths, which lie end to end."""
+def layout_of(lengths: tuple[int, ...], tokens: int, heads: int, key_heads: int, device: torch.device) -> Layout:
+    """The layout of rows of these lengths, which lie end to end; of ``tokens`` the rest belongs to no row."""
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
-    tokens = starts[-1]
     groups, query_slots = [], torch.zeros(tokens, heads, dtype=torch.long)
     key_slots = torch.zeros(tokens, key_heads, dtype=torch.long)
     query_base, key_base = 0, 0
     for members in _groups(lengths):
         longest, count = max(lengths[row] for row in members), len(members)
+        longest += -longest % EVEN
         offsets = torch.arange(longest)
         own = torch.tensor([lengths[row] for row in members])[:, None]
         token = torch.tensor([starts[row] for row in members])[:, None] + torch.minimum(offsets, own - 1)
@@ -86,7 +92,8 @@ def layout_of(lengths: tuple[int, ...], heads: int, key_heads: int, device: torc
         )
         query_base += count * heads * longest
         key_base += count * key_heads * longest
-    return Layout(tuple(groups), query_slots.reshape(-1).to(device), key_slots.reshape(-1).to(device), heads, key_heads)
+    slots = query_slots.reshape(-1).to(device), key_slots.reshape(-1).to(device)
+    return Layout(tuple(groups), *slots, starts[-1], heads, key_heads)
 
 
 def _groups(lengths: tuple[int, ...]) -> list[list[int]]:
@@ -119,13 +126,14 @@ def row_attention(
 
     Args:
         query: ``[tokens, heads, head_dim]``; key, value: ``[tokens, key_heads, head_dim]``.
-        lengths: tokens of the rows, which lie end to end.
+        lengths: tokens of the rows, which lie end to end; what follows the last row belongs to none, and what is
+            returned for it means nothing.
         window: how many tokens a query sees, itself among them; None for all.
 
     Returns:
         ``[tokens, heads * value_dim]``.
     """
-    layout = layout_of(lengths, query.shape[1], key.shape[1], query.device)
+    layout = layout_of(lengths, *query.shape[:2], key.shape[1], query.device)
     return cast(Tensor, _RowAttention.apply(query, key, value, layout, scaling, window))
 
 
@@ -180,6 +188,8 @@ class _RowAttention(torch.autograd.Function):
         d_query = flats[0].index_select(0, layout.from_queries).view_as(query)
         d_key = flats[1].index_select(0, layout.from_keys).view_as(key)
         d_value = flats[2].index_select(0, layout.from_keys).view_as(value)
+        for slope in (d_query, d_key, d_value) if layout.covered < len(query) else ():
+            slope[layout.covered :] = 0
         return d_query, d_key, d_value, None, None, None
 
 
