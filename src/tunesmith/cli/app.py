@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from tunesmith.cli.importing import importing
+
 app = typer.Typer(
     help="Adapt a language model to a task, and prove that it is better.",
     no_args_is_help=True,
@@ -50,7 +52,8 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Do the whole job: plan, train, prove; ends with a verdict and a page."""
-    from tunesmith.cli.train import run_training
+    with importing():
+        from tunesmith.cli.train import run_training
 
     raise typer.Exit(run_training(recipe, overrides or [], resume=resume, force=force or [], as_json=as_json))
 
@@ -58,12 +61,14 @@ def train(
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what a job will need, and what every `auto` becomes, before anything is loaded."""
-    from tunesmith.cli.display import Display, out, quiet_libraries
-    from tunesmith.cli.tables import plan_lines
-    from tunesmith.recipe_file import read_recipe
+    with importing():
+        from tunesmith.cli.display import Display, out, quiet_libraries
+        from tunesmith.cli.tables import plan_lines
+        from tunesmith.recipe_file import read_recipe
 
     asked = read_recipe(recipe, overrides or [])
-    from tunesmith.pipeline.planning import estimate_job
+    with importing():
+        from tunesmith.pipeline.planning import estimate_job
 
     quiet_libraries()
     with Display(as_json) as display:
@@ -90,7 +95,8 @@ def data_show(
     as_json: AsJson = False,
 ) -> None:
     """Show every token of some rows as trained, masked or cut: the trainer's own ids and weights."""
-    from tunesmith.cli.show import show_rows
+    with importing():
+        from tunesmith.cli.show import show_rows
 
     show_rows(recipe, overrides or [], rows=rows, worst=worst, packing=packing, html=html, as_json=as_json)
 
@@ -147,7 +153,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Judge a model on rows; a run or adapter is compared with its base."""
-    from tunesmith.cli.evaluate import run_evaluation
+    with importing():
+        from tunesmith.cli.evaluate import run_evaluation
 
     run_evaluation(target, data, metrics=metrics, rows=rows, as_json=as_json)
 
@@ -163,8 +170,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts."""
-    from tunesmith.cli.speak import print_answers
-    from tunesmith.engine.generate import Sampling
+    with importing():
+        from tunesmith.cli.speak import print_answers
+        from tunesmith.engine.generate import Sampling
 
     print_answers(target, prompts, Sampling(max_new_tokens, temperature, top_p), system=system, as_json=as_json)
 
@@ -177,8 +185,9 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system turn before the conversation.")] = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends."""
-    from tunesmith.cli.speak import converse
-    from tunesmith.engine.generate import Sampling
+    with importing():
+        from tunesmith.cli.speak import converse
+        from tunesmith.engine.generate import Sampling
 
     converse(target, Sampling(max_new_tokens, temperature), system=system)
 
@@ -190,9 +199,10 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Fold an adapter into its base, and show that nothing changed."""
-    from tunesmith.cli.display import Display, quiet_libraries
-    from tunesmith.cli.display import out as say
-    from tunesmith.pipeline.merging import merge_run
+    with importing():
+        from tunesmith.cli.display import Display, quiet_libraries
+        from tunesmith.cli.display import out as say
+        from tunesmith.pipeline.merging import merge_run
 
     quiet_libraries()
     with Display(as_json) as display:
@@ -236,7 +246,8 @@ def rerun(
     as_json: AsJson = False,
 ) -> None:
     """Train a run's recipe again, on a new base or new data, and compare the two runs."""
-    from tunesmith.cli.runs import run_again
+    with importing():
+        from tunesmith.cli.runs import run_again
 
     raise typer.Exit(run_again(run, overrides or [], resume=resume, as_json=as_json))
 
@@ -268,7 +279,8 @@ def demo(
     output: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/demo"), as_json: AsJson = False
 ) -> None:
     """The main job on the demo model: docstrings of Python's own library in one sentence."""
-    from tunesmith.cli.train import run_demo
+    with importing():
+        from tunesmith.cli.train import run_demo
 
     raise typer.Exit(run_demo(output, as_json=as_json))
 

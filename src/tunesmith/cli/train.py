@@ -8,6 +8,7 @@ from typing import Any
 
 from tunesmith.base import InputError
 from tunesmith.cli.display import Display, out, quiet_libraries
+from tunesmith.cli.importing import importing
 from tunesmith.cli.tables import plan_lines, report_lines
 from tunesmith.recipe import Plan, Recipe
 from tunesmith.recipe_file import check_recipe, read_recipe
@@ -24,8 +25,9 @@ def run_training(
 
 
 def run_recipe(recipe: Recipe, *, resume: bool, forced: Sequence[str] = (), as_json: bool) -> int:
-    from tunesmith.pipeline.finetune import Watcher, finetune
-    from tunesmith.train.parallel import is_main
+    with importing():
+        from tunesmith.pipeline.finetune import Watcher, finetune
+        from tunesmith.train.parallel import is_main
 
     quiet_libraries()
     with Display(as_json) as display:

@@ -130,8 +130,11 @@ def packing_obstacle(model: nn.Module) -> str | None:
 
     A short row is run alone and behind two different neighbours. A model whose layers mix tokens in another way than
     attention (a convolution, a recurrent state) gives different logits, or gradients of them by the neighbours, and
-    would learn from the neighbours.
+    would learn from the neighbours. A decoder's own attention knows no other tokens than those of the row, and what it
+    makes of two packed rows is compared with each of them alone when it is built.
     """
+    if isinstance(decoder_of(model), Decoder):
+        return None
     device = next(model.parameters()).device
     vocabulary = int(cast(Any, model).get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)

@@ -111,7 +111,7 @@ def rounded_up(rows: int) -> int:
 
 
 FEW = 24
-"""Tokens up to which a product in bf16 on a CPU is faster with the weight as its first factor (by a quarter; it is
+"""Tokens up to which a product in bf16 on a CPU is faster with the weight as its first factor (it is
 bound by reading the weight)."""
 
 _PARTS = 4
