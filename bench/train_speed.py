@@ -34,7 +34,7 @@ from turns import Side, say
 
 HERE = Path(__file__).parent
 SIDES = str(HERE / "train_sides.py")
-BATCH, MAX_LENGTH = 8, 512
+MAX_LENGTH = 512
 FASTER = {
     "without checkpointing": {"gradient_checkpointing": False},
     "padding-free": {"gradient_checkpointing": False, "padding_free": True, "max_length": None},
@@ -50,6 +50,7 @@ class Group:
 
     Attributes:
         model: `demo`, or a family of random models.
+        rows: of an optimizer step.
         best: whether TRL's best settings are looked for and compared besides its defaults.
     """
 
@@ -57,6 +58,7 @@ class Group:
     model: str = "demo"
     method: str = "lora"
     dtype: str = "bf16"
+    rows: int = 8
     best: bool = False
 
     @property
@@ -91,7 +93,7 @@ class Bench:
         if group.model in FAMILIES:
             self.model = str(directory / "model")
             _run([str(HERE / "random_models.py"), group.model, self.model])
-        write_rows(directory / "rows.jsonl", docstring_rows(BATCH * (effort.total + 2)))
+        write_rows(directory / "rows.jsonl", docstring_rows(group.rows * (effort.total + 2)))
         self._write_recipe()
         say(f"{group.name}: rendering rows, and the adapter before the first update")
         _run([SIDES, "prepare", self._work("prepare")])
@@ -99,7 +101,12 @@ class Bench:
 
     def _write_recipe(self) -> None:
         group = self.group
-        train = {"steps": self.effort.total, "batch_size": BATCH, "learning_rate": group.learning_rate, "warmup": 0}
+        train = {
+            "steps": self.effort.total,
+            "batch_size": group.rows,
+            "learning_rate": group.learning_rate,
+            "warmup": 0,
+        }
         train |= {"schedule": "constant", "dtype": group.dtype, "checkpoint_every": "off", "best": "last"}
         method = {"kind": "lora", "rank": 16, "alpha": 32.0} if group.method == "lora" else {"kind": "full"}
         data = {"train": str(self.directory / "rows.jsonl"), "checks": False, "max_length": MAX_LENGTH}
@@ -120,7 +127,7 @@ class Bench:
         Full fine-tuning in bf16 keeps TRL's default of fp32 weights under autocast, which is what Tunesmith does too.
         """
         settings: dict[str, Any] = {
-            "per_device_train_batch_size": BATCH,
+            "per_device_train_batch_size": self.group.rows,
             "max_steps": self.effort.total,
             "max_length": MAX_LENGTH,
             "learning_rate": self.group.learning_rate,
@@ -137,9 +144,11 @@ class Bench:
             settings["per_device_train_batch_size"] = max(1, round(self.shape["tokens"] / MAX_LENGTH))
         return settings | faster
 
-    def ours(self) -> Side:
-        say(f"{self.group.name}: starting {OURS}")
-        return Side(OURS, [SIDES, "tunesmith", self._work(OURS)], self.directory / "tunesmith.log")
+    def ours(self, name: str = OURS, settings: Sequence[str] = ()) -> Side:
+        say(f"{self.group.name}: starting {name}")
+        stem = name.replace(" ", "-").replace(",", "")
+        own = [*self.settings, *settings, f"output={self.directory / stem}"]
+        return Side(name, [SIDES, "tunesmith", self._work(stem, set=own)], self.directory / f"{stem}.log")
 
     def trl(self, name: str, faster: dict[str, Any]) -> Side:
         say(f"{self.group.name}: starting {name}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tiny import random_rows, shake, tiny
 from tunesmith.batch import NO_PARENT, Batch, Example, pack
 from tunesmith.methods import Full, Lora, trainable_parameters
-from tunesmith.methods.low_rank import merge_layers
+from tunesmith.methods.adapted import merge_layers
 from tunesmith.models import decoder, forward, head, kernels
 from tunesmith.models.decoder import Decoder, decoder_of
 from tunesmith.models.projection import rounded_up

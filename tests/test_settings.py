@@ -13,10 +13,10 @@ from pydantic import BaseModel
 from conftest import build_model, colour_rows, write_jsonl
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
-from tunesmith.methods import Full, Lora
+from tunesmith.methods import Adapter, Full, Ia3, Lora, Peft, Prefix, Prompt
 from tunesmith.objectives import Supervised
 from tunesmith.pipeline.finetune import finetune
-from tunesmith.recipe import EarlyStopping, EvaluateSpec, ModelSpec, Recipe, TrainSpec
+from tunesmith.recipe import EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
 from tunesmith.recipe_file import check_recipe
 
 BASE: dict[str, Any] = {
@@ -31,6 +31,8 @@ MESSY = [
     {"prompt": "Say nothing 99", "completion": " "},
     {"prompt": "Say " + "very " * 40 + "long 100", "completion": "LONG very " * 8},
 ]
+FULL, ADAPTER = {"method": {"kind": "full"}}, {"method": {"kind": "adapter"}}
+PREFIX, PROMPT = ({"method": {"kind": kind, "tokens": 3}} for kind in ("prefix", "prompt"))
 CLEANING = {"empty": "drop", "overlong": "drop", "max_length": 40}
 
 # For every field: the sections that it is changed in, beside which the same job with the default is run.
@@ -122,6 +124,41 @@ CHANGES: dict[str, Any] = {
     "method.rank_pattern": ({}, {"method": {"rank_pattern": {"q_proj": 4}}}),
     "method.alpha_pattern": ({}, {"method": {"alpha_pattern": {"q_proj": 64}}}),
     "method.modules_to_save": ({}, {"method": {"modules_to_save": ["norm"]}}),
+    "method.plus_ratio": ({}, {"method": {"plus_ratio": 4}}),
+    "method.dora": ({}, {"method": {"dora": True}}),
+    "method.init": ({}, {"method": {"init": "pissa"}}),
+    "method[full].kind": ({}, FULL),
+    "method[full].weights": (FULL, {"method": {"kind": "full", "weights": "norms"}}),
+    "method[full].layer_decay": (FULL, {"method": {"kind": "full", "layer_decay": 0.5}}),
+    "method[adapter].kind": ({}, ADAPTER),
+    "method[adapter].placement": (ADAPTER, {"method": {"kind": "adapter", "placement": "parallel"}}),
+    "method[adapter].reduction": (ADAPTER, {"method": {"kind": "adapter", "reduction": 4}}),
+    "method[adapter].size": (ADAPTER, {"method": {"kind": "adapter", "size": 5}}),
+    "method[adapter].activation": (ADAPTER, {"method": {"kind": "adapter", "activation": "relu"}}),
+    "method[prefix].kind": ({}, PREFIX),
+    "method[prefix].tokens": (PREFIX, {"method": {"kind": "prefix", "tokens": 4}}),
+    "method[prefix].text": (PREFIX, {"method": {"kind": "prefix", "tokens": 3, "text": "Name the colour."}}),
+    "method[prefix].init": (PREFIX, {"method": {"kind": "prefix", "tokens": 3, "init": "random"}}),
+    "method[prompt].kind": ({}, PROMPT),
+    "method[prompt].tokens": (PROMPT, {"method": {"kind": "prompt", "tokens": 4}}),
+    "method[prompt].text": (PROMPT, {"method": {"kind": "prompt", "tokens": 3, "text": "Name the colour."}}),
+    "method[prompt].init": (PROMPT, {"method": {"kind": "prompt", "tokens": 3, "init": "random"}}),
+    "method[ia3].kind": ({}, {"method": {"kind": "ia3"}}),
+    "method[ia3].targets": ({"method": {"kind": "ia3"}}, {"method": {"kind": "ia3", "targets": ["v_proj"]}}),
+    "method[ia3].feedforward": (
+        {"method": {"kind": "ia3"}},
+        {"method": {"kind": "ia3", "feedforward": ["down_proj", "v_proj"]}},
+    ),
+    "method[peft].kind": ({}, {"method": {"kind": "peft", "type": "loha", "r": 2, "target_modules": "all-linear"}}),
+    "method[peft].type": (
+        {"method": {"kind": "peft", "type": "loha", "r": 2, "target_modules": "all-linear"}},
+        {"method": {"kind": "peft", "type": "lokr", "r": 2, "target_modules": "all-linear"}},
+    ),
+    "train.groups": ({}, {"train": {"groups": [{"match": "lora_B", "rate": 0.5}]}}),
+    "train.groups[].match": ({}, {"train": {"groups": [{"match": "layers.0", "rate": 0.5}]}}),
+    "train.groups[].rate": ({}, {"train": {"groups": [{"match": "lora_A", "rate": 2}]}}),
+    "train.groups[].weight_decay": ({}, {"train": {"groups": [{"match": "lora", "weight_decay": 0.5}]}}),
+    "train.shard": ({}, {"train": {"shard": True}}),
     "objective.kind": ({}, REFUSED),
     "train.epochs": ({}, {"train": {"epochs": 0.2}}),
     "train.steps": ({}, {"train": {"steps": 3}}),
@@ -199,9 +236,16 @@ def schema_fields() -> set[str]:
         "data": [DataSpec],
         "data.train[]": [SourceSpec],
         "data.replay": [ReplaySpec],
-        "method": [Full, Lora],
+        "method": [Lora],
+        "method[full]": [Full],
+        "method[adapter]": [Adapter],
+        "method[prefix]": [Prefix],
+        "method[prompt]": [Prompt],
+        "method[ia3]": [Ia3],
+        "method[peft]": [Peft],
         "objective": [Supervised],
         "train": [TrainSpec],
+        "train.groups[]": [GroupSpec],
         "train.early_stopping": [EarlyStopping],
         "evaluate": [EvaluateSpec],
     }
@@ -249,7 +293,7 @@ def fingerprint(sections: dict[str, Any], places: dict[str, Path], output: Path)
     values["model"] = {"path": str(places["MODEL"])}
     values["data"]["train"] = str(places["ROWS"])
     for name, section in sections.items():
-        if name == "method" and isinstance(section, dict) and section.get("kind") == "full":
+        if name == "method" and isinstance(section, dict) and section.get("kind", "lora") != "lora":
             values[name] = section
         elif isinstance(section, dict) and isinstance(values.get(name), dict):
             values[name] = {**values[name], **section}

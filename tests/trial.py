@@ -72,7 +72,7 @@ class Trial:
     def save(self, progress: Progress, best: bool) -> None:
         self.saved.append((progress.step, best))
         if self.directory is not None:
-            self.checkpoints.save(progress, self.kept(), random_states_of_all(torch.device("cpu")))
+            self.checkpoints.save(progress, self.kept().snapshot(), random_states_of_all(torch.device("cpu")))
 
     def kept(self) -> Saved:
         return Saved(self.model, self.method, self.optimizer, self.precision)

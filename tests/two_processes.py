@@ -13,19 +13,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim import SGD
 
 from tiny import random_rows, shake, tiny
-from tunesmith.base import Interrupted
+from tunesmith.base import Interrupted, silent
+from tunesmith.evaluation.answers import mean_nll
 from tunesmith.methods import Full, Lora, trainable_parameters
+from tunesmith.models.sharding import is_sharded, shard, whole
 from tunesmith.objectives import Supervised
 from tunesmith.recipe import TrainSpec
 from tunesmith.train.batches import StepBatches
+from tunesmith.train.checkpoint import Checkpoints, Saved
 from tunesmith.train.loop import Job, Progress, step, train
 from tunesmith.train.optim import build_optimizer
-from tunesmith.train.parallel import is_main, join_processes, leave_processes, rank, wait_for_all
+from tunesmith.train.parallel import from_main, is_main, join_processes, leave_processes, rank, wait_for_all
 from tunesmith.train.precision import Precision
 
 METHODS: dict[str, Any] = {
@@ -48,11 +52,11 @@ class Rows(list[Any]):
     lengths = LENGTHS
 
 
-def step_batches(packed: bool) -> StepBatches:
+def step_batches(packed: bool, even: bool = False) -> StepBatches:
     rows: Any = Rows(SimpleNamespace(example=row) for row in random_rows(LENGTHS, weights=(0.5, 1.0, 2.0)))
     plan: Any = SimpleNamespace(micro_batch=MICRO_BATCH, packing=packed)
     order: Any = Straight()
-    return StepBatches(rows, order, batch_size=BATCH_SIZE, total_rows=len(LENGTHS), plan=plan)
+    return StepBatches(rows, order, batch_size=BATCH_SIZE, total_rows=len(LENGTHS), plan=plan, even=even)
 
 
 class Unreached(nn.Module):
@@ -80,6 +84,40 @@ def steps_of(name: str, packed: bool, directory: Path) -> None:
         directory / f"{stem}.safetensors",
     )
     (directory / f"{stem}.json").write_text(json.dumps(results))
+
+
+def sharded_steps_of(name: str, packed: bool, directory: Path) -> None:
+    """The same two steps with weights spread over the processes, the second after a restart from a checkpoint."""
+
+    def begun() -> Saved:
+        model = tiny(tie_word_embeddings=True)
+        METHODS[name].adapt(model)
+        shake(model)
+        if dist.is_initialized():
+            shard(model)
+            assert is_sharded(model)
+        parameters = trainable_parameters(model).values()
+        optimizer = SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=False)
+        return Saved(model, METHODS[name], optimizer, Precision())
+
+    def taken(saved: Saved, number: int) -> dict[str, Any]:
+        batches = step_batches(packed, even=dist.is_initialized())(number)
+        return asdict(step(saved.model, Supervised(), saved.optimizer, batches, clip=0.5))
+
+    first, stem = begun(), f"sharded-{name}-{packed}"
+    results = [taken(first, 1)]
+    checkpoints, snapshot = Checkpoints(directory / stem, keep=1), first.snapshot()
+    if is_main():
+        checkpoints.save(Progress(step=1), snapshot, {"cpu": torch.get_rng_state()})
+    wait_for_all()
+    second = begun()
+    checkpoints.restore(1, second)
+    results.append(taken(second, 2))
+    with whole(second.model):
+        logps = mean_nll(second.model, random_rows([5, 8]), packed=packed, progress=silent) if is_main() else None
+    results.append({"nll": from_main(logps or 0.0, torch.device("cpu"))})
+    save_file(second.snapshot().trained, directory / f"{stem}-{rank()}.safetensors")
+    (directory / f"{stem}-{rank()}.json").write_text(json.dumps(results))
 
 
 def stop_on_one_process(directory: Path) -> None:
@@ -124,6 +162,7 @@ def main(directory: Path) -> None:
         for name in METHODS:
             for packed in (True, False):
                 steps_of(name, packed, directory)
+                sharded_steps_of(name, packed, directory)
         if "--stop" in sys.argv:
             stop_on_one_process(directory)
     finally:

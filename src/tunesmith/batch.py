@@ -56,6 +56,7 @@ class Batch:
         scopes: what the first dimension of each named tensor counts.
         layout: ``packed`` runs the sequence as it stands; ``padded`` gives every segment a row of its own, for models
             whose layers mix tokens in ways that segments cannot separate.
+        filler: runs only so that every process runs as often as the others; nothing in it is trained on.
     """
 
     token_ids: Tensor
@@ -64,6 +65,7 @@ class Batch:
     tensors: dict[str, Tensor]
     scopes: dict[str, Scope]
     layout: Literal["packed", "padded"] = "packed"
+    filler: bool = False
 
     @property
     def tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -11,6 +12,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -52,6 +54,26 @@ class EarlyStopping(Spec):
     """Smallest fall of the validation loss that counts as improvement."""
 
 
+class GroupSpec(Spec):
+    """Trained weights that learn at another rate than the others."""
+
+    match: str
+    """A regular expression that is searched for in the names of trained weights, such as `lora_B` or `embed_tokens`."""
+    rate: PositiveFloat = 1.0
+    """Factor on the learning rate."""
+    weight_decay: NonNegativeFloat | None = None
+    """Instead of `train.weight_decay`."""
+
+    @field_validator("match")
+    @classmethod
+    def _compiles(cls, match: str) -> str:
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return match
+
+
 class TrainSpec(Spec):
     """The loop: how long, how many rows at a time, how fast, and how often it is looked at."""
 
@@ -76,6 +98,8 @@ class TrainSpec(Spec):
     """Decoupled weight decay (Loshchilov & Hutter 2019); never on biases, norms and other vectors."""
     clip: PositiveFloat | Off = 1.0
     """Largest L2 norm of the gradient (Pascanu et al. 2013)."""
+    groups: list[GroupSpec] = Field(default_factory=list)
+    """Weights with a learning rate or weight decay of their own; the first group that matches counts."""
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     """AdamW with fp32 states, or with 8-bit block-wise states (Dettmers et al. 2022) through bitsandbytes."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -83,6 +107,11 @@ class TrainSpec(Spec):
     packing: bool | Auto = "auto"
     """Lay the rows of a micro-batch end to end instead of padding them. `auto` tests once that the model keeps packed
     rows apart and falls back to padding, saying so, when it does not."""
+    shard: bool = False
+    """Spread the weights of the model's blocks, their gradients and what the optimizer keeps of them over the processes
+    that torchrun started (FSDP2; Rajbhandari et al. 2020, ZeRO-3), for models that are too large to be trained whole on
+    each. It never changes the gradient; each process still loads the model whole, and holds it whole while it is
+    judged. With one process it does nothing."""
     gradient_checkpointing: bool | Auto = "auto"
     """Recompute activations in the backward pass (Chen et al. 2016); `auto` when the plan does not fit in memory."""
     evaluate_every: PositiveInt | Auto | Off = "auto"

@@ -12,19 +12,20 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from tunesmith.data.spec import DataSpec, SourceSpec
-from tunesmith.methods import Full, Lora
+from tunesmith.methods import Method
 from tunesmith.objectives import Supervised
-from tunesmith.recipe import EarlyStopping, EvaluateSpec, ModelSpec, Recipe, TrainSpec
+from tunesmith.recipe import EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
 
+METHODS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Method)[0])
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("", Recipe),
     ("model", ModelSpec),
     ("data", DataSpec),
     ("data.train[]", SourceSpec),
-    ("method (kind: lora)", Lora),
-    ("method (kind: full)", Full),
+    *((f"method (kind: {kind.model_fields['kind'].default})", kind) for kind in METHODS),
     ("objective (kind: sft)", Supervised),
     ("train", TrainSpec),
+    ("train.groups[]", GroupSpec),
     ("train.early_stopping", EarlyStopping),
     ("evaluate", EvaluateSpec),
 )

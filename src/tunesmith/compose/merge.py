@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tunesmith.base import TrainingError
 from tunesmith.batch import Example, pack
 from tunesmith.engine.generate import Sampling, generate
-from tunesmith.methods.low_rank import lora_layers, merge_layers
+from tunesmith.methods.adapted import merge_layers, without_adapter
 from tunesmith.models.forward import next_token_logits, use_default_attention
 
 GREEDY_TOKENS = 32
@@ -49,7 +49,7 @@ class MergeCheck:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Folds every LoRA layer into its base weight, in place, and returns the plain model with its own attention.
+    """Folds every layer of an adapter into its base, in place, and returns the plain model with its own attention.
 
     Raises:
         InputError: when base weights are quantized.
@@ -63,17 +63,12 @@ def merge_and_check(model: nn.Module, prompts: Sequence[Sequence[int]], stop_ids
     """Merges in place, comparing greedy tokens and logits before and after, and with the base.
 
     Args:
-        model: with LoRA layers, not merged yet.
+        model: with an adapter, not merged yet.
         prompts: token ids of held-out prompts.
         stop_ids: tokens that end an answer.
     """
-    layers = lora_layers(model)
-    scales = {name: layer.scale for name, layer in layers.items()}
-    for layer in layers.values():
-        layer.scale = 0.0
-    base = _logits(model, prompts)
-    for name, layer in layers.items():
-        layer.scale = scales[name]
+    with without_adapter(model):
+        base = _logits(model, prompts)
     adapter, adapter_tokens = _logits(model, prompts), _greedy(model, prompts, stop_ids)
     count = merge_layers(model)
     merged, merged_tokens = _logits(model, prompts), _greedy(model, prompts, stop_ids)

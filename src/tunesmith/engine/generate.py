@@ -13,6 +13,7 @@ from tunesmith.engine.padded import PaddedAnswers
 from tunesmith.engine.sampling import Asked, Generation, Sampling
 from tunesmith.models.attention import as_transformers_runs_it
 from tunesmith.models.decoder import decoder_of
+from tunesmith.models.forward import prompt_ids, refuse_prefix
 
 __all__ = ["Generation", "Sampling", "generate"]
 
@@ -44,6 +45,8 @@ def generate(
     if not prompts:
         return []
     device = next(model.parameters()).device
+    before = prompt_ids(model)
+    prompts = [[*before, *prompt] for prompt in prompts] if before else prompts
     answers: dict[int, Generation] = {}
     # Prompts of similar length are answered together, the longest first: memory is then known from the beginning.
     order = sorted(range(len(prompts)), key=lambda at: -len(prompts[at]))
@@ -51,6 +54,7 @@ def generate(
     # Not inference mode: what modules keep from pass to pass must serve training too.
     with as_transformers_runs_it(model), torch.no_grad():
         decoder = decoder_of(model)
+        refuse_prefix(model, decoder)
         path = PaddedAnswers(model, asked) if isinstance(decoder, str) else PackedAnswers(decoder, asked)
         for number, answer in path.run(device):
             answers[number] = answer

@@ -6,10 +6,25 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tunesmith.methods.bottleneck import Adapter
 from tunesmith.methods.full import Full
 from tunesmith.methods.lora import Lora
 from tunesmith.methods.method import AdaptationMethod, trainable_parameters
+from tunesmith.methods.prefix import Prefix
+from tunesmith.methods.prompt import Prompt
+from tunesmith.methods.through_peft import Ia3, Peft
 
-Method = Annotated[Full | Lora, Field(discriminator="kind")]
+Method = Annotated[Full | Lora | Adapter | Prefix | Prompt | Ia3 | Peft, Field(discriminator="kind")]
 
-__all__ = ["AdaptationMethod", "Full", "Lora", "Method", "trainable_parameters"]
+__all__ = [
+    "AdaptationMethod",
+    "Adapter",
+    "Full",
+    "Ia3",
+    "Lora",
+    "Method",
+    "Peft",
+    "Prefix",
+    "Prompt",
+    "trainable_parameters",
+]

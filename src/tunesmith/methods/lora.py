@@ -18,9 +18,23 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.base import InputError, nearest
+from tunesmith.methods.bottleneck import PEFT_TYPE as BOTTLENECK
+from tunesmith.methods.bottleneck import load_bottlenecks
 from tunesmith.methods.low_rank import lora_layers, names_of, untie, wrap
-from tunesmith.methods.method import AdaptationMethod, freeze, read_adapter_config, train_in_fp32
+from tunesmith.methods.method import (
+    AdaptationMethod,
+    freeze,
+    read_adapter_config,
+    refuse_adapted,
+    train_in_fp32,
+    trainable_parameters,
+)
+from tunesmith.methods.prefix import PEFT_TYPE as PREFIX
+from tunesmith.methods.prefix import load_prefix
+from tunesmith.methods.prompt import PEFT_TYPE as PROMPT
+from tunesmith.methods.prompt import load_prompt
 from tunesmith.methods.targets import available, compile_pattern, matches, select_modules
+from tunesmith.methods.through_peft import Peft, has_adapter, load_through_peft, peft_tensors, save_peft
 
 PEFT_PREFIX = "base_model.model."
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -51,6 +65,15 @@ class Lora(AdaptationMethod):
         dict[str, PositiveFloat],
         Field(description="Alpha of the modules that match a regular expression, over `alpha`."),
     ] = Field(default_factory=dict)
+    plus_ratio: PositiveFloat = 1.0
+    """How many times faster B learns than A (LoRA+, Hayou et al. 2024, who find 16 good for models of 7B)."""
+    dora: bool = False
+    """Train the length of every output's weights apart from their direction (DoRA, Liu et al. 2024, equation 5),
+    through PEFT's layers, which are slower."""
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = "kaiming"
+    """How the update starts: A at random and B at zero, both orthogonal to each other, or with the largest part of the
+    weight itself, which is taken off the base (PiSSA, Meng et al. 2024; OLoRA, Büyükakyüz 2024). All but `kaiming` go
+    through PEFT's layers, which are slower."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Modules trained whole beside the adapters and saved with them, such as `embed_tokens` and `lm_head` when tokens
     were added. Tied weights stay tied."""
@@ -58,8 +81,52 @@ class Lora(AdaptationMethod):
     saved_as: ClassVar[str] = "adapter"
     default_learning_rate: ClassVar[float] = 2e-4
 
+    @property
+    def needs_autocast(self) -> bool:
+        return bool(self.modules_to_save) or self._variant
+
+    @property
+    def _variant(self) -> bool:
+        """Whether PEFT's layers are needed."""
+        return self.dora or self.init != "kaiming"
+
+    def _through_peft(self, model: nn.Module) -> Peft:
+        """The same method in PEFT's layers."""
+        refuse_adapted(model)
+        chosen = select_modules(model, self.targets, key="method.targets")
+        if (
+            self.dora
+            and getattr(model, "is_quantized", False)
+            and any(isinstance(m, nn.Embedding) for m in chosen.values())
+        ):
+            raise InputError("DoRA cannot change quantized embeddings", where="method.dora", fix="choose other targets")
+        start = {"kaiming": True}.get(self.init, self.init)
+        return Peft.model_validate(
+            {
+                "type": "lora",
+                "r": self.rank,
+                "lora_alpha": self.alpha,
+                "lora_dropout": self.dropout,
+                "target_modules": _shortest_names(model, list(chosen)),
+                "use_rslora": self.rslora,
+                "use_dora": self.dora,
+                "init_lora_weights": start,
+                "rank_pattern": self.rank_pattern,
+                "alpha_pattern": self.alpha_pattern,
+                "modules_to_save": self.modules_to_save or None,
+                "fan_in_fan_out": any(isinstance(module, Conv1D) for module in chosen.values()),
+            }
+        )
+
+    def rates(self, model: nn.Module) -> dict[str, float]:
+        if self.plus_ratio == 1.0:
+            return {}
+        return {name: self.plus_ratio for name in trainable_parameters(model) if "lora_B" in name}
+
     def adapt(self, model: nn.Module) -> list[str]:
-        _refuse_adapted(model)
+        if self._variant:
+            return self._through_peft(model).adapt(model)
+        refuse_adapted(model)
         chosen = select_modules(model, self.targets, key="method.targets")
         whole = self._modules_to_save(model, chosen)
         ranks = _matched(self.rank_pattern, chosen, key="method.rank_pattern")
@@ -100,6 +167,9 @@ class Lora(AdaptationMethod):
         return list(whole.values())
 
     def save(self, model: nn.Module, directory: Path, *, base: str) -> None:
+        if has_adapter(model):
+            save_peft(model, directory, base=base)
+            return
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.trained_tensors(model).items()}
         for parameter in _whole(model).values():
@@ -111,6 +181,8 @@ class Lora(AdaptationMethod):
         (directory / "adapter_config.json").write_text(config, encoding="utf-8")
 
     def trained_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        if has_adapter(model):
+            return peft_tensors(model)
         tensors: dict[str, Tensor] = {}
         for name, layer in lora_layers(model).items():
             for suffix, parameter in zip(layer.suffixes, (layer.lora_A, layer.lora_B), strict=True):
@@ -151,20 +223,33 @@ def _whole(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def load_adapter(model: nn.Module, directory: Path) -> Lora:
-    """Adapts ``model`` by a LoRA that PEFT or Tunesmith saved, and returns its method.
+def load_adapter(model: nn.Module, directory: Path) -> AdaptationMethod:
+    """Adapts ``model`` by an adapter that PEFT or Tunesmith saved, and returns its method.
 
-    The layers are those for which the file holds tensors; PEFT's own target rules are not needed.
+    LoRA is loaded into layers of our own, those for which the file holds tensors; other kinds, and variants of LoRA
+    with another arithmetic, into PEFT's.
 
     Raises:
-        InputError: when files are missing, the adapter is of another kind, uses variants of LoRA that would be
-            silently wrong if ignored, or belongs to another architecture.
+        InputError: when files are missing, the adapter is of a kind or uses a variant that would be silently wrong if
+            ignored, or belongs to another architecture.
     """
     config = read_adapter_config(directory)
     weights = directory / "adapter_model.safetensors"
-    _refuse_adapted(model)
+    refuse_adapted(model)
     _refuse_unknown_variants(config, directory / "adapter_config.json")
     tensors = _read_tensors(weights)
+    if config.get("peft_type") == BOTTLENECK:
+        return load_bottlenecks(model, config, tensors, weights)
+    if config.get("peft_type") == PREFIX:
+        return load_prefix(model, config, tensors, weights)
+    if config.get("peft_type") == PROMPT:
+        return load_prompt(model, config, tensors, weights)
+    if config.get("peft_type") != "LORA" or _peft_variants(config):
+        return load_through_peft(model, directory, config, {f"{PEFT_PREFIX}{name}": t for name, t in tensors.items()})
+    return _load_lora(model, config, tensors, weights)
+
+
+def _load_lora(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], weights: Path) -> Lora:
     ranks = {
         name.rpartition(".lora_")[0]: tensor.shape[0]
         for name, tensor in tensors.items()
@@ -212,11 +297,6 @@ def _read_tensors(weights: Path) -> dict[str, Tensor]:
         raise InputError(f"cannot read the adapter's weights: {error}", where=weights) from error
 
 
-def _refuse_adapted(model: nn.Module) -> None:
-    if lora_layers(model):
-        raise InputError("the model has an adapter already", fix="merge it first, or load the model anew")
-
-
 def _refuse_other_base(model: nn.Module, below: dict[str, Tensor], where: Path) -> None:
     """PEFT saves the embeddings below an adapter along with it; they must be those of this model."""
     for name, saved in below.items():
@@ -240,26 +320,9 @@ def _separate(model: nn.Module, whole: dict[str, Tensor]) -> None:
 
 
 def _refuse_unknown_variants(config: dict[str, Any], path: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"the adapter is of kind {config.get('peft_type')!r}; only LORA can be loaded", where=path)
-    changes_arithmetic = [
-        "use_dora",
-        "lora_bias",
-        "trainable_token_indices",
-        "layer_replication",
-        "target_parameters",
-        "use_qalora",
-        "use_bdlora",
-        "alora_invocation_tokens",
-        "velora_config",
-        "monteclora_config",
-        "kasa_config",
-        "arrow_config",
-    ]
-    used = [name for name in changes_arithmetic if config.get(name)]
-    if config.get("init_lora_weights", True) not in HARMLESS_STARTS:
-        used.append(f"init_lora_weights={config['init_lora_weights']!r} (it changes the base weights too)")
-    if config.get("bias", "none") != "none":
+    changes_the_pass = ["layer_replication", "alora_invocation_tokens", "arrow_config", "monteclora_config"]
+    used = [name for name in changes_the_pass if config.get(name)]
+    if config.get("peft_type") == "LORA" and config.get("bias", "none") != "none":
         used.append("bias")
     if used:
         raise InputError(
@@ -267,6 +330,24 @@ def _refuse_unknown_variants(config: dict[str, Any], path: Path) -> None:
             where=path,
             fix="merge it with PEFT, or train it again without that variant",
         )
+
+
+def _peft_variants(config: dict[str, Any]) -> list[str]:
+    """What an adapter uses that only PEFT's own layers compute."""
+    changes_arithmetic = [
+        "use_dora",
+        "lora_bias",
+        "trainable_token_indices",
+        "target_parameters",
+        "use_qalora",
+        "use_bdlora",
+        "velora_config",
+        "kasa_config",
+    ]
+    used = [name for name in changes_arithmetic if config.get(name)]
+    if config.get("init_lora_weights", True) not in HARMLESS_STARTS:  # it changes the base weights too
+        used.append("init_lora_weights")
+    return used
 
 
 def _matched(patterns: dict[str, Any], modules: dict[str, Any], *, key: str) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -24,6 +26,7 @@ class LoraLayer(nn.Module):
         scale: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
     """
 
+    is_adapter: ClassVar[bool] = True
     suffixes: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
 
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float) -> None:
@@ -112,7 +115,21 @@ def wrap(model: nn.Module, name: str, rank: int, scale: float, dropout: float) -
     setattr(model.get_submodule(parent_name), leaf, wrapped)
 
 
-def merge_layers(model: nn.Module) -> int:
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Runs the model as if its LoRA layers were not there."""
+    layers = lora_layers(model)
+    scales = {name: layer.scale for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.scale = 0.0
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.scale = scales[name]
+
+
+def merge_lora(model: nn.Module) -> int:
     """Folds every LoRA layer into the weight beside it and puts the plain layer back.
 
     A weight that another module shares (a tied head) is first given a copy of its own, so that only the adapted

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.base import InputError, Spec
+from tunesmith.models.sharding import parted_like
 
 RESULT_DIRECTORIES = ("adapter", "model")
 
@@ -28,6 +29,20 @@ class AdaptationMethod(Spec):
     can_pack: ClassVar[bool] = True
     """Whether rows may be laid end to end under this method."""
     default_learning_rate: ClassVar[float]
+
+    @property
+    def needs_autocast(self) -> bool:
+        """Whether trained fp32 weights stand where the model's own arithmetic meets them."""
+        return False
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every weight is trained."""
+        return False
+
+    def rates(self, model: nn.Module) -> dict[str, float]:
+        """Factors on the learning rate, by the names of trained parameters that have one."""
+        return {}
 
     @abstractmethod
     def adapt(self, model: nn.Module) -> list[str]:
@@ -70,7 +85,13 @@ class AdaptationMethod(Spec):
                         f"{name} has shape {list(tensors[name].shape)}, the model needs {list(tensor.shape)}",
                         where=where,
                     )
-                tensor.copy_(tensors[name])
+                tensor.copy_(parted_like(tensors[name], tensor))
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raises InputError when a method has put layers of its own into the model already."""
+    if hasattr(model, "peft_config") or any(hasattr(type(module), "is_adapter") for module in model.modules()):
+        raise InputError("the model has an adapter already", fix="merge it first, or load the model anew")
 
 
 def freeze(model: nn.Module) -> None:

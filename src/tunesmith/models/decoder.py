@@ -37,17 +37,21 @@ GATES = {"silu": _SWIGLU, "swish": _SWIGLU, "gelu_pytorch_tanh": _GEGLU, "gelu_n
 
 
 class _Norm(NamedTuple):
-    """An RMS norm; ``module`` is there where only itself can run, because a method trains it in a dtype of its own."""
+    """An RMS norm, or any module in its place.
 
-    module: nn.Module | None
+    Attributes:
+        other: what must run itself: a method trains it in a dtype of its own, or has put a layer around it.
+    """
+
+    other: nn.Module | None
     weight: Tensor
     offset: float
     eps: float
 
     @classmethod
     def of(cls, norm: Any) -> _Norm:
-        hooked = norm._forward_hooks or norm._forward_pre_hooks
-        return cls(norm if hooked else None, norm.weight, norm_offset(norm), _eps(norm))
+        plain = type(norm).__name__.endswith("RMSNorm") and not (norm._forward_hooks or norm._forward_pre_hooks)
+        return cls(None if plain else norm, norm.weight, norm_offset(norm), _eps(norm))
 
 
 class _Parts(NamedTuple):
@@ -89,6 +93,7 @@ class Decoder:
         self.head_dim, self.scaling = int(attention.head_dim), float(attention.scaling)
         self.windows = [_window(block.self_attn) for block in blocks]
         self._gating = GATES[config.hidden_act]
+        self._keeps = False
         self._kept: list[_Parts] | None = None
 
     def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -96,8 +101,12 @@ class Decoder:
         backbone = cast(Any, self._model()).model
         hidden = backbone.embed_tokens(token_ids)
         dtype = compute_dtype(hidden)
+        if self._keeps and self._kept is None:
+            self._kept = [self._parts(block, partial(kept_projection, dtype=dtype)) for block in backbone.layers]
         cos, sin = (turn[0, :, None].to(dtype) for turn in backbone.rotary_emb(hidden[None], positions[None]))
         rotary = cos, kernels.signed(sin)
+        if hasattr(backbone.embed_tokens, "before_attention"):  # a method's own keys and values
+            attend = _with_prefix(attend, backbone.embed_tokens.before_attention(token_ids))
         delta: Tensor | None = None
         for number, block in enumerate(backbone.layers):
             parts = self._kept[number] if self._kept else self._parts(block)
@@ -119,14 +128,11 @@ class Decoder:
 
         A pass over one token otherwise spends as long on finding its weights as on reading them.
         """
-        backbone = cast(Any, self._model()).model
-        dtype = compute_dtype(backbone.embed_tokens.weight)
-        with torch.no_grad():
-            self._kept = [self._parts(block, partial(kept_projection, dtype=dtype)) for block in backbone.layers]
+        self._keeps = True
         try:
             yield
         finally:
-            self._kept = None
+            self._keeps, self._kept = False, None
 
     def _parts(self, block: Any, projection: Callable[[Sequence[nn.Module]], Run] = _projection) -> _Parts:
         attention, mlp = block.self_attn, block.mlp
@@ -145,11 +151,15 @@ class Decoder:
 
     def hidden_of_rows(self, token_ids: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
         """`hidden` of packed rows, which attend within ``segments`` as a `Batch` has them."""
+        return self.hidden(token_ids, positions, self.within(segments))
+
+    def within(self, segments: Tensor) -> Attend:
+        """Attention of packed rows."""
 
         def within(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attend(query, key, value, segments, self.scaling, self.windows[layer])
 
-        return self.hidden(token_ids, positions, within)
+        return within
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[n, vocabulary]`` from ``[n, width]``."""
@@ -179,9 +189,9 @@ class Decoder:
 
     def _add_norm(self, hidden: Tensor, delta: Tensor | None, norm: _Norm) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(hidden)
-        if norm.module is not None:
+        if norm.other is not None:
             hidden = hidden if delta is None else hidden + delta
-            return hidden, norm.module(hidden).to(dtype)
+            return hidden, norm.other(hidden).to(dtype)
         settings = _NormSettings(norm.offset, norm.eps, dtype)
         if torch.is_grad_enabled():
             return cast(tuple[Tensor, Tensor], _AddNorm.apply(hidden, delta, norm.weight, settings))
@@ -194,6 +204,10 @@ class Decoder:
         return cast(Tensor, _Rotated.apply(x, *rotary)) if torch.is_grad_enabled() else kernels.rotate(x, *rotary)
 
 
+def _with_prefix(attend: Attend, put: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Attend:
+    return lambda layer, query, key, value: attend(layer, query, *put(layer, key, value))
+
+
 _DECODERS: WeakKeyDictionary[nn.Module, Decoder | str] = WeakKeyDictionary()
 
 
@@ -203,6 +217,11 @@ def decoder_of(model: nn.Module) -> Decoder | str:
         found = shape_obstacle(model) or Decoder(model)
         _DECODERS[model] = found if isinstance(found, str) else _difference(model, found) or found
     return _DECODERS[model]
+
+
+def forget_decoder(model: nn.Module) -> None:
+    """Lets `decoder_of` look at a model anew, whose blocks have become others."""
+    _DECODERS.pop(model, None)
 
 
 def _difference(model: nn.Module, decoder: Decoder) -> str | None:
@@ -238,6 +257,8 @@ def shape_obstacle(model: nn.Module) -> str | None:
             return f"blocks of the kind {type(block).__name__} have no fused form"
         if any(part._forward_hooks or part._forward_pre_hooks for part in (block, block.self_attn, block.mlp)):
             return "something hooks into its blocks"
+        if not all(hasattr(block.mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
+            return "a method has put something else in the place of its feed-forward network"
         config = block.self_attn.config
         if config.hidden_act not in GATES:
             return f"its gate is {config.hidden_act}"

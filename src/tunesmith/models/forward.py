@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from tunesmith.batch import Batch, Example, pack
+from tunesmith.base import InputError
+from tunesmith.batch import NO_PARENT, Batch, Example, pack
 from tunesmith.models.attention import SEGMENTS, UnsupportedAttention, use_attention, use_default_attention
 from tunesmith.models.decoder import Decoder, decoder_of
 from tunesmith.models.head import has_plain_head, head_logits, target_logps
@@ -31,6 +32,7 @@ def next_token_logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tens
     Returns:
         ``[n, vocabulary]`` in the model's dtype.
     """
+    batch, positions = _prompted(model, batch, positions)
     batch = _filled_up(model, batch)
     hidden = _hidden(model, batch, positions)
     if hidden is not None:
@@ -43,6 +45,7 @@ def next_token_logps(model: nn.Module, batch: Batch, positions: Tensor, targets:
 
     Where the model's head is a plain product of the last hidden states, logits exist for a few positions at a time.
     """
+    batch, positions = _prompted(model, batch, positions)
     batch = _filled_up(model, batch)
     hidden = _hidden(model, batch, positions)
     if hidden is None:
@@ -53,6 +56,45 @@ def next_token_logps(model: nn.Module, batch: Batch, positions: Tensor, targets:
             return target_logps(hidden, head.weight, targets)
         logits = head_logits(model, hidden)
     return -F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def prompt_ids(model: nn.Module) -> list[int]:
+    """Tokens that a method puts before every row; mostly none."""
+    return list(getattr(cast(Any, model).get_input_embeddings(), "prompt_ids", ()))
+
+
+def has_prefix(model: nn.Module) -> bool:
+    """Whether a method puts keys and values of its own into every layer, which only the fused blocks can take."""
+    return hasattr(cast(Any, model).get_input_embeddings(), "before_attention")
+
+
+def refuse_prefix(model: nn.Module, decoder: Decoder | str) -> None:
+    """Raises InputError when a prefix would be left out because there are no fused blocks."""
+    if isinstance(decoder, str) and has_prefix(model):
+        raise InputError(
+            f"a prefix needs the fused blocks, and {decoder}", where="method.kind", fix="use prompt, adapter or lora"
+        )
+
+
+def _prompted(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[Batch, Tensor]:
+    """Rows behind the tokens that a method puts before each, and where ``positions`` are then."""
+    ids = prompt_ids(model)
+    if not ids:
+        return batch, positions
+    device, more = batch.token_ids.device, len(ids)
+    roots = batch.segments[:, 2] == NO_PARENT
+    before = roots.cumsum(0) * more  # prompt tokens up to the beginning of each segment's own tokens
+    pieces, places = [], []
+    for (start, length, _), root in zip(batch.segments.tolist(), roots.tolist(), strict=True):
+        own = slice(start, start + length)
+        pieces += [torch.tensor(ids, device=device)] * root + [batch.token_ids[own]]
+        places += [torch.arange(more, device=device)] * root + [batch.positions[own] + more]
+    segments = batch.segments.clone()
+    segments[:, 0] += before - roots * more
+    segments[:, 1] += roots * more
+    segment = torch.searchsorted(batch.segments[:, 0].contiguous(), positions.cpu(), right=True) - 1
+    moved = positions + before[segment].to(positions.device)
+    return replace(batch, token_ids=torch.cat(pieces), positions=torch.cat(places), segments=segments), moved
 
 
 def _filled_up(model: nn.Module, batch: Batch) -> Batch:
@@ -71,8 +113,9 @@ def _filled_up(model: nn.Module, batch: Batch) -> Batch:
 def _hidden(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor | None:
     """What the head reads at ``positions``, ``[n, width]``; None when the model must be asked for logits."""
     decoder = decoder_of(model)
-    if isinstance(decoder, Decoder) and batch.layout == "packed":
+    if isinstance(decoder, Decoder) and (batch.layout == "packed" or has_prefix(model)):
         return decoder.hidden_of_rows(batch.token_ids, batch.positions, batch.segments)[positions]
+    refuse_prefix(model, decoder)
     if not has_plain_head(model):
         return None
     arguments, places = (

@@ -23,22 +23,18 @@ from tunesmith.pipeline.resuming import refuse_another_recipe, resumed_plan
 from tunesmith.pipeline.room import refuse_too_little_room
 from tunesmith.pipeline.sinks import check_sinks, open_sinks
 from tunesmith.pipeline.stopping import Stopping
-from tunesmith.pipeline.training import Watcher, Work, train_model
+from tunesmith.pipeline.training import BLOCKS, Watcher, Work, train_model
 from tunesmith.pipeline.usage import Stopwatch
 from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Plan, Recipe, Resolved
 from tunesmith.recipe_file import recipe_yaml
 from tunesmith.run import BASE_EVALUATION, DATA, ENVIRONMENT, PLAN, RECIPE, REPORT, TUNED_EVALUATION, Run
-from tunesmith.train.parallel import is_main, join_processes, leave_processes, wait_for_all
+from tunesmith.train.parallel import is_main, join_processes, leave_processes, wait_for_all, world_size
 
 __all__ = ["Watcher", "finetune"]
 
 DISK_TROUBLES = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
-
-
-BLOCKS = "decoder blocks"
-"""Name of what a plan says about them."""
 
 
 def finetune(
@@ -176,7 +172,7 @@ def _with_verified_packing(planned: Planned, model: nn.Module) -> Plan:
         return plan
     obstacle = packing_obstacle(model) if planned.recipe.method.can_pack else "the method cannot pack"
     if obstacle is None:
-        return _with_blocks(plan, model)
+        return _with_blocks(plan, model, sharded=planned.recipe.train.shard and world_size() > 1)
     if asked is True:
         raise InputError(
             f"rows cannot be packed for this model: {obstacle}",
@@ -194,10 +190,12 @@ def _with_verified_packing(planned: Planned, model: nn.Module) -> Plan:
     )
 
 
-def _with_blocks(plan: Plan, model: nn.Module) -> Plan:
+def _with_blocks(plan: Plan, model: nn.Module, *, sharded: bool) -> Plan:
     """Says whose decoder blocks will run: the fast form of them, or transformers' own and why."""
     found = decoder_of(model)
     value, reason = "fused", "the same hidden states as transformers' own blocks"
+    if sharded:
+        found = "their weights are spread over processes"
     if isinstance(found, str):
         value, reason = "transformers' own", found
     others = [item for item in plan.resolved if item.name != BLOCKS]

@@ -21,6 +21,7 @@ from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.recipe import Plan, Recipe, Resolved, Workload
+from tunesmith.train.parallel import world_size
 
 ASSUMED_ROWS, ASSUMED_TOKENS = 1000, 512
 CHARACTERS_PER_TOKEN = 4
@@ -75,7 +76,10 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     judged = _judged(recipe, prepared)
     plan = resolve(recipe, model, workload, hardware, judged, prepared.max_length)
     found = [*plan.resolved, *_found_in_data(recipe, prepared)]
-    plan = plan.model_copy(update={"notes": [*plan.notes, *prepared.notes], "resolved": found})
+    notes = [*plan.notes, *prepared.notes]
+    if recipe.train.shard and world_size() == 1:
+        notes.append("train.shard spreads nothing over one process; torchrun starts several")
+    plan = plan.model_copy(update={"notes": notes, "resolved": found})
     return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared)
 
 

@@ -37,7 +37,7 @@ def refuse_another_recipe(run: Run, recipe: Recipe, forced: Sequence[str] = ()) 
         others = f" ({len(changed) - 1} more keys differ)" if len(changed) > 1 else ""
         raise InputError(
             f"{key} is {now!r} now and was {before!r} when the run began{others}",
-            where=run.path,
+            where=run.path / RECIPE,
             fix=f"resume with the run's own recipe, say --force {key}=… to go on with the change, or start a new run: "
             "output=runs/NAME",
         )

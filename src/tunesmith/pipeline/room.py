@@ -19,7 +19,7 @@ def needed_bytes(plan: Plan, recipe: Recipe) -> dict[str, int]:
     kept = recipe.train.keep + 1 + (recipe.data.validation is not None)
     return {
         f"{kept} checkpoints": kept * (trained + plan.memory.optimizer),
-        "the result": trained if recipe.method.kind == "lora" else 4 * plan.parameters.total,
+        "the result": trained if recipe.method.saved_as == "adapter" else 4 * plan.parameters.total,
         "tokenizer, evaluations and report": REST_BYTES,
     }
 

@@ -18,7 +18,9 @@ from tunesmith.evaluation.answers import Judging, judge, mean_nll
 from tunesmith.evaluation.compare import metric_rows
 from tunesmith.files import committed_directory
 from tunesmith.methods.low_rank import lora_layers
+from tunesmith.models.decoder import decoder_of
 from tunesmith.models.embeddings import untrained_tokens
+from tunesmith.models.sharding import is_sharded, made_whole, shard, whole
 from tunesmith.pipeline.environment import code_sha256
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.proof import Proof
@@ -37,6 +39,9 @@ from tunesmith.train.optim import build_optimizer
 from tunesmith.train.parallel import is_main, wait_for_all, world_size
 from tunesmith.train.precision import Precision
 from tunesmith.train.randomness import random_states_of_all
+
+BLOCKS = "decoder blocks"
+"""Name of what a plan says about them."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,15 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
     planned, run, model = work.planned, work.run, work.model
     plan = planned.plan
     saved = _adapted(work)
+    _tell_of_other_blocks(work, emit)
     checkpoints = Checkpoints(run.checkpoints, planned.recipe.train.keep, _identity(planned))
     progress = _where_it_stands(work, checkpoints, saved, emit)
 
     def save(now: Progress, best: bool) -> None:
         states = random_states_of_all(planned.hardware.device)
-        if is_main():
-            checkpoints.save(now, saved, states, run.synced_events())
+        snapshot = saved.snapshot() if is_main() or is_sharded(model) else None
+        if is_main() and snapshot is not None:
+            checkpoints.save(now, snapshot, states, run.synced_events())
         wait_for_all()
 
     def go_back() -> Progress | None:
@@ -110,6 +117,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     _take_best(work, checkpoints, progress)
+    made_whole(model)
     if is_main():
         _commit_result(work)
         emit(_trained(progress))
@@ -142,9 +150,21 @@ def _adapted(work: Work) -> Saved:
     method.adapt(model)
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    casts = method.kind == "full" or bool(getattr(method, "modules_to_save", [])) or plan.dtype != plan.frozen_dtype
+    if recipe.train.shard and world_size() > 1:
+        shard(model)
+    casts = method.needs_autocast or plan.dtype != plan.frozen_dtype
     precision = Precision(DTYPES[plan.dtype], planned.hardware.device, autocast=casts)
-    return Saved(model, method, build_optimizer(model, recipe.train, plan.learning_rate), precision)
+    return Saved(
+        model, method, build_optimizer(model, recipe.train, plan.learning_rate, method.rates(model)), precision
+    )
+
+
+def _tell_of_other_blocks(work: Work, emit: Emit) -> None:
+    """A method may have put layers where the fused blocks, which the plan has found to fit, cannot run them."""
+    planned = {item.name: item.value for item in work.planned.plan.resolved}.get(BLOCKS)
+    found = decoder_of(work.model)
+    if planned == "fused" and isinstance(found, str):
+        _warning(emit, 0)(f"transformers' own blocks run instead of the fused ones: {found}")
 
 
 def _where_it_stands(work: Work, checkpoints: Checkpoints, saved: Saved, emit: Emit) -> Progress:
@@ -215,9 +235,7 @@ def _validation(work: Work, emit: Emit) -> Callable[[int], float | None]:
     # Several processes end together, after the evaluation that the others wait for.
     watched = partial(_stop_when_asked, work.stopping) if world_size() == 1 else silent
 
-    def evaluate(step: int) -> float | None:
-        if not (is_main() and rows):
-            return None
+    def measured(step: int) -> float | None:
         # Told when everything is measured: a stop on the way must leave no event of what is measured again.
         loss, told = None, list[dict[str, Any]]()
         watch = Stopwatch()
@@ -233,6 +251,10 @@ def _validation(work: Work, emit: Emit) -> Callable[[int], float | None]:
         for event in told:
             emit(event)
         return loss
+
+    def evaluate(step: int) -> float | None:
+        with whole(work.model):
+            return measured(step) if is_main() and rows else None
 
     return evaluate
 

@@ -61,7 +61,7 @@ def predict_memory(model: nn.Module, shape: Shape, recipe: Recipe, frozen_dtype:
     gradients = 4 * trained
     optimizer = OPTIMIZER_BYTES[recipe.train.optimizer] * trained
     activations = activation_bytes(shape, load)
-    if recipe.method.kind == "full" and load.dtype != "fp32":
+    if recipe.method.trains_all and load.dtype != "fp32":
         activations += BYTES[load.dtype] * (shape.linear_weights + shape.head_weights)  # copies that autocast keeps
     runtime = RUNTIME_BYTES if load.runtime else 0
     total = weights + gradients + optimizer + activations + runtime

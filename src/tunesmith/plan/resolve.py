@@ -155,7 +155,7 @@ def _dtypes(recipe: Recipe, hardware: Hardware, decided: Decisions) -> tuple[DTY
         raise InputError(f"{hardware.name} does not compute fp16", where="train.dtype", fix="use bf16 or fp32")
     if dtype == "bf16" and "bf16" not in native:
         decided.notes.append(f"{hardware.name} has no native bf16: it is emulated, and slower than fp32")
-    if recipe.method.kind == "full":
+    if recipe.method.trains_all:
         if recipe.model.dtype not in ("auto", "fp32"):
             raise InputError(
                 "weights that are trained are kept in fp32",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
 from tunesmith.batch import Batch, pack
 from tunesmith.data.mix import RowOrder
 from tunesmith.data.stored import RenderedRows
@@ -18,11 +22,22 @@ class StepBatches:
         batch_size: rows per optimizer step over all processes.
         total_rows: where the stream ends, so that the last step may be smaller.
         plan: micro-batch and layout.
+        even: whether every process gets as many micro-batches as the others, with some that train nothing: where
+            weights are spread over processes, a pass of one needs all of them.
     """
 
-    def __init__(self, rows: RenderedRows, order: RowOrder, *, batch_size: int, total_rows: int, plan: Plan) -> None:
+    def __init__(
+        self,
+        rows: RenderedRows,
+        order: RowOrder,
+        *,
+        batch_size: int,
+        total_rows: int,
+        plan: Plan,
+        even: bool = False,
+    ) -> None:
         self.rows, self.order = rows, order
-        self.batch_size, self.total_rows, self.plan = batch_size, total_rows, plan
+        self.batch_size, self.total_rows, self.plan, self.even = batch_size, total_rows, plan, even
 
     @classmethod
     def of_job(cls, recipe: Recipe, plan: Plan, rows: RenderedRows, order: RowOrder) -> StepBatches:
@@ -31,12 +46,17 @@ class StepBatches:
         total = plan.steps * spec.batch_size
         if spec.epochs is not None or spec.steps is None:
             total = min(total, max(1, round(plan.epochs * order.epoch_rows)))
-        return cls(rows, order, batch_size=spec.batch_size, total_rows=total, plan=plan)
+        return cls(rows, order, batch_size=spec.batch_size, total_rows=total, plan=plan, even=spec.shard)
 
     def __call__(self, step: int, micro_batch: int | None = None) -> list[Batch]:
         layout = "packed" if self.plan.packing else "padded"
-        groups = self.groups(step, micro_batch)[rank() :: world_size()]
-        return [pack([self.rows[at].example for at in group], layout) for group in groups]
+        groups = self.groups(step, micro_batch)
+        mine = [pack([self.rows[at].example for at in group], layout) for group in groups[rank() :: world_size()]]
+        if self.even and groups:
+            missing = -(-len(groups) // world_size()) - len(mine)
+            shortest = self.rows[groups[0][0]].example
+            mine += [_filler(pack([shortest], layout))] * missing
+        return mine
 
     def groups(self, step: int, micro_batch: int | None = None) -> list[list[int]]:
         """Indices of the rows in each micro-batch of a step, over all processes, which take them in turn.
@@ -51,3 +71,8 @@ class StepBatches:
         chosen.sort(key=lambda at: (int(self.rows.lengths[at]), at))
         size = micro_batch or self.plan.micro_batch
         return [chosen[at : at + size] for at in range(0, len(chosen), size)]
+
+
+def _filler(batch: Batch) -> Batch:
+    weights = torch.zeros_like(batch.tensors["target_weights"])
+    return replace(batch, tensors={**batch.tensors, "target_weights": weights}, filler=True)

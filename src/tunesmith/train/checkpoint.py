@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.files import committed_directory, file_sha256, read_json, remove_directory, sync_file, write_text
 from tunesmith.methods import AdaptationMethod
+from tunesmith.models.sharding import is_sharded, whole
 from tunesmith.train.health import Health
 from tunesmith.train.loop import Progress
 from tunesmith.train.optim import optimizer_tensors, restore_optimizer
@@ -52,12 +53,31 @@ class Saved:
     optimizer: Optimizer
     precision: Precision
 
+    def snapshot(self) -> Snapshot:
+        """What goes to disk; where weights are spread over processes, all of them must ask."""
+        gathered = is_sharded(self.model)  # and then gone again after the block
+        with whole(self.model):
+            found = self.method.trained_tensors(self.model)
+            trained = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+            trained = {name: tensor.clone() for name, tensor in trained.items()} if gathered else trained
+        return Snapshot(trained, *optimizer_tensors(self.optimizer), self.precision.state())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Tensors and numbers of one moment, on the CPU."""
+
+    trained: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    numbers: dict[str, Any]
+    precision: dict[str, Any]
+
     def bytes(self) -> int:
-        """Size of the tensors: the trained ones, and what the optimizer keeps of each (two more before it has any)."""
-        trained = self.method.trained_tensors(self.model).values()
-        weights = sum(t.numel() * t.element_size() for t in trained)
-        states = sum(t.numel() * t.element_size() for t in optimizer_tensors(self.optimizer)[0].values())
-        return weights + (states or 2 * sum(4 * t.numel() for t in trained))
+        """Size of the tensors; an optimizer that has not taken a step yet will have two for each."""
+        weights, states = (
+            sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in (self.trained, self.optimizer)
+        )
+        return weights + (states or 2 * sum(4 * t.numel() for t in self.trained.values()))
 
 
 class Checkpoints:
@@ -85,7 +105,7 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def save(
-        self, progress: Progress, saved: Saved, random_states: dict[str, torch.Tensor], events_bytes: int = 0
+        self, progress: Progress, saved: Snapshot, random_states: dict[str, torch.Tensor], events_bytes: int = 0
     ) -> None:
         """Commits a checkpoint, and only then removes those that are no longer kept.
 
@@ -124,17 +144,15 @@ class Checkpoints:
                 remove_directory(self.path(step))
 
     def _write(
-        self, directory: Path, where: dict[str, Any], saved: Saved, random_states: dict[str, torch.Tensor]
+        self, directory: Path, where: dict[str, Any], saved: Snapshot, random_states: dict[str, torch.Tensor]
     ) -> None:
-        tensors, numbers = optimizer_tensors(saved.optimizer)
-        trained = saved.method.trained_tensors(saved.model)
-        save_file({name: t.detach().cpu().contiguous() for name, t in trained.items()}, directory / WEIGHTS)
-        save_file(tensors, directory / OPTIMIZER)
+        save_file(saved.trained, directory / WEIGHTS)
+        save_file(saved.optimizer, directory / OPTIMIZER)
         save_file(random_states, directory / RANDOM)
         state = {
             **where,
-            "optimizer": numbers,
-            "precision": saved.precision.state(),
+            "optimizer": saved.numbers,
+            "precision": saved.precision,
             "python_random": python_random_state(),
             "processes": world_size(),
             "made_from": self.identity,

@@ -21,7 +21,7 @@ from tunesmith.objectives import TrainingObjective
 from tunesmith.recipe import Plan, TrainSpec
 from tunesmith.train.health import FIX, Health
 from tunesmith.train.optim import learning_rate_at, set_learning_rate
-from tunesmith.train.parallel import anywhere, from_main, sum_gradients, summed, world_size
+from tunesmith.train.parallel import anywhere, clip_gradients, from_main, sum_gradients, summed, world_size
 from tunesmith.train.precision import Precision
 from tunesmith.train.randomness import random_state, restore_random_state
 from tunesmith.train.trouble import (
@@ -91,7 +91,7 @@ def step(
     parameters = list(trainable_parameters(model).values())
     sum_gradients(parameters)
     precision.unscale(optimizer)
-    grad_norm = float(nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf")))
+    grad_norm = clip_gradients(parameters, math.inf if clip is None else clip)
     loss_value = float(summed(total_loss))
     applied = all(map(_is_finite, (grad_norm, loss_value))) and loss_value <= loss_limit
     precision.update(optimizer) if applied else precision.skip()
@@ -106,7 +106,7 @@ def _count(
     names = objective.terms
     counts = torch.zeros(2 + len(names), dtype=torch.float64, device=device)
     for batch, weight in zip(window, weights, strict=True):
-        counts[0] += batch.tokens
+        counts[0] += 0 if batch.filler else batch.tokens
         counts[1] += int((batch.tensors["target_weights"] > 0).sum())
         counts[2:] += torch.stack([weight[name].to(device) for name in names])
     summed(counts)

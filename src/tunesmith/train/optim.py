@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,26 +13,37 @@ from torch.optim import AdamW, Optimizer
 
 from tunesmith.base import InputError
 from tunesmith.methods import trainable_parameters
+from tunesmith.models.sharding import full, is_part, parted_like
 from tunesmith.recipe import Plan, TrainSpec
 
 WSD_DECAY_SHARE = 0.2
 
 
-def build_optimizer(model: nn.Module, spec: TrainSpec, learning_rate: float) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, spec: TrainSpec, learning_rate: float, rates: Mapping[str, float] | None = None
+) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over the trainable parameters; vectors are not decayed.
 
+    Args:
+        rates: factors on the learning rate by the names of parameters, from the method; `spec.groups` multiply them.
+
     Raises:
-        InputError: when the 8-bit variant is asked for and bitsandbytes is missing.
+        InputError: when the 8-bit variant is asked for and bitsandbytes is missing, or a group matches nothing.
     """
-    parameters = list(trainable_parameters(model).values())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    named = trainable_parameters(model)
+    parameters = list(named.values())
+    groups = _groups(named, spec, rates or {})
+    sharded = any(map(is_part, parameters))
     if spec.optimizer == "adamw":
-        fused = all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)
-        return AdamW(groups, lr=learning_rate, fused=fused)
+        fused = not sharded and all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)
+        # Parts and whole weights cannot be updated in one call.
+        return AdamW(groups, lr=learning_rate, fused=fused, foreach=False if sharded else None)
+    if sharded:
+        raise InputError(
+            "8-bit states cannot be spread over processes",
+            where="train.optimizer",
+            fix="use adamw, or leave train.shard out",
+        )
     try:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -39,6 +52,29 @@ def build_optimizer(model: nn.Module, spec: TrainSpec, learning_rate: float) -> 
         ) from error
     optimizer: Any = AdamW8bit(groups, lr=learning_rate)
     return optimizer
+
+
+def _groups(named: Mapping[str, nn.Parameter], spec: TrainSpec, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Parameters that share a factor on the learning rate and a weight decay, matrices first."""
+    unused = {group.match for group in spec.groups}
+    found: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        own = next((group for group in spec.groups if re.search(group.match, name)), None)
+        decay = spec.weight_decay if parameter.dim() >= 2 else 0.0
+        factor = rates.get(name, 1.0)
+        if own is not None:
+            unused.discard(own.match)
+            factor *= own.rate
+            decay = decay if own.weight_decay is None else own.weight_decay
+        found.setdefault((parameter.dim() < 2, factor, decay), []).append(parameter)
+    if unused:
+        raise InputError(
+            f"the group {sorted(unused)[0]!r} matches no trained weight, or none that an earlier group left",
+            where="train.groups",
+            fix=f"trained are, for example, {', '.join(list(named)[:3])}",
+        )
+    ordered = sorted(found.items(), key=lambda entry: entry[0][0])
+    return [{"params": members, "weight_decay": decay, "factor": factor} for (_, factor, decay), members in ordered]
 
 
 def learning_rate_at(step: int, spec: TrainSpec, plan: Plan) -> float:
@@ -57,15 +93,16 @@ def learning_rate_at(step: int, spec: TrainSpec, plan: Plan) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Every group learns at ``rate`` times its own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)
 
 
 def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The optimizer's state as named tensors and plain numbers, for files without pickle.
 
     Names are paths: the parameter's index, the state's name, and one more step where a state is a group of its own,
-    as bitsandbytes has them.
+    as bitsandbytes has them. Where weights are spread over processes, all of them must ask.
     """
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -75,7 +112,7 @@ def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], di
             for name, inner in value.items():
                 collect(f"{path}/{name}", inner)
         elif isinstance(value, torch.Tensor):
-            tensors[path] = value.detach().cpu().contiguous().clone()
+            tensors[path] = full(value.detach()).cpu().contiguous().clone()
         else:
             numbers[path] = value
 
@@ -87,8 +124,11 @@ def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], di
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
     """Puts back what `optimizer_tensors` gave."""
     state: dict[int, dict[str, Any]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for path, value in [*tensors.items(), *numbers.items()]:
         index, *groups, name = path.split("/")
+        if isinstance(value, torch.Tensor):
+            value = parted_like(value, parameters[int(index)])
         place = state.setdefault(int(index), {})
         for group in groups:
             place = place.setdefault(group, {})

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tunesmith.models.sharding import gradient_norm, is_part, scale_gradients
+
 
 def join_processes(device: torch.device) -> None:
     """Joins the other processes when started by torchrun; does nothing otherwise."""
@@ -85,10 +87,20 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
     if not dist.is_initialized():
         return
-    grads = [parameter.grad for parameter in trained if parameter.grad is not None]
+    # Gradients of parts were added up on their way.
+    grads = [parameter.grad for parameter in trained if parameter.grad is not None and not is_part(parameter.grad)]
     for dtype in dict.fromkeys(grad.dtype for grad in grads):
         group = [grad for grad in grads if grad.dtype == dtype]
         flat = torch.cat([grad.reshape(-1) for grad in group])
         dist.all_reduce(flat)
         for grad, piece in zip(group, flat.split([grad.numel() for grad in group]), strict=True):
             grad.copy_(piece.view_as(grad))
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
+    """Scales gradients down to an L2 norm of ``limit`` (Pascanu et al. 2013), and returns their norm before."""
+    if not any(map(is_part, parameters)):
+        return float(nn.utils.clip_grad_norm_(parameters, limit))
+    norm = gradient_norm(parameters)
+    scale_gradients(parameters, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return float(norm)
