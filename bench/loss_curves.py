@@ -1,10 +1,10 @@
 """Loss curves of a long run: the fast path, the plain one, and TRL, from the same adapter over the same rows.
 
-    python bench/loss_curves.py [--steps 200] [--rows 1] [--json]
+    python bench/loss_curves.py [--steps 200] [--rows 1] [--both] [--json]
 
 LoRA of rank 16 on the demo model in bf16, at a constant rate. The plain path pads its rows and runs transformers' own
-blocks and attention; TRL runs in two of its settings, so that its difference from itself shows how far rounding alone
-leads two curves apart.
+blocks and attention; TRL runs in its fastest setting, or in two with `--both`, so that its difference from itself shows
+how far rounding alone leads two curves apart.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from train_speed import FASTER, Bench, Effort, Group, environment
 from turns import Side, say
 
 PLAIN = "tunesmith, plain path"
-TRL = {f"TRL {name}": FASTER[name] for name in ("without checkpointing", "padding-free")}
+TRL = {f"TRL {name}": FASTER[name] for name in ("padding-free", "without checkpointing")}
 WINDOWS = 4
 """Parts of the run whose mean losses are shown."""
 
 
-def curves(steps: int, rows: int) -> dict[str, list[float]]:
+def curves(steps: int, rows: int, names: list[str]) -> dict[str, list[float]]:
     """The losses of every step, by side; one side runs after the other."""
     with tempfile.TemporaryDirectory() as temporary:
         effort = Effort(warmup=0, alternations=1, steps=steps, try_all=False)
         bench = Bench(Group("loss-curves", rows=rows), effort, Path(temporary), [])
         found: dict[str, list[float]] = {}
-        for name in (OURS, PLAIN, *TRL):
+        for name in names:
             side = _side(bench, name)
             try:
                 turn = side.take(steps)
@@ -61,9 +61,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rows", type=int, default=1, help="of an optimizer step")
+    parser.add_argument("--both", action="store_true", help="two of TRL's settings")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     given = parser.parse_args()
-    found = curves(given.steps, given.rows)
+    found = curves(given.steps, given.rows, [OURS, PLAIN, *(TRL if given.both else list(TRL)[:1])])
     about = environment()
     print(f"{head(about)}\n")
     edges = [given.steps * part // WINDOWS for part in range(WINDOWS + 1)]

@@ -1,6 +1,6 @@
 """How speed and memory of training grow with the length of rows and with their number.
 
-    python bench/scaling.py [--quick] [--json]
+    python bench/scaling.py [--quick] [--alternations 5] [--only length|rows] [--json]
 
 The demo model with LoRA in bf16, as `tunesmith train` would run it. First rows of 128 to 4096 tokens, the same number
 of tokens in every optimizer step, micro-batches by the plan; then 1 to 16 rows of 200 tokens in one micro-batch. About
@@ -134,9 +134,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2048 tokens a step, up to 1024 a row, two alternations")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
+    parser.add_argument("--alternations", type=int, default=None)
     parser.add_argument("--only", choices=("length", "rows"))
     given = parser.parse_args()
     tokens, longest, alternations = (2048, 1024, 2) if given.quick else (4096, 4096, 5)
+    alternations = given.alternations or alternations
     by_length = [Load(length, tokens // length) for length in LENGTHS if length <= longest]
     by_rows = [Load(ROW_LENGTH, rows, rows) for rows in ROWS]
     about = environment()
