@@ -21,9 +21,11 @@ from tunesmith.methods.lora import load_adapter
 from tunesmith.models.forward import next_token_logits
 from tunesmith.objectives import Supervised
 from tunesmith.recipe import GroupSpec, TrainSpec
-from tunesmith.train.loop import step
+from tunesmith.train.checkpoint import Checkpoints, Saved
+from tunesmith.train.loop import Progress, step
 from tunesmith.train.optim import build_optimizer, set_learning_rate
 from tunesmith.train.precision import Precision
+from tunesmith.train.randomness import random_states_of_all
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -170,6 +172,43 @@ def test_merged_is_the_adapter(name: str) -> None:
     assert merge_layers(model) > 0
     assert torch.allclose(logits(model), expected, atol=5e-4)
     assert model.state_dict().keys() == tiny().state_dict().keys()
+
+
+def saved_after(name: str, steps: int, from_checkpoint: Checkpoints | None = None) -> Saved:
+    model, method = adapted(name).train(), METHODS[name]
+    optimizer = build_optimizer(model, TrainSpec(), 1e-2, method.rates(model))
+    saved = Saved(model, method, optimizer, Precision())
+    if from_checkpoint is not None:
+        from_checkpoint.restore(2, saved)
+    for _ in range(steps):
+        step(model, Supervised(), optimizer, [pack(ROWS)])
+    return saved
+
+
+@every_method
+def test_a_resumed_run_gives_the_same_bytes(name: str, tmp_path: Path) -> None:
+    expected = saved_after(name, 4).snapshot()
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    states = random_states_of_all(torch.device("cpu"))
+    checkpoints.save(Progress(step=2), saved_after(name, 2).snapshot(), states)
+    found = saved_after(name, 2, checkpoints).snapshot()
+    assert found.trained.keys() == expected.trained.keys()
+    assert all(torch.equal(found.trained[key], expected.trained[key]) for key in expected.trained)
+    assert all(torch.equal(found.optimizer[key], expected.optimizer[key]) for key in expected.optimizer)
+
+
+@every_method
+def test_recomputing_blocks_changes_nothing(name: str) -> None:
+    def gradient(recomputes: bool) -> Tensor:
+        model = adapted(name).train()
+        if recomputes:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        optimizer = torch.optim.SGD(trainable_parameters(model).values(), lr=0.0)
+        step(model, Supervised(), optimizer, [pack(ROWS)], clip=None)
+        return torch.cat([p.grad.reshape(-1) for p in trainable_parameters(model).values() if p.grad is not None])
+
+    plain = gradient(False)
+    assert torch.allclose(plain, gradient(True), rtol=1e-4, atol=1e-6 * float(plain.abs().max()))
 
 
 @every_method
