@@ -23,7 +23,7 @@ from tunesmith.objectives import Supervised
 from tunesmith.recipe import GroupSpec, TrainSpec
 from tunesmith.train.checkpoint import Checkpoints, Saved
 from tunesmith.train.loop import Progress, step
-from tunesmith.train.optim import build_optimizer, set_learning_rate
+from tunesmith.train.optim import build_optimizer, optimizer_tensors, restore_optimizer, set_learning_rate
 from tunesmith.train.precision import Precision
 from tunesmith.train.randomness import random_states_of_all
 
@@ -278,6 +278,16 @@ def test_lower_blocks_learn_more_slowly() -> None:
     found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert found[id(model.get_parameter("transformer.h.0.mlp.c_fc.weight"))] == pytest.approx(0.1)
     assert found[id(model.get_parameter("transformer.wte.weight"))] == pytest.approx(0.025)
+
+
+def test_states_of_the_optimizer_find_their_weights_in_other_groups() -> None:
+    model = adapted("lora").train()
+    one = build_optimizer(model, TrainSpec(), 1e-2)
+    step(model, Supervised(), one, [pack(ROWS)])
+    other = build_optimizer(model, TrainSpec(groups=[GroupSpec(match="lora_B", rate=2.0)]), 1e-2)
+    restore_optimizer(other, *optimizer_tensors(one))
+    for parameter in trainable_parameters(model).values():
+        assert torch.equal(other.state[parameter]["exp_avg"], one.state[parameter]["exp_avg"])
 
 
 def test_a_group_that_matches_nothing_is_refused() -> None:

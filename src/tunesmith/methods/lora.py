@@ -34,9 +34,8 @@ from tunesmith.methods.prefix import load_prefix
 from tunesmith.methods.prompt import PEFT_TYPE as PROMPT
 from tunesmith.methods.prompt import load_prompt
 from tunesmith.methods.targets import available, compile_pattern, matches, select_modules
-from tunesmith.methods.through_peft import Peft, has_adapter, load_through_peft, peft_tensors, save_peft
+from tunesmith.methods.through_peft import PEFT_PREFIX, Peft, has_adapter, load_through_peft, peft_tensors, save_peft
 
-PEFT_PREFIX = "base_model.model."
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of PEFT's `init_lora_weights` that leave the base as it is."""
 

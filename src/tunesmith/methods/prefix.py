@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from tunesmith.base import InputError
 from tunesmith.methods.method import AdaptationMethod, freeze, refuse_adapted
-from tunesmith.methods.prompt import NAME, PromptedEmbedding, prompted
+from tunesmith.methods.prompt import NAME, PromptedEmbedding, prompted, text_ids
 from tunesmith.models.decoder import Decoder, decoder_of, shape_obstacle
-from tunesmith.models.load import load_tokenizer
 
 PEFT_TYPE = "PREFIX_TUNING"
 TEXT = (
@@ -102,8 +101,7 @@ class Prefix(AdaptationMethod):
         decoder = decoder_of(model)
         if isinstance(decoder, str):
             raise InputError(f"prefix tuning needs the fused blocks, and {decoder}", where="method.kind")
-        ids = _token_ids(model, self.text or TEXT)
-        token_ids = torch.tensor([ids[at % len(ids)] for at in range(self.tokens)])
+        token_ids = text_ids(model, self.text or TEXT, self.tokens)
         seen: list[Tensor] = []
         segments = torch.tensor([[0, self.tokens, -1]])
 
@@ -139,13 +137,6 @@ class Prefix(AdaptationMethod):
             "prefix_projection": False,
         }
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _token_ids(model: nn.Module, text: str) -> list[int]:
-    ids = load_tokenizer(cast(Any, model).name_or_path).encode(text, add_special_tokens=False)
-    if not ids:
-        raise InputError("the text has no tokens", where="method.text", fix="write what the model should do")
-    return ids
 
 
 def load_prefix(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], where: Path) -> Prefix:

@@ -97,10 +97,7 @@ class Prompt(AdaptationMethod):
             return drawn.to(weight.device, torch.float32)
         ids = torch.randint(min(COMMON, len(weight)), (self.tokens,))
         if self.text is not None and not weight.is_meta:
-            said = load_tokenizer(cast(Any, model).name_or_path).encode(self.text, add_special_tokens=False)
-            if not said:
-                raise InputError("the text has no tokens", where="method.text", fix="write what the model should do")
-            ids = torch.tensor([said[at % len(said)] for at in range(self.tokens)])
+            ids = text_ids(model, self.text, self.tokens)
         return weight[ids.to(weight.device)].float().clone()
 
     def trained_tensors(self, model: nn.Module) -> dict[str, Tensor]:
@@ -125,6 +122,14 @@ class Prompt(AdaptationMethod):
             "prompt_tuning_init": "RANDOM",
         }
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def text_ids(model: nn.Module, text: str, count: int) -> Tensor:
+    """The first ``count`` token ids of a text for a model, int64; a shorter text is repeated."""
+    said = load_tokenizer(cast(Any, model).name_or_path).encode(text, add_special_tokens=False)
+    if not said:
+        raise InputError("the text has no tokens", where="method.text", fix="write what the model should do")
+    return torch.tensor([said[at % len(said)] for at in range(count)])
 
 
 def prompted(model: nn.Module) -> PromptedEmbedding | None:

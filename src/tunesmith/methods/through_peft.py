@@ -32,7 +32,7 @@ from tunesmith.methods.method import (
 from tunesmith.methods.targets import select_modules
 from tunesmith.models.decoder import forget_decoder
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 SETTLED = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "revision"}
 """Settings of PEFT's that Tunesmith fills in."""
 OWN_KINDS = {"LORA": "lora"}
@@ -41,7 +41,6 @@ NEEDS_MORE = {
     "ADAMSS": "it chooses what it trains while it trains, in a loop of its own",
     "XLORA": "it mixes adapters that exist already",
     "POLY": "it needs the number of a task beside every row",
-    "ALORA": "it needs to know where its invocation begins in every row",
 }
 
 
@@ -228,7 +227,7 @@ def peft_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     with _quietly():
         found = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {f"{PREFIX}{name}": tensor for name, tensor in found.items()}
+    return {f"{PEFT_PREFIX}{name}": tensor for name, tensor in found.items()}
 
 
 def save_peft(model: nn.Module, directory: Path, *, base: str) -> None:

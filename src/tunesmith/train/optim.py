@@ -55,10 +55,13 @@ def build_optimizer(
 
 
 def _groups(named: Mapping[str, nn.Parameter], spec: TrainSpec, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Parameters that share a factor on the learning rate and a weight decay, matrices first."""
+    """Parameters that share a factor on the learning rate and a weight decay, matrices first.
+
+    ``places`` counts a group's parameters without regard to groups, so that saved states find theirs in other groups.
+    """
     unused = {group.match for group in spec.groups}
-    found: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
-    for name, parameter in named.items():
+    found: dict[tuple[bool, float, float], tuple[list[nn.Parameter], list[int]]] = {}
+    for place, (name, parameter) in enumerate(sorted(named.items(), key=lambda entry: entry[1].dim() < 2)):
         own = next((group for group in spec.groups if re.search(group.match, name)), None)
         decay = spec.weight_decay if parameter.dim() >= 2 else 0.0
         factor = rates.get(name, 1.0)
@@ -66,7 +69,9 @@ def _groups(named: Mapping[str, nn.Parameter], spec: TrainSpec, rates: Mapping[s
             unused.discard(own.match)
             factor *= own.rate
             decay = decay if own.weight_decay is None else own.weight_decay
-        found.setdefault((parameter.dim() < 2, factor, decay), []).append(parameter)
+        members, places = found.setdefault((parameter.dim() < 2, factor, decay), ([], []))
+        members.append(parameter)
+        places.append(place)
     if unused:
         raise InputError(
             f"the group {sorted(unused)[0]!r} matches no trained weight, or none that an earlier group left",
@@ -74,7 +79,10 @@ def _groups(named: Mapping[str, nn.Parameter], spec: TrainSpec, rates: Mapping[s
             fix=f"trained are, for example, {', '.join(list(named)[:3])}",
         )
     ordered = sorted(found.items(), key=lambda entry: entry[0][0])
-    return [{"params": members, "weight_decay": decay, "factor": factor} for (_, factor, decay), members in ordered]
+    return [
+        {"params": members, "weight_decay": decay, "factor": factor, "places": places}
+        for (_, factor, decay), (members, places) in ordered
+    ]
 
 
 def learning_rate_at(step: int, spec: TrainSpec, plan: Plan) -> float:
@@ -116,20 +124,29 @@ def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], di
         else:
             numbers[path] = value
 
+    places = _places(optimizer)
     for index, state in optimizer.state_dict()["state"].items():
-        collect(str(index), state)
+        collect(str(places[index]), state)
     return tensors, numbers
 
 
+def _places(optimizer: Optimizer) -> list[int]:
+    """The number under which the state of each parameter is saved, in the optimizer's own order."""
+    named = [place for group in optimizer.param_groups for place in group.get("places", ())]
+    return named or list(range(sum(len(group["params"]) for group in optimizer.param_groups)))
+
+
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
-    """Puts back what `optimizer_tensors` gave."""
+    """Puts back what `optimizer_tensors` gave, also where parameters stand in other groups now."""
     state: dict[int, dict[str, Any]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = {place: index for index, place in enumerate(_places(optimizer))}
     for path, value in [*tensors.items(), *numbers.items()]:
-        index, *groups, name = path.split("/")
+        number, *groups, name = path.split("/")
+        index = own[int(number)]
         if isinstance(value, torch.Tensor):
-            value = parted_like(value, parameters[int(index)])
-        place = state.setdefault(int(index), {})
+            value = parted_like(value, parameters[index])
+        place = state.setdefault(index, {})
         for group in groups:
             place = place.setdefault(group, {})
         place[name] = value
