@@ -114,9 +114,7 @@ class Decoder:
             def run(hidden: Tensor, delta: Tensor | None, number: int = number, parts: _Parts = parts) -> Any:
                 return self._block(number, parts, hidden, delta, rotary, attend)
 
-            if self._kept:
-                hidden, delta = run(hidden, delta)
-            elif getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
+            if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
                 hidden, delta = cast(Any, checkpoint(run, hidden, delta, use_reentrant=False))
             else:
                 hidden, delta = run(hidden, delta)
