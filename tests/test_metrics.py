@@ -27,7 +27,7 @@ from tunesmith.metrics import (
     paired_bootstrap,
     perplexity_rows,
 )
-from tunesmith.metrics.text import UnicodeTokenizer
+from tunesmith.metrics.text import TEXT_METRICS, UnicodeTokenizer
 
 PREDICTIONS = [
     "The cat sat on the mat.",
@@ -192,7 +192,7 @@ def test_f1_equals_squads_definition() -> None:
 @given(corpora, st.randoms(use_true_random=False))
 def test_bounds_order_and_more_references(corpus: list[tuple[str, list[str]]], random) -> None:
     shuffled = random.sample(corpus, len(corpus))
-    for name, one in METRICS.items():
+    for name, one in TEXT_METRICS.items():
         rows = one.rows([p for p, _ in corpus], [r for _, r in corpus])
         top = 1 if name in UNIT else 100
         for value in (rows.corpus(), *rows.per_row()):
@@ -207,7 +207,7 @@ def test_bounds_order_and_more_references(corpus: list[tuple[str, list[str]]], r
 @settings(max_examples=30, deadline=None)
 @given(st.lists(texts.map(lambda t: f"{t} four words stand here"), min_size=1, max_size=5), texts)
 def test_a_prediction_that_is_a_reference_scores_full_marks(predictions: list[str], other: str) -> None:
-    for name, one in METRICS.items():
+    for name, one in TEXT_METRICS.items():
         full = 1 if name in UNIT else 100
         assert one.rows(predictions, [[p] for p in predictions]).corpus() == pytest.approx(full)
         assert one.rows(predictions, [[other, p] for p in predictions]).corpus() == pytest.approx(full)
@@ -216,12 +216,12 @@ def test_a_prediction_that_is_a_reference_scores_full_marks(predictions: list[st
 @settings(max_examples=30, deadline=None)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_any_text_at_all_is_legal(prediction: str, reference: str) -> None:
-    for one in METRICS.values():
+    for one in TEXT_METRICS.values():
         assert np.isfinite(one.rows([prediction], [[reference]]).corpus())
 
 
 def test_every_metric_is_described_and_refuses_wrong_shapes() -> None:
-    for name, one in METRICS.items():
+    for name, one in TEXT_METRICS.items():
         assert (one.name, one.better) == (name, "higher")
         assert one.scale and one.doc
         with pytest.raises(ValueError, match="2 predictions"):
@@ -292,7 +292,7 @@ def test_statistics_refuse_what_has_no_value() -> None:
 # --- intervals ---
 
 
-@pytest.mark.parametrize("name", list(METRICS))
+@pytest.mark.parametrize("name", list(TEXT_METRICS))
 def test_identical_systems_differ_by_exactly_nothing(name: str) -> None:
     rows = METRICS[name].rows(PREDICTIONS, REFERENCES)
     again = METRICS[name].rows(PREDICTIONS, REFERENCES)

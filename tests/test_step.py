@@ -24,7 +24,7 @@ from steps import assert_same, gradients, split
 from tiny import random_rows, reference_logits, shake, tiny
 from tunesmith.batch import Batch, Example, pack
 from tunesmith.methods import Full, Lora, trainable_parameters
-from tunesmith.objectives import Supervised, TrainingObjective
+from tunesmith.objectives import Supervised, TargetLogps, TrainingObjective
 from tunesmith.objectives.logps import token_logps
 from tunesmith.recipe import TrainSpec
 from tunesmith.train.loop import step
@@ -134,6 +134,9 @@ class Two(TrainingObjective):
     def prepare(self, model: nn.Module, window: Sequence[Batch]) -> Sequence[Batch]:
         self.windows.append(len(window))
         return window
+
+    def target_logps(self, model: nn.Module, batch: Batch) -> TargetLogps:
+        return token_logps(model, batch)
 
     def weights(self, batch: Batch) -> dict[str, Tensor]:
         return {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tunesmith.base import Source
 
-Scope = Literal["token", "segment", "row"]
+Scope = Literal["token", "segment", "row", "target"]
 """What the first dimension of a named tensor counts."""
 
 NO_PARENT = -1

@@ -85,6 +85,9 @@ class Display:
         elif kind == "answers":
             scores = ", ".join(f"{name} {value:.3f}" for name, value in event["metrics"].items())
             self.line(f"step {event['step']}: {scores}")
+        elif kind == "solver":
+            losses = f"{event['solver']:.4f}, after gradient steps {event['gradient']:.4f}"
+            self.line(f"exact solver: loss on rows held back {losses}; kept: {event['kept']}")
         elif kind == "warning":
             self.line(f"warning: {event['message']}")
 

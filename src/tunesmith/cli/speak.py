@@ -5,20 +5,30 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from tunesmith.base import InputError
 from tunesmith.cli.display import Display, out, quiet_libraries
 from tunesmith.engine.generate import Sampling
+
+if TYPE_CHECKING:
+    from tunesmith.pipeline.labeller import Said
 
 
 def print_answers(
     target: str, prompts: Sequence[str], sampling: Sampling, *, system: str | None, as_json: bool
 ) -> None:
     """Answers every prompt on its own."""
-    from tunesmith.pipeline.loaded import load_speaker
+    from tunesmith.pipeline.loaded import load_labeller, load_speaker
 
     quiet_libraries()
     with Display(as_json) as display:
+        labeller = load_labeller(target, progress=display.progress)
+        if labeller is not None:
+            if system is not None:
+                raise InputError("a model that judges takes no system turn", where="--system", fix="remove it")
+            _print_labels(prompts, labeller.say(prompts, display.progress), as_json=as_json)
+            return
         speaker = load_speaker(target, progress=display.progress)
         conversations = [_opened(system, prompt) for prompt in prompts]
         answers = speaker.answer(conversations, sampling, display.progress)
@@ -36,6 +46,16 @@ def print_answers(
             out(text)
             if answer.finish_reason == "length":
                 print(f"(cut off at {sampling.max_new_tokens} tokens)", file=sys.stderr)
+
+
+def _print_labels(prompts: Sequence[str], said: Sequence[Said], *, as_json: bool) -> None:
+    """What a model that judges says of each prompt."""
+    for prompt, judged in zip(prompts, said, strict=True):
+        if as_json:
+            line = {"prompt": prompt, "label": judged.answer, "probability": judged.probability}
+            out(json.dumps(line, ensure_ascii=False))
+        else:
+            out(judged.answer if judged.probability is None else f"{judged.answer}  ({judged.probability:.1%})")
 
 
 def converse(target: str, sampling: Sampling, *, system: str | None) -> None:

@@ -117,9 +117,13 @@ def _twin(number: int, held: np.ndarray, rows: RowFile) -> str:
     raise ValueError("this row overlaps with no held-out row")
 
 
-def without_empty(numbers: np.ndarray, rows: RowFile, spec: DataSpec) -> tuple[np.ndarray, np.ndarray]:
+def without_empty(
+    numbers: np.ndarray, rows: RowFile, spec: DataSpec, *, answers_optional: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """The rows that say something, and those that do not."""
-    kinds = rows.column("emptiness", numbers)
+    kinds = rows.column("emptiness", numbers).copy()
+    if answers_optional:
+        kinds[kinds == EMPTINESS.index("the answer is empty")] = 0
     empty = numbers[kinds > 0]
     if spec.empty == "error":
         errors = RowErrors()

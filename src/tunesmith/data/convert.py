@@ -96,7 +96,7 @@ def _task(record: Record) -> Row:
 
 
 def _labelled(record: Record) -> Row:
-    label = "category" if "category" in record.fields and "label" not in record.fields else "label"
+    label = next((name for name in ("label", "category", "labels") if name in record.fields), "label")
     return _exchange(record, _text(record, "text"), _answers(record, label))
 
 

@@ -27,6 +27,7 @@ LAYOUTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("token-labels", ("tokens", "pos_tags"), ()),
     ("labelled", ("text", "label"), ("system",)),
     ("labelled", ("text", "category"), ("system",)),
+    ("labelled", ("text", "labels"), ("system",)),
     ("text", ("text",), ()),
 )
 """Name, required and optional parts of each format, in the order in which they are tried."""

@@ -32,11 +32,13 @@ class Held:
 
     Attributes:
         wants_test: whether rows are held back for a verdict when no test is named.
+        answers_optional: whether a row may leave its answer empty.
     """
 
     spec: DataSpec
     seed: int
     wants_test: bool
+    answers_optional: bool = False
 
     def split(self, numbers: np.ndarray, files: Mapping[str, np.ndarray], rows: RowFile) -> tuple[np.ndarray, HeldOut]:
         """The rows that are trained on, and those that are held out.
@@ -81,7 +83,7 @@ class Held:
         )
 
     def _said(self, numbers: np.ndarray, path: str, role: str, rows: RowFile, held: HeldOut) -> np.ndarray:
-        kept, empty = without_empty(numbers, rows, self.spec)
+        kept, empty = without_empty(numbers, rows, self.spec, answers_optional=self.answers_optional)
         if len(empty):
             held.notes.append(f"{left_out(len(empty), path)}: empty, the first at {rows.source(empty[0])}")
         if not len(kept):

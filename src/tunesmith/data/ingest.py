@@ -149,7 +149,7 @@ def _read(reading: Reading, role: str, digest: str, at: int, reader: _Reader) ->
     stream = open_rows(reading, reader.errors)
     if stream.format in reader.refused:
         raise InputError(
-            f"these rows are in the format {stream.format!r}, which objective.kind: sft does not use",
+            f"these rows are in the format {stream.format!r}, which this objective does not use",
             where=reading.path,
             fix=_advice(stream, reading),
         )
@@ -165,7 +165,9 @@ def _read(reading: Reading, role: str, digest: str, at: int, reader: _Reader) ->
 def _advice(stream: RowStream, reading: Reading) -> str:
     if stream.format == "preference":
         return preference_advice(stream.columns)
-    return "train a token classifier on them, or map columns to a prompt and a completion in data.columns"
+    if stream.format == "token-labels":
+        return "use objective.kind: tag, or map columns to a prompt and a completion in data.columns"
+    return "map columns to what it needs in data.columns: {text: …, label: …}, or {tokens: …, labels: …} for words"
 
 
 WORTH_A_PROCESS = 2**23

@@ -26,16 +26,13 @@ from tunesmith.data.ingest import SourceRows, ingest
 from tunesmith.data.inspection import inspect, inspecting_aside
 from tunesmith.data.mix import RowOrder, mixture_weights, places_in_an_epoch
 from tunesmith.data.record import RowErrors
-from tunesmith.data.render import Renderer
+from tunesmith.data.render import RowRenderer
 from tunesmith.data.row_file import RowFile
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import RenderedRows, Stored
 from tunesmith.data.token_file import tokens_of
 from tunesmith.data.truncate import truncated
-
-UNUSED = ("preference", "token-labels")
-"""Formats that no supervised objective on text can use."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Prepared:
 
 
 def prepare(
-    spec: DataSpec, renderer: Renderer, *, model_limit: int, seed: int, wants_test: bool, progress: Progress
+    spec: DataSpec, renderer: RowRenderer, *, model_limit: int, seed: int, wants_test: bool, progress: Progress
 ) -> Prepared:
     """Does everything between files and examples.
 
@@ -104,11 +101,11 @@ def prepare(
     """
     tasks = source_specs(spec)
     mixture_weights(spec, tasks[:-1] if spec.replay else tasks, [1] * len(tasks))
-    ingested = ingest(readings(spec), progress, refused=UNUSED)
+    ingested = ingest(readings(spec), progress, refused=renderer.unused)
     ingested.refuse_wrong_rows()
     rows, sources = ingested.rows, ingested.sources
     lost, notes = Losses(), [note for source in sources for note in source.notes]
-    train, held = _parted(rows, sources, spec, Held(spec, seed, wants_test), lost)
+    train, held = _parted(rows, sources, Held(spec, seed, wants_test, renderer.answers_optional), lost)
     splits = {"train": train, "validation": held.validation, "test": held.test}
     with inspecting_aside(rows, splits if spec.checks else {}, spec.benchmarks, progress):
         stored = Stored(rows, tokens_of(rows, renderer, progress))
@@ -142,19 +139,20 @@ def prepare(
         ],
         test_from=held.test_from,
         validation_from=held.validation_from,
-        template=renderer.template.name,
+        template=renderer.name,
         notes=notes,
         findings=findings,
     )
 
 
-def _parted(
-    rows: RowFile, sources: list[SourceRows], spec: DataSpec, holding: Held, lost: Losses
-) -> tuple[np.ndarray, HeldOut]:
+def _parted(rows: RowFile, sources: list[SourceRows], holding: Held, lost: Losses) -> tuple[np.ndarray, HeldOut]:
     """The rows that are trained on, and those that are held out; no row is both."""
+    spec = holding.spec
     roles = np.array([source.role for source in sources])[rows.index["source"]]
     numbers = np.nonzero((roles == "train") | (roles == "replay"))[0]
-    numbers, empty = without_empty(without_duplicates(numbers, rows, spec, lost), rows, spec)
+    numbers, empty = without_empty(
+        without_duplicates(numbers, rows, spec, lost), rows, spec, answers_optional=holding.answers_optional
+    )
     lost.add("empty", empty)
     files = {role: np.nonzero(roles == role)[0] for role in ("validation", "test")}
     may_be_held = roles[numbers] == "train"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from hashlib import sha256
+from typing import Any, Protocol, cast
 
 import numpy
 import torch
@@ -29,7 +31,7 @@ from tunesmith.models.templates import (
     resolve_template,
 )
 
-__all__ = ["TOKEN_SCOPES", "Rendered", "Renderer", "TrainOn"]
+__all__ = ["TOKEN_SCOPES", "Rendered", "Renderer", "RowRenderer", "TrainOn", "tokenizer_sha256"]
 
 TOKEN_SCOPES: dict[str, Scope] = {"target_weights": "token"}
 
@@ -50,6 +52,7 @@ class Rendered:
         prompt_ids: the tokens before the last answer, exactly as they are given to the model at inference.
         cut_ids: tokens that the length limit took away from the end.
         cut_targets: how many of those would have been targets.
+        closing: of a row that is judged, how many tokens at its end no limit may take away; None in rows to write.
     """
 
     row: Row
@@ -57,10 +60,45 @@ class Rendered:
     prompt_ids: tuple[int, ...]
     cut_ids: tuple[int, ...] = ()
     cut_targets: int = 0
+    closing: int | None = None
 
 
 _Written = tuple[Spelled, int] | BadRow | InputError
 """A row as text, and how many stop tokens were known as it was written; or why it cannot be."""
+
+
+class RowRenderer(Protocol):
+    """Whatever turns rows into examples.
+
+    Attributes:
+        notes: what a user should know.
+        stop_ids: tokens that end what the model writes.
+        used_controls: ids of the control tokens that were written so far.
+    """
+
+    notes: list[str]
+    stop_ids: set[int]
+    used_controls: set[int]
+    answers_optional: bool
+    """Whether a row may leave its answer empty."""
+
+    @property
+    def name(self) -> str:
+        """How rows become text, in words."""
+        ...
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Formats of rows that hold nothing to render."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What decides how a row becomes tokens, as JSON values."""
+        ...
+
+    def learn_stop_ids(self) -> None: ...
+
+    def render_many(self, rows: Sequence[Row]) -> list[Rendered | BadRow]: ...
 
 
 class Renderer:
@@ -91,6 +129,22 @@ class Renderer:
         self._bos = opening_text(tokenizer)
         self._speller = Speller(template, tokenizer, train_on, self.stop_ids)
         self._pieces = Pieces(tokenizer)
+
+    answers_optional = False
+    unused = ("preference", "token-labels")
+
+    @property
+    def name(self) -> str:
+        return self.template.name
+
+    def identity(self) -> dict[str, Any]:
+        """What decides how a row becomes tokens, as JSON values."""
+        return {
+            "template": [self.template.name, self.template.jinja, self.template.bos],
+            "train_on": self.train_on,
+            "stop_ids": sorted(self.stop_ids),
+            "tokenizer": tokenizer_sha256(self.tokenizer),
+        }
 
     @classmethod
     def of(cls, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]) -> Renderer:
@@ -263,3 +317,12 @@ class Renderer:
 
 def _texts(written: Sequence[_Written]) -> list[tuple[str, list[int]]]:
     return [(item[0].text, item[0].starts) for item in written if isinstance(item, tuple)]
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spelled = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    named = json.dumps(
+        [type(tokenizer).__name__, tokenizer.all_special_tokens, tokenizer.special_tokens_map], default=str
+    )
+    return sha256((spelled + named).encode("utf-8")).hexdigest()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import cast, overload
 
 import numpy as np
+from torch import Tensor
 
+from tunesmith.batch import Scope
 from tunesmith.data.render import Rendered
+from tunesmith.data.row import Row
 from tunesmith.data.row_file import RowFile
 from tunesmith.data.token_file import TokenFile
 from tunesmith.data.truncate import truncated
@@ -41,10 +45,12 @@ class RenderedRows(Sequence[Rendered]):
         lengths: int64 ``[rows]``, tokens of each, after cutting.
         targets: int64 ``[rows]``, tokens of each that are trained on, after cutting.
         limit: rows longer than this are cut at the end of the answer; None when nothing is cut.
+        added: gives more tensors of a row, one entry a target each, from its place among these rows and itself.
     """
 
     def __init__(self, stored: Stored, numbers: np.ndarray, limit: int | None = None) -> None:
         self.stored, self.limit = stored, limit
+        self.added: Callable[[int, Rendered], dict[str, Tensor]] | None = None
         self.numbers = np.asarray(numbers, np.int64)
         self.lengths, self.targets = stored.lengths(self.numbers), stored.targets(self.numbers)
         for at in np.nonzero(self.lengths > limit)[0] if limit is not None else ():
@@ -62,6 +68,21 @@ class RenderedRows(Sequence[Rendered]):
         if isinstance(at, slice):
             return [self[index] for index in range(*at.indices(len(self)))]
         item = self.stored.rendered(int(self.numbers[at]))
-        if self.limit is None or len(item.example) <= self.limit:
+        if self.limit is not None and len(item.example) > self.limit:
+            item = cast(Rendered, truncated(item, self.limit))
+        if self.added is None:
             return item
-        return cast(Rendered, truncated(item, self.limit))
+        more = self.added(at % len(self), item)
+        tensors = {**item.example.tensors, **more}
+        scopes: dict[str, Scope] = {**item.example.scopes, **dict.fromkeys(more, "target")}
+        return replace(item, example=replace(item.example, tensors=tensors, scopes=scopes))
+
+    def adding(self, more: Callable[[int, Rendered], dict[str, Tensor]]) -> RenderedRows:
+        """The same rows with more tensors."""
+        found, before = copy(self), self.added
+        found.added = lambda at, item: {**({} if before is None else before(at, item)), **more(at, item)}
+        return found
+
+    def sources(self) -> Iterator[Row]:
+        """The rows as they were read."""
+        return (row for _, row in self.stored.rows.read(self.numbers))

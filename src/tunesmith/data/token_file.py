@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import Progress
 from tunesmith.batch import Example
 from tunesmith.data.cache import cached
 from tunesmith.data.record import BadRow
-from tunesmith.data.render import TOKEN_SCOPES, Rendered, Renderer
+from tunesmith.data.render import TOKEN_SCOPES, Rendered, RowRenderer
 from tunesmith.data.row_file import RowFile
 from tunesmith.files import BytesAt, read_json, write_json
 
@@ -49,7 +46,7 @@ class TokenFile:
         self._references: dict[str, list[str]] = rest["references"]
         self._ids, self._weights = BytesAt(directory / _IDS), BytesAt(directory / _WEIGHTS)
 
-    def teach(self, renderer: Renderer) -> None:
+    def teach(self, renderer: RowRenderer) -> None:
         """Tells a renderer what the one that made these tokens found out about template and tokenizer."""
         renderer.learn_stop_ids()
         renderer.stop_ids |= set(self._learned["stop_ids"])
@@ -66,7 +63,7 @@ class TokenFile:
             row = replace(row, references=tuple(self._references[str(number)]))
         tensors = {"target_weights": torch.from_numpy(weights.copy())}
         example = Example(torch.from_numpy(ids.astype(np.int64)), tensors, TOKEN_SCOPES, row.source)
-        return Rendered(row, example, tuple(ids[: entry["prompt"]].tolist()))
+        return Rendered(row, example, tuple(ids[: entry["prompt"]].tolist()), closing=self._learned.get("closing"))
 
 
 class TokenFileWriter:
@@ -101,7 +98,7 @@ class TokenFileWriter:
         if tuple(references) != item.row.references:
             self._references[number] = list(item.row.references)
 
-    def close(self, renderer: Renderer) -> None:
+    def close(self, renderer: RowRenderer) -> None:
         self._ids.close()
         self._weights.close()
         np.save(self.directory / _INDEX, self.index)
@@ -109,18 +106,19 @@ class TokenFileWriter:
             "stop_ids": sorted(renderer.stop_ids),
             "used_controls": sorted(renderer.used_controls),
             "notes": renderer.notes,
+            "closing": getattr(renderer, "closing", None),
         }
         rest = {"bad": self._bad, "references": self._references, "learned": learned}
         write_json(self.directory / _REST, rest)
 
 
-def tokens_of(rows: RowFile, renderer: Renderer, progress: Progress) -> TokenFile:
+def tokens_of(rows: RowFile, renderer: RowRenderer, progress: Progress) -> TokenFile:
     """Renders every row once and keeps the tokens on disk.
 
     Raises:
         InputError: when the template is unfit for every row. What is wrong with single rows is kept beside them.
     """
-    identity = renderer_identity(renderer)
+    identity = renderer.identity()
 
     def build(directory: Path) -> None:
         writer = TokenFileWriter(directory, len(rows))
@@ -138,23 +136,3 @@ def tokens_of(rows: RowFile, renderer: Renderer, progress: Progress) -> TokenFil
     tokens = TokenFile(directory)
     tokens.teach(renderer)
     return tokens
-
-
-def renderer_identity(renderer: Renderer) -> dict[str, Any]:
-    """What decides how a row becomes tokens, as JSON values."""
-    template = renderer.template
-    return {
-        "template": [template.name, template.jinja, template.bos],
-        "train_on": renderer.train_on,
-        "stop_ids": sorted(renderer.stop_ids),
-        "tokenizer": tokenizer_sha256(renderer.tokenizer),
-    }
-
-
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    spelled = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    named = json.dumps(
-        [type(tokenizer).__name__, tokenizer.all_special_tokens, tokenizer.special_tokens_map], default=str
-    )
-    return sha256((spelled + named).encode("utf-8")).hexdigest()

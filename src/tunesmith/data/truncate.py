@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from tunesmith.data.render import Rendered
 
 
@@ -16,6 +18,8 @@ def truncated(item: Rendered, limit: int) -> Rendered | None:
     Args:
         limit: the most tokens that may be left.
     """
+    if item.closing is not None:
+        return _shortened(item, limit, item.closing)
     example = item.example
     weights = example.tensors["target_weights"]
     targets = (weights > 0).tolist()
@@ -35,4 +39,24 @@ def truncated(item: Rendered, limit: int) -> Rendered | None:
         example=replace(example, token_ids=example.token_ids[:cut], tensors={"target_weights": weights[:cut]}),
         cut_ids=tuple(example.token_ids[cut:].tolist()),
         cut_targets=sum(targets[cut:]),
+    )
+
+
+def _shortened(item: Rendered, limit: int, closing: int) -> Rendered | None:
+    """A row to be judged without the end of its text; the tokens that close it stay."""
+    example, kept = item.example, limit - closing
+    if kept < 1:
+        return None
+    ids, weights = example.token_ids, example.tensors["target_weights"]
+    tail = slice(len(ids) - closing, len(ids))
+    shorter = torch.cat([weights[:kept], weights[tail]])
+    if item.row.messages:  # its one output is read at the end
+        shorter[-1] = weights[-1]
+    if not (shorter > 0).any():
+        return None
+    return replace(
+        item,
+        example=replace(example, token_ids=torch.cat([ids[:kept], ids[tail]]), tensors={"target_weights": shorter}),
+        cut_ids=tuple(ids[kept : tail.start].tolist()),
+        cut_targets=int((weights > 0).sum() - (shorter > 0).sum()),
     )

@@ -16,9 +16,10 @@ from tunesmith.batch import Example, pack
 from tunesmith.data.render import Rendered
 from tunesmith.engine.generate import Sampling, generate
 from tunesmith.models.forward import use_attention
-from tunesmith.objectives.logps import token_logps
+from tunesmith.objectives import Supervised, TrainingObjective
 
 TOKENS_AT_ONCE = 4096
+WRITING: TrainingObjective = Supervised()
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,22 @@ def judge(
 
 def prompt_text(row: Rendered) -> str:
     """The conversation before the last answer, as people read it."""
+    if row.row.words:
+        return " ".join(row.row.words)
     turns = row.row.messages[:-1]
     if len(turns) == 1:
         return str(turns[0]["content"])
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
-def row_nlls(model: nn.Module, examples: Sequence[Example], *, packed: bool, progress: Progress) -> list[float]:
+def row_nlls(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    packed: bool,
+    progress: Progress,
+    objective: TrainingObjective = WRITING,
+) -> list[float]:
     """Negative log-likelihood of each row's targets, in nats, in the order given."""
     device = next(model.parameters()).device
     was_training, attention = model.training, cast(Any, model).config._attn_implementation
@@ -108,11 +118,11 @@ def row_nlls(model: nn.Module, examples: Sequence[Example], *, packed: bool, pro
     order = sorted(range(len(examples)), key=lambda at: len(examples[at]))
     try:
         with torch.no_grad():
-            for group in _groups(order, examples):
+            for group in groups_of_rows(order, examples):
                 progress("scoring", group[0], len(order))
                 chosen = [order[at] for at in group]
                 batch = pack([examples[at] for at in chosen], "packed" if packed else "padded")
-                logps, targets = token_logps(model, batch.to(device))
+                logps, targets = objective.target_logps(model, batch.to(device))
                 weighted = (logps * batch.tensors["target_weights"].to(device)[targets]).double().cpu()
                 row_of_target = torch.searchsorted(batch.segments[:, 0].contiguous(), targets.cpu(), right=True) - 1
                 totals = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, row_of_target, weighted)
@@ -125,7 +135,7 @@ def row_nlls(model: nn.Module, examples: Sequence[Example], *, packed: bool, pro
     return sums
 
 
-def _groups(order: Sequence[int], examples: Sequence[Example]) -> list[list[int]]:
+def groups_of_rows(order: Sequence[int], examples: Sequence[Example]) -> list[list[int]]:
     """Positions of ``order`` in groups of bounded size."""
     groups: list[list[int]] = []
     tokens = 0
@@ -138,9 +148,16 @@ def _groups(order: Sequence[int], examples: Sequence[Example]) -> list[list[int]
     return groups
 
 
-def mean_nll(model: nn.Module, examples: Sequence[Example], *, packed: bool, progress: Progress = silent) -> float:
-    """Average negative log-likelihood per target token: the validation loss."""
-    total = sum(row_nlls(model, examples, packed=packed, progress=progress))
+def mean_nll(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    packed: bool,
+    progress: Progress = silent,
+    objective: TrainingObjective = WRITING,
+) -> float:
+    """Average negative log-likelihood per target: the validation loss."""
+    total = sum(row_nlls(model, examples, packed=packed, progress=progress, objective=objective))
     return total / max(1, sum(example.targets for example in examples))
 
 

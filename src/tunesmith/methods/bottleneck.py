@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tunesmith.base import InputError
-from tunesmith.methods.method import AdaptationMethod, freeze, refuse_adapted
+from tunesmith.methods.method import AdaptationMethod, freeze, refuse_adapted, task_head_tensors, train_task_head
 from tunesmith.methods.sublayers import attention_ends, feed_forward_ends, feed_forwards
 from tunesmith.models.decoder import forget_decoder
 
@@ -96,15 +96,17 @@ class Adapter(AdaptationMethod):
             module = model.get_submodule(name)
             wrapped = Bottleneck(module, width, size, self.activation, reads).train(module.training)
             setattr(model.get_submodule(parent), leaf, wrapped)
+        train_task_head(model)
         forget_decoder(model)
         return []
 
     def trained_tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        return {
+        own = {
             f"{name}.{part}": cast(Tensor, getattr(layer, part))
             for name, layer in bottlenecks(model).items()
             for part in ("down", "down_bias", "up", "up_bias")
         }
+        return {**own, **task_head_tensors(model)}
 
     def save(self, model: nn.Module, directory: Path, *, base: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)

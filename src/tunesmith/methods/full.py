@@ -10,7 +10,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tunesmith.base import InputError, nearest
-from tunesmith.methods.method import AdaptationMethod, freeze, make_trainable, train_in_fp32, trainable_parameters
+from tunesmith.methods.method import (
+    AdaptationMethod,
+    freeze,
+    make_trainable,
+    task_head_tensors,
+    train_in_fp32,
+    train_task_head,
+    trainable_parameters,
+)
 from tunesmith.methods.targets import compile_pattern, matches
 
 PARTS = ("biases", "norms", "embeddings")
@@ -52,7 +60,9 @@ class Full(AdaptationMethod):
             return []
         chosen = self._chosen(model)
         freeze(model)
-        train_in_fp32(model, chosen)
+        heads = {id(parameter) for parameter in task_head_tensors(model).values()}
+        train_in_fp32(model, [parameter for parameter in chosen if id(parameter) not in heads])
+        train_task_head(model)
         return []
 
     def _chosen(self, model: nn.Module) -> list[nn.Parameter]:

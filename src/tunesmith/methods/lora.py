@@ -26,7 +26,9 @@ from tunesmith.methods.method import (
     freeze,
     read_adapter_config,
     refuse_adapted,
+    task_head_tensors,
     train_in_fp32,
+    train_task_head,
     trainable_parameters,
 )
 from tunesmith.methods.prefix import PEFT_TYPE as PREFIX
@@ -34,7 +36,16 @@ from tunesmith.methods.prefix import load_prefix
 from tunesmith.methods.prompt import PEFT_TYPE as PROMPT
 from tunesmith.methods.prompt import load_prompt
 from tunesmith.methods.targets import available, compile_pattern, matches, select_modules
-from tunesmith.methods.through_peft import PEFT_PREFIX, Peft, has_adapter, load_through_peft, peft_tensors, save_peft
+from tunesmith.methods.through_peft import (
+    PEFT_PREFIX,
+    Peft,
+    has_adapter,
+    load_through_peft,
+    peft_task,
+    peft_tensors,
+    save_peft,
+)
+from tunesmith.models.task_head import head_modules
 
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of PEFT's `init_lora_weights` that leave the base as it is."""
@@ -136,6 +147,7 @@ class Lora(AdaptationMethod):
             scale = alpha / (math.sqrt(rank) if self.rslora else rank)
             wrap(model, name, rank, scale, self.dropout)
         train_in_fp32(model, whole)
+        train_task_head(model)
         return _unreached(model)
 
     def _modules_to_save(self, model: nn.Module, adapted: dict[str, nn.Module]) -> list[nn.Parameter]:
@@ -195,7 +207,7 @@ class Lora(AdaptationMethod):
         alphas = _matched(self.alpha_pattern, layers, key="method.alpha_pattern")
         return {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": peft_task(model),
             "base_model_name_or_path": base,
             "inference_mode": True,
             "r": self.rank,
@@ -208,9 +220,15 @@ class Lora(AdaptationMethod):
             "bias": "none",
             "fan_in_fan_out": all(isinstance(layer.base, Conv1D) for layer in layers.values()),
             "init_lora_weights": True,
-            "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
+            "modules_to_save": _modules_of(model, whole) or None,
             "ensure_weight_tying": any(len(names_of(model, parameter)) > 1 for parameter in whole.values()),
         }
+
+
+def _modules_of(model: nn.Module, whole: dict[str, nn.Parameter]) -> list[str]:
+    """Modules that PEFT is told to keep beside an adapter: the layers of those weights, or the head of a task."""
+    heads = head_modules(model)
+    return sorted(heads) + sorted({name.rpartition(".")[0] for name in whole if name.partition(".")[0] not in heads})
 
 
 def _whole(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -271,7 +289,9 @@ def _load_lora(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tens
     freeze(model)
     for name, rank in ranks.items():
         wrap(model, name, rank, alphas[name] / (math.sqrt(rank) if config.get("use_rslora") else rank), 0.0)
-    train_in_fp32(model, [model.get_parameter(name) for name in whole])
+    heads = task_head_tensors(model)
+    train_in_fp32(model, [model.get_parameter(name) for name in whole if name not in heads])
+    train_task_head(model)
     method = Lora(
         rank=config["r"],
         alpha=usual,
@@ -280,7 +300,7 @@ def _load_lora(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tens
         rslora=bool(config.get("use_rslora")),
         rank_pattern={_exactly(name): rank for name, rank in ranks.items() if rank != config["r"]},
         alpha_pattern={_exactly(name): alpha for name, alpha in alphas.items() if alpha != usual},
-        modules_to_save=sorted({_exactly(name.rpartition(".")[0]) for name in whole}),
+        modules_to_save=sorted({_exactly(name.rpartition(".")[0]) for name in whole if name not in heads}),
     )
     again = {name for name in whole if name != names_of(model, model.get_parameter(name))[0]}
     trained = {f"{PEFT_PREFIX}{name}": tensors[name] for name in tensors.keys() - below.keys() - again}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tunesmith.base import InputError, Spec
 from tunesmith.models.sharding import parted_like
+from tunesmith.models.task_head import head_modules
 
 RESULT_DIRECTORIES = ("adapter", "model")
 
@@ -29,6 +30,8 @@ class AdaptationMethod(Spec):
     can_pack: ClassVar[bool] = True
     """Whether rows may be laid end to end under this method."""
     default_learning_rate: ClassVar[float]
+    trunk_is_frozen: ClassVar[bool] = False
+    """Whether what the head reads never changes, so that it can be computed once."""
 
     @property
     def needs_autocast(self) -> bool:
@@ -86,6 +89,31 @@ class AdaptationMethod(Spec):
                         where=where,
                     )
                 tensor.copy_(parted_like(tensors[name], tensor))
+
+
+def train_task_head(model: nn.Module) -> None:
+    """Makes the head of a model that judges trainable: it is new, whatever the method does to the trunk."""
+    for parameter in task_head_tensors(model).values():
+        make_trainable(parameter)
+
+
+def task_head_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of that head by name; none in a model that writes."""
+    return {
+        f"{name}.{inner}": parameter
+        for name in head_modules(model)
+        for inner, parameter in model.get_submodule(name).named_parameters()
+    }
+
+
+def refuse_task_head(model: nn.Module, kind: str) -> None:
+    """Raises InputError for a method that keeps no head beside its own weights."""
+    if head_modules(model):
+        raise InputError(
+            f"{kind} keeps no head for labels or numbers",
+            where="method.kind",
+            fix="use lora, adapter, head or full",
+        )
 
 
 def refuse_adapted(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tunesmith.base import InputError
-from tunesmith.methods.method import AdaptationMethod, freeze, refuse_adapted
+from tunesmith.methods.method import AdaptationMethod, freeze, refuse_adapted, refuse_task_head
 from tunesmith.methods.prompt import NAME, PromptedEmbedding, prompted, text_ids
 from tunesmith.models.decoder import Decoder, decoder_of, shape_obstacle
 
@@ -76,6 +76,7 @@ class Prefix(AdaptationMethod):
 
     def adapt(self, model: nn.Module) -> list[str]:
         refuse_adapted(model)
+        refuse_task_head(model, "prefix")
         obstacle = shape_obstacle(model)
         if obstacle is not None:
             raise InputError(

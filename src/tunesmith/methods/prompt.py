@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tunesmith.base import InputError
-from tunesmith.methods.method import AdaptationMethod, freeze, refuse_adapted
+from tunesmith.methods.method import AdaptationMethod, freeze, refuse_adapted, refuse_task_head
 from tunesmith.models.load import load_tokenizer
 
 PEFT_TYPE = "PROMPT_TUNING"
@@ -85,6 +85,7 @@ class Prompt(AdaptationMethod):
 
     def adapt(self, model: nn.Module) -> list[str]:
         refuse_adapted(model)
+        refuse_task_head(model, "prompt")
         freeze(model)
         table = cast(Any, model).get_input_embeddings()
         cast(Any, model).set_input_embeddings(PromptedEmbedding(table, self._start(model, table)))

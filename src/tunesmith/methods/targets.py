@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.base import InputError, nearest
+from tunesmith.models.task_head import head_modules
 
 PRESETS = ("all-linear", "attention", "mlp", "qv")
 
@@ -37,6 +38,10 @@ def output_head_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
 
 
+def _in_a_head(model: nn.Module, name: str) -> bool:
+    return name == output_head_name(model) or name.partition(".")[0] in head_modules(model)
+
+
 def matches(pattern: str, name: str) -> bool:
     """PEFT's rule for patterns: the whole name, or its last components."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
@@ -51,8 +56,8 @@ def select_modules(model: nn.Module, targets: str | Sequence[str], *, key: str) 
     """
     linears = linear_modules(model)
     if isinstance(targets, str) and targets in PRESETS:
-        head = output_head_name(model)
-        return _preset(targets, {name: module for name, module in linears.items() if name != head}, key=key)
+        trunk = {name: module for name, module in linears.items() if not _in_a_head(model, name)}
+        return _preset(targets, trunk, key=key)
     candidates = {**linears, **embedding_modules(model)}
     chosen: dict[str, nn.Module] = {}
     for pattern in [targets] if isinstance(targets, str) else targets:

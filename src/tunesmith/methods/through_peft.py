@@ -27,10 +27,13 @@ from tunesmith.methods.method import (
     make_trainable,
     refuse_adapted,
     settle,
+    task_head_tensors,
+    train_task_head,
     trainable_parameters,
 )
 from tunesmith.methods.targets import select_modules
 from tunesmith.models.decoder import forget_decoder
+from tunesmith.models.task_head import head_modules
 
 PEFT_PREFIX = "base_model.model."
 SETTLED = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "revision"}
@@ -81,6 +84,7 @@ class ThroughPeft(AdaptationMethod):
             dtype = next((p.dtype for p in layer.get_base_layer().parameters() if p.is_floating_point()), None)
             if dtype not in (None, torch.float32):
                 layer.register_forward_hook(CastOut(cast(torch.dtype, dtype)))
+        train_task_head(model)
         forget_decoder(model)
         return []
 
@@ -215,6 +219,8 @@ def load_through_peft(model: nn.Module, directory: Path, config: dict[str, Any],
     usual = plain.to_dict()
     known = {field.name for field in dataclasses.fields(plain)} - SETTLED
     given = {name: value for name, value in config.items() if name in known and value != usual.get(name)}
+    if beside := set(given.get("modules_to_save") or ()) & set(head_modules(model)):
+        given["modules_to_save"] = sorted(set(given["modules_to_save"]) - beside) or None
     method = Peft.model_validate({"type": kind.lower(), **given})
     method.adapt(model)
     method.load_trained(model, tensors, where=directory / "adapter_model.safetensors")
@@ -227,7 +233,14 @@ def peft_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     with _quietly():
         found = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {f"{PEFT_PREFIX}{name}": tensor for name, tensor in found.items()}
+    return {f"{PEFT_PREFIX}{name}": tensor for name, tensor in {**found, **task_head_tensors(model)}.items()}
+
+
+def peft_task(model: nn.Module) -> str:
+    """PEFT's name for what a model is asked for."""
+    if not head_modules(model):
+        return "CAUSAL_LM"
+    return "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "TOKEN_CLS"
 
 
 def save_peft(model: nn.Module, directory: Path, *, base: str) -> None:
@@ -237,6 +250,9 @@ def save_peft(model: nn.Module, directory: Path, *, base: str) -> None:
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.copy(cast(Any, model).peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
+    if heads := head_modules(model):
+        config.task_type = peft_task(model)
+        config.modules_to_save = [*(getattr(config, "modules_to_save", None) or []), *heads]
     config.save_pretrained(str(directory))
 
 

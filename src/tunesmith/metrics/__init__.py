@@ -1,10 +1,13 @@
 """Metrics over strings and numbers, and bootstrap intervals for them."""
 
+from tunesmith.base import InputError, nearest
 from tunesmith.metrics.intervals import Estimate, Interval, bootstrap, paired_bootstrap
+from tunesmith.metrics.labels import BETWEEN, LABEL_METRICS
 from tunesmith.metrics.statistics import RowStatistics, mean_rows
-from tunesmith.metrics.text import METRICS, Metric, metric, perplexity_rows
+from tunesmith.metrics.text import TEXT_METRICS, Metric, perplexity_rows
 
 __all__ = [
+    "BETWEEN",
     "METRICS",
     "Estimate",
     "Interval",
@@ -16,3 +19,18 @@ __all__ = [
     "paired_bootstrap",
     "perplexity_rows",
 ]
+
+METRICS: dict[str, Metric] = {**TEXT_METRICS, **LABEL_METRICS}
+"""Every metric that compares predictions with references, by name."""
+
+
+def metric(name: str) -> Metric:
+    """The metric of that name.
+
+    Raises:
+        InputError: there is none; the message names the closest one and lists all.
+    """
+    if name not in METRICS:
+        known = list(METRICS)
+        raise InputError(f"unknown metric {name!r}{nearest(name, known)}", fix=f"choose one of {', '.join(known)}")
+    return METRICS[name]

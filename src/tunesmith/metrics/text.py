@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tunesmith.base import InputError, nearest
 from tunesmith.metrics.statistics import RowStatistics, mean_rows
 
 if TYPE_CHECKING:
@@ -50,18 +49,6 @@ class Metric:
     rows: Callable[[Sequence[str], References], RowStatistics]
 
 
-def metric(name: str) -> Metric:
-    """The metric of that name.
-
-    Raises:
-        InputError: there is none; the message names the closest one and lists all.
-    """
-    if name not in METRICS:
-        known = list(METRICS)
-        raise InputError(f"unknown metric {name!r}{nearest(name, known)}", fix=f"choose one of {', '.join(known)}")
-    return METRICS[name]
-
-
 def perplexity_rows(nll_sums: ArrayLike, token_counts: ArrayLike) -> RowStatistics:
     """Perplexity: exp(sum of negative log-likelihoods / sum of tokens) over all rows; lower is better, 1 at best.
 
@@ -88,7 +75,8 @@ def _perplexity(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.exp(np.minimum(sums[..., 1] / sums[..., 0], np.log(np.finfo(np.float64).max)))
 
 
-def _check(predictions: Sequence[str], references: References) -> None:
+def check_rows(predictions: Sequence[str], references: References) -> None:
+    """Raises ValueError or TypeError for what is no list of predictions with references each."""
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions cannot be compared with {len(references)} rows of references")
     if not predictions:
@@ -105,7 +93,7 @@ def _check(predictions: Sequence[str], references: References) -> None:
 
 
 def _best_of(score: Callable[[str, str], float], predictions: Sequence[str], references: References) -> RowStatistics:
-    _check(predictions, references)
+    check_rows(predictions, references)
     pairs = zip(predictions, references, strict=True)
     return mean_rows([max(score(prediction, text) for text in texts) for prediction, texts in pairs])
 
@@ -140,7 +128,7 @@ def _squad_tokens(text: str) -> list[str]:
 def _rouge(name: str, predictions: Sequence[str], references: References) -> RowStatistics:
     from rouge_score.rouge_scorer import RougeScorer
 
-    _check(predictions, references)
+    check_rows(predictions, references)
     scorer = RougeScorer([name], tokenizer=UnicodeTokenizer())
     pairs = zip(predictions, references, strict=True)
     return mean_rows([scorer.score_multi(texts, prediction)[name].fmeasure for prediction, texts in pairs])
@@ -209,7 +197,7 @@ def _chrf(predictions: Sequence[str], references: References) -> RowStatistics:
 
 
 def _sacrebleu(scorer: SacrebleuMetric, predictions: Sequence[str], references: References) -> RowStatistics:
-    _check(predictions, references)
+    check_rows(predictions, references)
     # sacrebleu wants the first references of all rows, then the second ones …, and None where a row has no more
     by_rank = list(zip_longest(*references))
     # the methods that sacrebleu's own significance tests are made of; no public one gives chrF's statistics
@@ -229,7 +217,7 @@ _ROUGE_SOURCE = (
     "letters make words, or single characters in scripts without spaces. A text without letters and digits scores 0."
 )
 
-METRICS: dict[str, Metric] = {
+TEXT_METRICS: dict[str, Metric] = {
     m.name: m
     for m in (
         Metric(
@@ -291,4 +279,4 @@ METRICS: dict[str, Metric] = {
         ),
     )
 }
-"""Every metric that compares texts, by name."""
+"""Every metric that compares texts as they are, by name."""

@@ -40,22 +40,52 @@ def next_token_logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tens
     return (_packed if batch.layout == "packed" else _padded)(model, batch, positions)
 
 
-def next_token_logps(model: nn.Module, batch: Batch, positions: Tensor, targets: Tensor) -> Tensor:
+def next_token_logps(
+    model: nn.Module, batch: Batch, positions: Tensor, targets: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """Log-probabilities, fp32 ``[n]`` in nats, of ``targets`` after ``positions``; arguments as above.
 
     Where the model's head is a plain product of the last hidden states, logits exist for a few positions at a time.
+
+    Args:
+        smoothing: this share of each target is spread evenly over the vocabulary (Szegedy et al. 2016, section 7), and
+            what is returned is the expected log-probability of such a target.
     """
     batch, positions = _prompted(model, batch, positions)
     batch = _filled_up(model, batch)
     hidden = _hidden(model, batch, positions)
-    if hidden is None:
-        logits = (_packed if batch.layout == "packed" else _padded)(model, batch, positions)
-    else:
-        head = projection_of(cast(Any, model).get_output_embeddings())
-        if head is not None and head.bias is None and head.update is None:
-            return target_logps(hidden, head.weight, targets)
-        logits = head_logits(model, hidden)
-    return -F.cross_entropy(logits.float(), targets, reduction="none")
+    if hidden is not None:
+        return hidden_logps(model, hidden, targets, smoothing)
+    logits = (_packed if batch.layout == "packed" else _padded)(model, batch, positions)
+    return -F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
+
+
+def hidden_logps(model: nn.Module, hidden: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The same from what the head reads before each target, ``[n, width]``."""
+    head = projection_of(cast(Any, model).get_output_embeddings())
+    if head is not None and head.bias is None and head.update is None:
+        logps = target_logps(hidden, head.weight, targets)
+        return _smoothed(logps, hidden, head.weight, targets, smoothing) if smoothing else logps
+    logits = head_logits(model, hidden)
+    return -F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
+
+
+def _smoothed(logps: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Expected log-probabilities without the logits: their mean over the vocabulary is hidden · mean(weight) - lse."""
+    beside_mean = weight[targets].float() - weight.float().mean(0)  # [n, width]
+    return logps - smoothing * (hidden.float() * beside_mean).sum(1)
+
+
+def hidden_at(model: nn.Module, batch: Batch, positions: Tensor, layer: int | None = None) -> Tensor:
+    """Hidden states of the trunk at ``positions``, ``[n, width]``: the last ones, or those behind ``layer`` blocks.
+
+    Args:
+        model: any model of transformers with a trunk, adapted or not.
+        batch: the rows, on the model's device.
+        positions: int64 ``[n]``, indices into the batch, ascending.
+    """
+    batch, positions = _prompted(model, batch, positions)
+    return _states(model, _filled_up(model, batch), positions, layer)
 
 
 def prompt_ids(model: nn.Module) -> list[int]:
@@ -112,16 +142,31 @@ def _filled_up(model: nn.Module, batch: Batch) -> Batch:
 
 def _hidden(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor | None:
     """What the head reads at ``positions``, ``[n, width]``; None when the model must be asked for logits."""
+    return _states(model, batch, positions) if _runs_fused(model, batch) or has_plain_head(model) else None
+
+
+def _runs_fused(model: nn.Module, batch: Batch) -> bool:
     decoder = decoder_of(model)
-    if isinstance(decoder, Decoder) and (batch.layout == "packed" or has_prefix(model)):
-        return decoder.hidden_of_rows(batch.token_ids, batch.positions, batch.segments)[positions]
+    if isinstance(decoder, Decoder):
+        return batch.layout == "packed" or has_prefix(model)
     refuse_prefix(model, decoder)
-    if not has_plain_head(model):
-        return None
+    return False
+
+
+def _states(model: nn.Module, batch: Batch, positions: Tensor, layer: int | None = None) -> Tensor:
+    """Last hidden states, or those behind ``layer`` blocks, ``[n, width]``."""
+    decoder = decoder_of(model)
+    if isinstance(decoder, Decoder) and _runs_fused(model, batch) and layer is None:
+        return decoder.hidden_of_rows(batch.token_ids, batch.positions, batch.segments)[positions]
     arguments, places = (
         _packed_call(model, batch, positions) if batch.layout == "packed" else _padded_call(model, batch, positions)
     )
-    return cast(Any, model).base_model(**arguments).last_hidden_state[places]
+    trunk = cast(Any, model).base_model
+    if "use_cache" not in inspect.signature(trunk.forward).parameters:  # encoders have none
+        del arguments["use_cache"]
+    if layer is None:
+        return trunk(**arguments).last_hidden_state[places]
+    return trunk(**arguments, output_hidden_states=True).hidden_states[layer][places]
 
 
 def _packed(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
@@ -183,9 +228,12 @@ def packing_obstacle(model: nn.Module) -> str | None:
     generator = torch.Generator().manual_seed(0)
     row, one, other = (Example(torch.randint(vocabulary, (length,), generator=generator)) for length in (9, 13, 13))
 
+    writes = cast(Any, model).get_output_embeddings() is not None
+    read = next_token_logits if writes else hidden_at
+
     def logits_of_row(batch: Batch) -> Tensor:
         last = torch.arange(batch.tokens - len(row), batch.tokens, device=device)
-        return next_token_logits(model, batch.to(device), last).float()
+        return read(model, batch.to(device), last).float()
 
     was_training = model.training
     model.eval()

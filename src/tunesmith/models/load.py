@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:  # models take seconds to import, and those who count tokens n
     import torch
     from torch import nn
     from transformers import PreTrainedModel
+
+    from tunesmith.models.task_head import TaskHead
 
 DEMO = "demo"
 WEIGHT_FILES = ("*.safetensors",)
@@ -68,11 +71,11 @@ def read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, revision=revision)
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Raises InputError when there is no tokenizer, or it has no end-of-text token."""
+def load_tokenizer(path: str, revision: str | None = None, *, writes: bool = True) -> PreTrainedTokenizerBase:
+    """Raises InputError when there is no tokenizer, or it has no end-of-text token for a model that ``writes``."""
     with told_plainly("the tokenizer", path):
         tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, revision=revision))
-    if tokenizer.eos_token_id is None:
+    if writes and tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no end-of-text token, so the model could never learn to stop",
             where=path,
@@ -91,6 +94,73 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    how = Loading(dtype, device, revision, quantize)
+    model, missing = _from_files(AutoModelForCausalLM, path, how)
+    if missing:
+        raise InputError(
+            f"{len(missing)} weights are missing and would be random (first: {missing[0]})",
+            where=path,
+            fix="use a complete causal language model",
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How weights are held: their dtype, where, of which revision, and quantized or not."""
+
+    dtype: torch.dtype
+    device: torch.device
+    revision: str | None = None
+    quantize: str = "none"
+
+
+def load_judge(path: str, head: TaskHead, how: Loading) -> tuple[PreTrainedModel, TaskHead, bool]:
+    """Loads a trunk with a head for a task.
+
+    The head is new, drawn from torch's random state, unless the files hold one for the same labels.
+
+    Returns:
+        The model with its head in fp32; the head with its pooling settled; and whether the head is new.
+
+    Raises:
+        InputError: as `load_model`, and when the trunk's own weights are missing.
+    """
+    from tunesmith.models.task_head import (
+        draw_anew,
+        head_modules,
+        model_class,
+        refuse_another_head,
+        remember_head,
+        saved_head,
+        settled_pooling,
+    )
+
+    found = saved_head(Path(path)) if Path(path).is_dir() else None
+    same = found is not None and (found.kind, found.labels) == (head.kind, head.labels)
+    model, missing = _from_files(model_class(head), path, how, **head.settings(), ignore_mismatched_sizes=not same)
+    own = tuple(f"{name}." for name in head_modules(model))
+    pooling, _ = settled_pooling(head, model, path, missing)
+    unused = [name for name in missing if ".pooler." in name and pooling != "pooler"]
+    if lost := [name for name in missing if not name.startswith(own) and name not in unused]:
+        raise InputError(
+            f"{len(lost)} weights are missing and would be random (first: {lost[0]})",
+            where=path,
+            fix="use a model whose files are complete",
+        )
+    new = not same or any(name.startswith(own) for name in missing)
+    for name in head_modules(model):
+        module = model.get_submodule(name).float()
+        if new:  # a file may hold a head of the same size for other labels
+            draw_anew(module, float(getattr(model.config, "initializer_range", 0.02)))
+    settled = replace(head, pooling=pooling)
+    refuse_another_head(model, settled)
+    remember_head(model, settled)
+    return model, settled, new
+
+
+def _from_files(kind: Any, path: str, how: Loading, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A model of a class of transformers, and the names of weights that its files lack."""
     directory = Path(path)
     if directory.is_dir() and not any(directory.glob("*.safetensors")):
         raise InputError(
@@ -99,24 +169,19 @@ def load_model(
             fix="convert other formats to safetensors first; pickled weights are not loaded",
         )
     with told_plainly("the model", path):
-        loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(
+        loaded, info = kind.from_pretrained(
             path,
-            revision=revision,
-            dtype=dtype,
+            revision=how.revision,
+            dtype=how.dtype,
             use_safetensors=True,
             output_loading_info=True,
-            **_quantization(quantize, dtype, device),
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(
-            f"{len(missing)} weights are missing and would be random (first: {missing[0]})",
-            where=path,
-            fix="use a complete causal language model",
+            **_quantization(how.quantize, how.dtype, how.device),
+            **settings,
         )
     model = cast("PreTrainedModel", loaded)
-    if quantize == "none":
-        cast("nn.Module", model).to(device)
-    return model.eval()
+    if how.quantize == "none":
+        cast("nn.Module", model).to(how.device)
+    return model.eval(), sorted({*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))})
 
 
 def _quantization(quantize: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +11,18 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from tunesmith.models.load import told_plainly
+from tunesmith.models.task_head import TaskHead, head_modules, model_class
 
 FALLBACK_POSITIONS = 1_000_000
 
 
-def meta_model(config: PreTrainedConfig, path: str) -> nn.Module:
-    """The architecture without storage. Raises InputError when transformers has no causal model for it."""
-    from transformers import AutoModelForCausalLM
-
+def meta_model(config: PreTrainedConfig, path: str, head: TaskHead | None = None) -> nn.Module:
+    """The architecture without storage. Raises InputError when transformers has no such model for it."""
+    if head is not None:
+        config = copy.deepcopy(config)
+        config.update(head.settings())
     with told_plainly("the model's architecture", path), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return model_class(head).from_config(config)
 
 
 def position_limit(config: PreTrainedConfig) -> int:
@@ -64,6 +67,7 @@ def shape_of(model: nn.Module) -> Shape:
     config: Any = model.config
     text = config.get_text_config()
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    judging = head_modules(model)
     weights = outputs = 0
     widest = 0
     for module in model.modules():
@@ -86,7 +90,7 @@ def shape_of(model: nn.Module) -> Shape:
         hidden=hidden,
         intermediate=int(getattr(text, "intermediate_size", None) or widest),
         key_value=2 * key_value_heads * head_dim,
-        vocabulary=int(text.vocab_size),
+        vocabulary=int(config.num_labels if judging else text.vocab_size),
         linear_weights=weights,
         linear_outputs=outputs,
         head_weights=head_weights,

@@ -6,10 +6,19 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tunesmith.objectives.objective import TrainingObjective
+from tunesmith.objectives.objective import TargetLogps, TrainingObjective
 from tunesmith.objectives.supervised import Supervised
+from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
-# A discriminated union needs two members; the annotation keeps the one place where new objectives join.
-Objective = Annotated[Supervised, Field()]
+Objective = Annotated[Supervised | Classify | Tag | Regress, Field(discriminator="kind")]
 
-__all__ = ["Objective", "Supervised", "TrainingObjective"]
+__all__ = [
+    "Classify",
+    "Objective",
+    "Regress",
+    "Supervised",
+    "Tag",
+    "TargetLogps",
+    "TaskObjective",
+    "TrainingObjective",
+]

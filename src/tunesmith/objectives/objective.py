@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,6 +12,18 @@ from tunesmith.base import Spec
 from tunesmith.batch import Batch
 
 Head = Literal["lm", "sequence", "token", "scalar"]
+
+
+class TargetLogps(NamedTuple):
+    """Log-likelihoods of what the rows ask for, in the order of the batch.
+
+    Attributes:
+        logps: fp32 ``[chosen]``, in nats.
+        chosen: int64 ``[chosen]``: positions of those targets in the batch.
+    """
+
+    logps: Tensor
+    chosen: Tensor
 
 
 class TrainingObjective(Spec):
@@ -29,6 +41,10 @@ class TrainingObjective(Spec):
     def prepare(self, model: nn.Module, window: Sequence[Batch]) -> Sequence[Batch]:
         """Adds what must be known before the step, without gradient, to the batches of an optimizer step."""
         return window
+
+    @abstractmethod
+    def target_logps(self, model: nn.Module, batch: Batch) -> TargetLogps:
+        """The log-likelihood of every target, for validation and judging."""
 
     @abstractmethod
     def weights(self, batch: Batch) -> dict[str, Tensor]:

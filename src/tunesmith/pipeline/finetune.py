@@ -5,16 +5,21 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.models.decoder import decoder_of
 from tunesmith.models.forward import packing_obstacle
-from tunesmith.models.load import load_model
+from tunesmith.models.load import Loading, load_judge, load_model
 from tunesmith.pipeline.environment import describe_environment
+from tunesmith.pipeline.features import with_features
 from tunesmith.pipeline.lineage import LINEAGE, MANIFEST, describe_lineage, write_manifest
 from tunesmith.pipeline.planning import Planned, plan_job
 from tunesmith.pipeline.proof import Proof, stored_evaluation, write_page, written_report
@@ -113,14 +118,9 @@ def _execute(
     recipe = planned.recipe
     with Stopping() as stopping:
         watcher.progress("loading the model", 0, None)
-        model = load_model(
-            planned.location,
-            dtype=DTYPES[planned.plan.frozen_dtype],
-            device=planned.hardware.device,
-            revision=recipe.model.revision,
-            quantize=recipe.model.quantize,
-        )
+        model, planned = _loaded(planned)
         planned = planned.with_plan(_with_verified_packing(planned, model))
+        planned = with_features(planned, model, watcher.progress)
         proof = None if recipe.evaluate == "off" else Proof(planned, recipe.evaluate)
         run = existing or _opened(planned, parent, watcher)
         watcher.plan(planned.plan)
@@ -128,6 +128,24 @@ def _execute(
             return _work(Work(planned, run, model, None, watcher, stopping, forced))
         with run.locked():
             return _work(Work(planned, run, model, proof, watcher, stopping, forced))
+
+
+def _loaded(planned: Planned) -> tuple[PreTrainedModel, Planned]:
+    """The model, and what its files settle of a head."""
+    spec, dtype, device = planned.recipe.model, DTYPES[planned.plan.frozen_dtype], planned.hardware.device
+    if planned.judges is None:
+        model = load_model(planned.location, dtype=dtype, device=device, revision=spec.revision, quantize=spec.quantize)
+        return model, planned
+    torch.manual_seed(planned.recipe.seed)  # before a new head is drawn
+    loading = Loading(dtype, device, spec.revision, spec.quantize)
+    model, head, new = load_judge(planned.location, planned.judges.task_head(), loading)
+    plan, objective = planned.plan, planned.judges
+    if head.pooling != planned.judges.task_head().pooling and head.kind == "sequence":
+        why = "what this model was made for, as far as its files tell"
+        found = Resolved(name="objective.pooling", value=head.pooling, reason=why)
+        plan = plan.model_copy(update={"resolved": [*plan.resolved, found]})
+        objective = objective.model_copy(update={"pooling": head.pooling})
+    return model, replace(planned, plan=plan, objective=objective, head_is_new=new)
 
 
 def _work(work: Work) -> Run:
@@ -141,7 +159,7 @@ def _work(work: Work) -> Run:
 
     evaluating = Stopwatch()
     if is_main():
-        stored_evaluation(run, BASE_EVALUATION, work.proof, model, progress)
+        stored_evaluation(run, BASE_EVALUATION, work.proof and partial(work.proof.evaluate_base, model, progress))
     base_seconds = evaluating.seconds
     wait_for_all()
     measured = train_model(work, emit)
@@ -149,7 +167,7 @@ def _work(work: Work) -> Run:
     if not is_main():
         return run
     evaluating = Stopwatch()
-    stored_evaluation(run, TUNED_EVALUATION, work.proof, model, progress)
+    stored_evaluation(run, TUNED_EVALUATION, work.proof and partial(work.proof.evaluate, model, progress))
     measured["evaluate_seconds"] = base_seconds + evaluating.seconds
     measured["seconds"] = measured["train_seconds"] + measured["evaluate_seconds"]
     report = written_report(run, planned, work.proof, measured, _notes(run))

@@ -24,11 +24,21 @@ from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.method import read_adapter_config
 from tunesmith.metrics import bootstrap
 from tunesmith.models.forward import packing_obstacle
-from tunesmith.models.load import load_model, load_tokenizer, locate_model, read_config, stop_token_ids
+from tunesmith.models.load import (
+    Loading,
+    load_judge,
+    load_model,
+    load_tokenizer,
+    locate_model,
+    read_config,
+    stop_token_ids,
+)
 from tunesmith.models.measure import position_limit
+from tunesmith.models.task_head import TaskHead, head_of, saved_head
 from tunesmith.models.templates import resolve_template
+from tunesmith.pipeline.labeller import Labeller
 from tunesmith.plan.hardware import DTYPES, detect_hardware, native_dtypes
-from tunesmith.recipe import EvaluateSpec, Recipe
+from tunesmith.recipe import EvaluateSpec, ModelSpec, Recipe
 from tunesmith.recipe_file import check_recipe, parse_yaml
 from tunesmith.run import RECIPE, Run
 
@@ -48,6 +58,12 @@ class Location:
     adapter: Path | None
     tokenizer: str
     recipe: Recipe | None
+
+    @property
+    def head(self) -> TaskHead | None:
+        """The head of a model that judges; None for one that writes."""
+        directory = self.adapter or Path(self.base)
+        return saved_head(directory) if directory.is_dir() else None
 
 
 def locate(path: str, progress: Progress = silent) -> Location:
@@ -105,13 +121,16 @@ def _load(location: Location, dtype: str, progress: Progress) -> PreTrainedModel
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"unknown dtype {dtype!r}", fix="use auto, fp32, bf16 or fp16")
     progress("loading the model", 0, None)
-    model = load_model(
-        location.base,
-        dtype=default_dtype() if dtype == "auto" else DTYPES[dtype],
-        device=detect_hardware().device,
-        revision=location.recipe.model.revision if location.recipe and location.adapter else None,
-        quantize=location.recipe.model.quantize if location.recipe and location.adapter else "none",
+    spec = location.recipe.model if location.recipe and location.adapter else ModelSpec(path=location.base)
+    how = Loading(
+        default_dtype() if dtype == "auto" else DTYPES[dtype], detect_hardware().device, spec.revision, spec.quantize
     )
+    if location.head is not None:
+        model, _, _ = load_judge(location.base, location.head, how)
+    else:
+        model = load_model(
+            location.base, dtype=how.dtype, device=how.device, revision=how.revision, quantize=how.quantize
+        )
     if location.adapter is not None:
         load_adapter(model, location.adapter)
     return model.eval()
@@ -148,6 +167,10 @@ def load_speaker(
         like: take tokenizer, template and data settings from here instead; a base is asked as its adapter was trained.
     """
     location = locate(path, progress)
+    if location.head is not None:
+        raise InputError(
+            "this model judges and writes nothing", where=path, fix="use tunesmith generate or evaluate, which ask it"
+        )
     if like is not None:
         location = replace(location, tokenizer=like.tokenizer, recipe=like.recipe)
     tokenizer = load_tokenizer(location.tokenizer)
@@ -155,6 +178,15 @@ def load_speaker(
     template = resolve_template("plain" if plain else "auto", tokenizer)
     model = _load(location, dtype, progress)
     return Speaker(model, tokenizer, renderer_for(location.base, model, tokenizer, template), location)
+
+
+def load_labeller(path: str, *, dtype: str = "auto", progress: Progress = silent) -> Labeller | None:
+    """Loads a model that judges, with its tokenizer; None where the model writes."""
+    location = locate(path, progress)
+    if location.head is None:
+        return None
+    model = _load(location, dtype, progress)
+    return Labeller.of(model, head_of(model) or location.head, load_tokenizer(location.tokenizer, writes=False))
 
 
 def renderer_for(base: str, model: Any, tokenizer: PreTrainedTokenizerBase, template: Any) -> Renderer:
@@ -223,18 +255,31 @@ def evaluate(
     """
     given = data if isinstance(data, DataSpec) else DataSpec(train=str(data))
     spec = spec or EvaluateSpec()
-    judged, metrics = judged_rows(_speaker_of(model), given, spec, progress)
+    head = head_of(model)
+    if head is not None:
+        trained = cast(PreTrainedModel, model)
+        labeller = Labeller.of(trained, head, load_tokenizer(str(trained.config.name_or_path), writes=False))
+        judged, metrics = labeller.judged_rows(given, spec, progress)
+    else:
+        judged, metrics = judged_rows(_speaker_of(model), given, spec, progress)
     return {entry.pop("name"): entry for entry in scores(judged, metrics, spec)}
 
 
 def compare_with_base(
     target: str, files: Sequence[DataSpec], spec: EvaluateSpec, progress: Progress = silent
 ) -> list[dict[str, Any]]:
-    """Judges a model on every file; an adapter or run is compared with its base on the same rows.
+    """Judges a model on every file; an adapter or run that writes is compared with its base on the same rows.
 
     Returns:
         For every file its `data` and `metrics`: as in a report where there is a base, else with `value`.
     """
+    labeller = load_labeller(target, progress=progress)
+    if labeller is not None:  # its base has no head, and nothing to say of these rows
+        judged = [labeller.judged_rows(file, spec, progress) for file in files]
+        return [
+            {"data": file.train, "metrics": scores(rows, names, spec)}
+            for file, (rows, names) in zip(files, judged, strict=True)
+        ]
     location = locate(target, progress)
     compared = location.recipe is not None or location.adapter is not None
     judged = _judged_by(load_speaker(target, progress=progress), files, spec, progress)

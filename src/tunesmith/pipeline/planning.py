@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -14,10 +14,14 @@ from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.presets import PRESETS
 from tunesmith.data.read import STANDARD_INPUT
 from tunesmith.data.render import Renderer
+from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.evaluation.compare import choose_metrics
 from tunesmith.models.load import load_tokenizer, locate_model, read_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
+from tunesmith.models.task_head import TaskHead
+from tunesmith.objectives import TaskObjective, TrainingObjective
+from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.recipe import Plan, Recipe, Resolved, Workload
@@ -34,6 +38,8 @@ class Planned:
     Attributes:
         location: directory or hub id of the model.
         prepared: the data; None when the plan was made without it.
+        objective: the recipe's, with what the data and the model settle filled in.
+        head_is_new: whether the base has no head for these labels, so that it is compared with a constant answer.
     """
 
     recipe: Recipe
@@ -42,13 +48,18 @@ class Planned:
     config: PreTrainedConfig
     hardware: Hardware
     tokenizer: PreTrainedTokenizerBase | None
-    renderer: Renderer | None
+    renderer: Renderer | LabelRenderer | None
     prepared: Prepared | None
+    objective: TrainingObjective
+    head_is_new: bool = False
 
     def with_plan(self, plan: Plan) -> Planned:
-        return Planned(
-            self.recipe, plan, self.location, self.config, self.hardware, self.tokenizer, self.renderer, self.prepared
-        )
+        return replace(self, plan=plan)
+
+    @property
+    def judges(self) -> TaskObjective | None:
+        """The objective, when the model judges instead of writing."""
+        return self.objective if isinstance(self.objective, TaskObjective) else None
 
 
 def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
@@ -59,10 +70,16 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     """
     location = locate_model(recipe.model.path, progress)
     config = read_config(location, recipe.model.revision)
-    model = meta_model(config, location)
-    tokenizer = load_tokenizer(location, recipe.model.revision)
-    renderer = Renderer.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
+    objective: TrainingObjective = recipe.objective
     limit = position_limit(config)
+    model = meta_model(config, location, _guessed_head(objective))
+    if isinstance(objective, TaskObjective):
+        refuse_settings_of_writing(recipe, int(config.get_text_config().num_hidden_layers))
+        tokenizer = load_tokenizer(location, recipe.model.revision, writes=False)
+        renderer = label_renderer(objective, recipe.data, tokenizer, model, _stop_ids(tokenizer, config, location))
+    else:
+        tokenizer = load_tokenizer(location, recipe.model.revision)
+        renderer = Renderer.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
     prepared = prepare(
         recipe.data,
         renderer,
@@ -71,16 +88,36 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         wants_test=recipe.evaluate != "off",
         progress=progress,
     )
+    if isinstance(objective, TaskObjective):
+        prepared, objective = with_labels(prepared, objective)
+        model = meta_model(config, location, objective.task_head())
     workload = _counted(prepared)
     hardware = detect_hardware()
-    judged = _judged(recipe, prepared)
+    judged = _judged(recipe, prepared, objective)
     plan = resolve(recipe, model, workload, hardware, judged, prepared.max_length)
-    found = [*plan.resolved, *_found_in_data(recipe, prepared)]
+    found = [*plan.resolved, *_found_in_data(recipe, prepared), *_found_in_labels(recipe.objective, objective)]
     notes = [*plan.notes, *prepared.notes]
     if recipe.train.shard and world_size() == 1:
         notes.append("train.shard spreads nothing over one process; torchrun starts several")
     plan = plan.model_copy(update={"notes": notes, "resolved": found})
-    return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared)
+    return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective)
+
+
+def _stop_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, location: str) -> set[int]:
+    """Those of a conversation's template, where the tokenizer knows any."""
+    return stop_token_ids(tokenizer, config, location) if tokenizer.eos_token_id is not None else set()
+
+
+def _found_in_labels(asked: TrainingObjective, settled: TrainingObjective) -> list[Resolved]:
+    """What the training rows settled of the objective."""
+    reasons = {"labels": "those of the training rows", "class_weights": "rows of each label", "spread": "their spread"}
+    found = []
+    for name, reason in reasons.items():
+        before, after = getattr(asked, name, None), getattr(settled, name, None)
+        if before != after:
+            shown = f"{len(after)} labels" if isinstance(after, (list, dict)) and len(after) > 12 else after
+            found.append(Resolved(name=f"objective.{name}", value=shown, reason=reason))
+    return found
 
 
 def _found_in_data(recipe: Recipe, prepared: Prepared) -> list[Resolved]:
@@ -91,7 +128,7 @@ def _found_in_data(recipe: Recipe, prepared: Prepared) -> list[Resolved]:
         if declared.get(source["path"], recipe.data.format) == "auto":
             reason = f"the columns of {source['path']}"
             found.append(Resolved(name="data.format", value=source["format"], reason=reason))
-    if recipe.data.template == "auto":
+    if recipe.data.template == "auto" and not isinstance(recipe.objective, TaskObjective):
         found.append(Resolved(name="data.template", value=prepared.template, reason="what the model was made for"))
     if recipe.data.test == "auto" and prepared.test:
         found.append(Resolved(name="data.test", value=f"{len(prepared.test)} rows", reason=prepared.test_from))
@@ -109,16 +146,27 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     if not missing and _has_tokenizer(location):
         return plan_job(recipe, progress)
     config = read_config(location, recipe.model.revision)
-    model: nn.Module = meta_model(config, location)
+    head = _guessed_head(recipe.objective)
+    model: nn.Module = meta_model(config, location, head)
     workload = _estimated(recipe, position_limit(config), missing)
-    metrics, why = choose_metrics(_asked(recipe), [])
+    if isinstance(recipe.objective, TaskObjective):
+        metrics, why = chosen_metrics(recipe, recipe.objective)
+    else:
+        metrics, why = choose_metrics(_asked(recipe), [])
     judged = Judged(metrics, why if not missing else "there are no rows to look at", 0, 64)
     plan = resolve(recipe, model, workload, detect_hardware(), judged, workload.longest)
     what = f"there is no {missing[0]}" if missing else "the model has no tokenizer"
     notes = [*plan.notes, f"tokens are estimated: {what}"]
-    return Planned(
-        recipe, plan.model_copy(update={"notes": notes}), location, config, detect_hardware(), None, None, None
-    )
+    plan = plan.model_copy(update={"notes": notes})
+    return Planned(recipe, plan, location, config, detect_hardware(), None, None, None, recipe.objective)
+
+
+def _guessed_head(objective: TrainingObjective) -> TaskHead | None:
+    """The head that an objective asks for, with two labels where nobody knows them yet."""
+    if not isinstance(objective, TaskObjective):
+        return None
+    known = getattr(objective, "labels", ())
+    return TaskHead("token" if objective.words else "sequence", ("", " ") if known == "auto" else tuple(known) or ("",))
 
 
 def _is_here(path: str) -> bool:
@@ -186,7 +234,10 @@ def _asked(recipe: Recipe) -> list[str] | str:
     return recipe.evaluate.metrics
 
 
-def _judged(recipe: Recipe, prepared: Prepared) -> Judged:
+def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) -> Judged:
+    count = 0 if recipe.evaluate == "off" else min(recipe.evaluate.rows, len(prepared.test))
+    if isinstance(objective, TaskObjective):
+        return Judged(*chosen_metrics(recipe, objective), count, 0, writes=False)
     rows = prepared.test or prepared.train
     references = [row.row.references[0] for row in rows if row.row.messages]
     metrics, why = choose_metrics(_asked(recipe), references)
@@ -203,5 +254,4 @@ def _judged(recipe: Recipe, prepared: Prepared) -> Judged:
             fix="use perplexity, or split the rows with data.answer_after",
         )
     answers = [len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids]
-    count = 0 if recipe.evaluate == "off" else min(recipe.evaluate.rows, len(prepared.test))
     return Judged(metrics, why, count, max(answers, default=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -14,8 +15,10 @@ from tunesmith.base import InputError, Progress
 from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row_nlls
 from tunesmith.evaluation.compare import best_and_worst, compare_forgetting, compare_metrics, judgement
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
+from tunesmith.evaluation.labels import judge_constant, judge_labels
 from tunesmith.models.measure import position_limit
 from tunesmith.pages.report import report_page
+from tunesmith.pipeline.judging import baseline_of
 from tunesmith.pipeline.planning import Planned
 from tunesmith.recipe import EvaluateSpec
 from tunesmith.recipe_file import recipe_yaml
@@ -32,8 +35,9 @@ class Proof:
         test = planned.prepared.test
         chosen = sorted(random.Random(planned.recipe.seed).sample(range(len(test)), min(spec.rows, len(test))))
         self.rows = [test[at] for at in chosen]
+        forgetting = "off" if planned.judges is not None else spec.forgetting
         self.general: GeneralText | None = general_passages(
-            spec.forgetting, planned.tokenizer, position_limit(planned.config)
+            forgetting, planned.tokenizer, position_limit(planned.config)
         )
         self.how = Judging(
             max_new_tokens=planned.plan.max_new_tokens,
@@ -45,12 +49,24 @@ class Proof:
 
     def evaluate(self, model: nn.Module, progress: Progress) -> Evaluation:
         """What is stored of one model: its answers, and its losses on general text."""
+        objective = self.planned.judges
+        if objective is not None:
+            judged = judge_labels(model, objective, self.rows, packed=self.how.packed, progress=progress)
+            return {"rows": [row.as_json() for row in judged], "general": None}
         judged = judge(model, self.tokenizer, self.rows, self.how, progress)
         general = None
         if self.general is not None:
             nlls = row_nlls(model, self.general.passages, packed=self.how.packed, progress=progress)
             general = {"nlls": nlls, "targets": [passage.targets for passage in self.general.passages]}
         return {"rows": [row.as_json() for row in judged], "general": _json_safe(general)}
+
+    def evaluate_base(self, model: nn.Module, progress: Progress) -> Evaluation:
+        """The same of the base; where that has no head for these labels, of the best constant answer."""
+        objective, prepared = self.planned.judges, self.planned.prepared
+        if objective is None or not self.planned.head_is_new or prepared is None:
+            return self.evaluate(model, progress)
+        judged = judge_constant(objective, self.rows, baseline_of(prepared, objective))
+        return {"rows": [row.as_json() for row in judged], "general": None}
 
     def compare(self, base: Evaluation, tuned: Evaluation) -> dict[str, Any]:
         """The part of the report that is evidence."""
@@ -60,6 +76,11 @@ class Proof:
         metrics, warnings = compare_metrics(self.planned.plan.metrics, before, after, self.spec, seed)
         source = self.general.source if self.general else None
         forgetting = compare_forgetting(source, base["general"], tuned["general"], self.spec, seed)
+        if self.planned.judges is not None:
+            forgetting = {"status": "off", "reason": "the model judges now, and writes no text"}
+            if self.planned.head_is_new and before:
+                said = before[0].answer
+                warnings.append(f"the base has no head for this task: it is the best constant answer, {said!r:.60}")
         decided = judgement(metrics, forgetting, self.planned.recipe.gate)
         cut = sum(row.finish_reason == "length" for row in after)
         if after and cut > len(after) // 4:
@@ -82,12 +103,12 @@ def _json_safe(general: dict[str, Any] | None) -> dict[str, Any] | None:
     return general
 
 
-def stored_evaluation(run: Run, name: str, proof: Proof | None, model: nn.Module, progress: Progress) -> Evaluation:
+def stored_evaluation(run: Run, name: str, measure: Callable[[], Evaluation] | None) -> Evaluation:
     """The evaluation that the run holds, or a fresh one, which is then stored."""
     if (run.path / name).is_file():
         with suppress(InputError):  # a damaged one is measured again
             return cast(Evaluation, run.read(name))
-    found = proof.evaluate(model, progress) if proof is not None else {"rows": [], "general": None}
+    found: Evaluation = {"rows": [], "general": None} if measure is None else measure()
     run.write(name, found)
     return found
 

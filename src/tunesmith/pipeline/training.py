@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.base import Interrupted, TrainingError, TunesmithError, silent
 from tunesmith.base import Progress as ShowProgress
+from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.evaluation.answers import Judging, judge, mean_nll
 from tunesmith.evaluation.compare import metric_rows
 from tunesmith.files import committed_directory
@@ -21,6 +22,8 @@ from tunesmith.methods.low_rank import lora_layers
 from tunesmith.models.decoder import decoder_of
 from tunesmith.models.embeddings import untrained_tokens
 from tunesmith.models.sharding import is_sharded, made_whole, shard, whole
+from tunesmith.models.task_head import head_modules
+from tunesmith.pipeline import probe
 from tunesmith.pipeline.environment import code_sha256
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.proof import Proof
@@ -93,7 +96,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
 
     job = Job(
         model,
-        planned.recipe.objective,
+        planned.objective,
         saved.optimizer,
         saved.precision,
         planned.recipe.train,
@@ -119,6 +122,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
     _take_best(work, checkpoints, progress)
     made_whole(model)
     if is_main():
+        _close_with_solver(work, emit)
         _commit_result(work)
         emit(_trained(progress))
     seconds = sum(event["seconds"] for event in run.events() if event["event"] in ("step", "validation"))
@@ -171,7 +175,7 @@ def _where_it_stands(work: Work, checkpoints: Checkpoints, saved: Saved, emit: E
     """The progress of the newest sound checkpoint, from which everything is put back; a fresh one without any."""
     planned, warnings = work.planned, list[str]()
     newest = checkpoints.newest_sound(warnings.append)
-    progress = Progress(health=Health(vocabulary=int(planned.config.get_text_config().vocab_size)))
+    progress = Progress(health=Health(vocabulary=_choices(planned)))
     if newest is not None:
         progress = checkpoints.restore(newest, saved, warnings.append)
     if is_main():
@@ -188,6 +192,14 @@ def _where_it_stands(work: Work, checkpoints: Checkpoints, saved: Saved, emit: E
         record_changes(work.run, planned, progress.step)
         _warning(emit, progress.step)(f"resumed with changes of {', '.join(work.forced)}, recorded in changes.json")
     return progress
+
+
+def _choices(planned: Planned) -> int:
+    """Among how many a target is chosen; 0 where it is a number, or several of them at once."""
+    head = planned.judges.task_head() if planned.judges is not None else None
+    if head is None:
+        return int(planned.config.get_text_config().vocab_size)
+    return len(head.labels) if head.problem == "single_label_classification" else 0
 
 
 def _warning(emit: Emit, step: int) -> Callable[[str], None]:
@@ -240,7 +252,8 @@ def _validation(work: Work, emit: Emit) -> Callable[[int], float | None]:
         loss, told = None, list[dict[str, Any]]()
         watch = Stopwatch()
         if plan.evaluate_every is not None and (step % plan.evaluate_every == 0 or step == plan.steps):
-            loss = mean_nll(work.model, [row.example for row in rows], packed=plan.packing, progress=watched)
+            examples, objective = [row.example for row in rows], planned.objective
+            loss = mean_nll(work.model, examples, packed=plan.packing, progress=watched, objective=objective)
             value = loss if loss - loss == 0.0 else None
             told.append({"event": "validation", "step": step, "loss": value, "seconds": watch.seconds})
         if every != "off" and step % every == 0:
@@ -270,6 +283,11 @@ def _take_best(work: Work, checkpoints: Checkpoints, progress: Progress) -> None
         checkpoints.load_weights(cast(int, progress.best_step), work.model, recipe.method)
 
 
+def _close_with_solver(work: Work, emit: Emit) -> None:
+    if probe.obstacle(work.planned, work.model) is None:
+        emit({"event": "solver", **probe.close(work.planned, work.model, work.watcher.progress)})
+
+
 def _commit_result(work: Work) -> None:
     """Writes `adapter/` or `model/` with the tokenizer that belongs to it, after a last look at the weights."""
     method, model = work.planned.recipe.method, work.model
@@ -278,15 +296,19 @@ def _commit_result(work: Work) -> None:
     _refuse_unseen_update(work)
     tokenizer, renderer, prepared = work.planned.tokenizer, work.planned.renderer, work.planned.prepared
     assert tokenizer is not None and renderer is not None and prepared is not None
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None and prepared.stop_ids:
         model.generation_config.eos_token_id = sorted(prepared.stop_ids)
     final = work.run.path / method.saved_as
     try:
         with committed_directory(final) as directory:
             method.save(model, directory, base=work.planned.location)
-            if renderer.template.jinja is not None:
-                tokenizer.chat_template = renderer.template.jinja
+            writer = renderer.conversation if isinstance(renderer, LabelRenderer) else renderer
+            if writer is not None and writer.template.jinja is not None:
+                tokenizer.chat_template = writer.template.jinja
             tokenizer.save_pretrained(directory)
+            if work.planned.judges is not None:
+                asks = "text" if writer is None else "conversation"
+                replace(work.planned.judges.task_head(), asks=asks).write(directory)
     except SafetensorError as error:  # what safetensors raises for a disk that is full
         raise TunesmithError(
             f"the result cannot be written: {error}; the checkpoints are whole",
@@ -298,7 +320,7 @@ def _commit_result(work: Work) -> None:
 def _refuse_unseen_update(work: Work) -> None:
     """Raises TrainingError when every update of an adapter is too small to change the weights it is added to."""
     layers = lora_layers(work.model)
-    whole = getattr(work.planned.recipe.method, "modules_to_save", [])
+    whole = getattr(work.planned.recipe.method, "modules_to_save", []) or head_modules(work.model)
     if layers and not whole and not any(layer.is_seen() for layer in layers.values()):
         raise TrainingError(
             "the adapter is dead: its updates are smaller than what the base's weights can hold",

@@ -50,6 +50,7 @@ class Judged:
     why: str
     rows: int
     longest_answer: int
+    writes: bool = True
 
 
 def resolve(
@@ -132,6 +133,9 @@ def _longest_answer(recipe: Recipe, judged: Judged, decided: Decisions) -> int:
     """New tokens that an answer may have; the metrics are settled with it."""
     if recipe.evaluate == "off":
         return 16
+    if not judged.writes:
+        decided.settle("evaluate.metrics", recipe.evaluate.metrics, judged.metrics, judged.why)
+        return 0
     longest = decided.settle(
         "evaluate.max_new_tokens",
         recipe.evaluate.max_new_tokens,

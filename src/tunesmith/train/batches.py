@@ -74,5 +74,6 @@ class StepBatches:
 
 
 def _filler(batch: Batch) -> Batch:
+    kept = {name: tensor[:0] if batch.scopes[name] == "target" else tensor for name, tensor in batch.tensors.items()}
     weights = torch.zeros_like(batch.tensors["target_weights"])
-    return replace(batch, tensors={**batch.tensors, "target_weights": weights}, filler=True)
+    return replace(batch, tensors={**kept, "target_weights": weights}, filler=True)
