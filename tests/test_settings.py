@@ -11,10 +11,11 @@ import pytest
 from pydantic import BaseModel
 
 from conftest import build_model, colour_rows, write_jsonl
+from task_rows import build_trunk, tag_rows
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
-from tunesmith.methods import Adapter, Full, Ia3, Lora, Peft, Prefix, Prompt
-from tunesmith.objectives import Supervised
+from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt
+from tunesmith.objectives import Classify, Regress, Supervised, Tag
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.recipe import EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
 from tunesmith.recipe_file import check_recipe
@@ -33,6 +34,17 @@ MESSY = [
 ]
 FULL, ADAPTER = {"method": {"kind": "full"}}, {"method": {"kind": "adapter"}}
 PREFIX, PROMPT = ({"method": {"kind": kind, "tokens": 3}} for kind in ("prefix", "prompt"))
+HEAD = {"method": {"kind": "head"}}
+JUDGED = {"evaluate": {"max_new_tokens": "auto"}}
+
+
+def judging(kind: str, rows: str, **settings: Any) -> dict[str, Any]:
+    """A job whose model judges."""
+    objective = {"objective": {"kind": kind, **settings}}
+    return {**JUDGED, **objective, "model": {"path": "TRUNK"}, "data": {"train": rows}}
+
+
+LABELS, NUMBERS, TAGS = judging("classify", "LABELS"), judging("regress", "NUMBERS"), judging("tag", "TAGS")
 CLEANING = {"empty": "drop", "overlong": "drop", "max_length": 40}
 
 # For every field: the sections that it is changed in, beside which the same job with the default is run.
@@ -159,7 +171,26 @@ CHANGES: dict[str, Any] = {
     "train.groups[].rate": ({}, {"train": {"groups": [{"match": "lora_A", "rate": 2}]}}),
     "train.groups[].weight_decay": ({}, {"train": {"groups": [{"match": "lora", "weight_decay": 0.5}]}}),
     "train.shard": ({}, {"train": {"shard": True}}),
+    "method[head].kind": ({}, HEAD),
+    "method[head].solver": ({**LABELS, **HEAD}, {**LABELS, "method": {"kind": "head", "solver": "gradient"}}),
     "objective.kind": ({}, REFUSED),
+    "objective.label_smoothing": ({}, {"objective": {"kind": "sft", "label_smoothing": 0.2}}),
+    "objective[classify].kind": (NUMBERS, judging("classify", "NUMBERS")),
+    "objective[classify].labels": (LABELS, judging("classify", "LABELS", labels=["no", "maybe", "yes"])),
+    "objective[classify].multi_label": (LABELS, judging("classify", "LABELS", multi_label=True)),
+    "objective[classify].class_weights": (LABELS, judging("classify", "LABELS", class_weights={"yes": 3})),
+    "objective[classify].label_smoothing": (LABELS, judging("classify", "LABELS", label_smoothing=0.2)),
+    "objective[classify].pooling": (LABELS, judging("classify", "LABELS", pooling="mean")),
+    "objective[classify].layer": (LABELS, judging("classify", "LABELS", layer=1)),
+    "objective[tag].kind": (TAGS, judging("classify", "TAGS")),
+    "objective[tag].labels": (TAGS, judging("tag", "TAGS", labels=["O", "I-OBJ", "B-OBJ", "B-PER"])),
+    "objective[tag].class_weights": (TAGS, judging("tag", "TAGS", class_weights="balanced")),
+    "objective[tag].label_smoothing": (TAGS, judging("tag", "TAGS", label_smoothing=0.2)),
+    "objective[tag].layer": (TAGS, judging("tag", "TAGS", layer=1)),
+    "objective[regress].kind": (LABELS, judging("regress", "LABELS")),
+    "objective[regress].pooling": (NUMBERS, judging("regress", "NUMBERS", pooling="mean")),
+    "objective[regress].layer": (NUMBERS, judging("regress", "NUMBERS", layer=1)),
+    "objective[regress].spread": (NUMBERS, judging("regress", "NUMBERS", spread=20)),
     "train.epochs": ({}, {"train": {"epochs": 0.2}}),
     "train.steps": ({}, {"train": {"steps": 3}}),
     "train.batch_size": ({}, {"train": {"batch_size": 6}}),
@@ -243,6 +274,10 @@ def schema_fields() -> set[str]:
         "method[prompt]": [Prompt],
         "method[ia3]": [Ia3],
         "method[peft]": [Peft],
+        "method[head]": [HeadOnly],
+        "objective[classify]": [Classify],
+        "objective[tag]": [Tag],
+        "objective[regress]": [Regress],
         "objective": [Supervised],
         "train": [TrainSpec],
         "train.groups[]": [GroupSpec],
@@ -270,6 +305,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rows = colour_rows(36)
     general = root / "general.txt"
     general.write_text("The quick brown fox jumps over the lazy dog.\n\nAnother passage of text.\n" * 4)
+    labels = [{"text": row["prompt"], "label": "yes" if at % 3 else "no"} for at, row in enumerate(rows)]
+    numbers = [{"text": row["prompt"], "label": at % 5} for at, row in enumerate(rows)]
     return {
         "MODEL": build_model(root / "model"),
         "OTHER": build_model(root / "other", hidden_size=48),
@@ -282,6 +319,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "FIELDS": write_jsonl(root / "fields.jsonl", [{**row, "colour": row["prompt"].split()[1]} for row in rows]),
         "ODD": write_jsonl(root / "odd.jsonl", [*rows, {"prompt": "Mail me", "completion": "ann.lee@web.de"}]),
         "WORDY": write_jsonl(root / "wordy.jsonl", [{**r, "prompt": f"{r['prompt']} {WORDY}"} for r in rows]),
+        "TRUNK": build_trunk(root / "trunk", "llama"),
+        "LABELS": write_jsonl(root / "labels.jsonl", labels),
+        "NUMBERS": write_jsonl(root / "numbers.jsonl", numbers),
+        "TAGS": write_jsonl(root / "tags.jsonl", tag_rows(36)),
         "GENERAL": general,
         "ROOT": root,
     }

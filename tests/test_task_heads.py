@@ -161,13 +161,20 @@ def recipe(places: Path, kind: str, method: Any = None, **changes: Any) -> Any:
     values: dict[str, Any] = {
         "model": str(places / "bert"),
         "data": {
-            "train": str(places / f"{kind}.jsonl"), "validation": 0.1, "test": 0.2, "checks": False,
+            "train": str(places / f"{kind}.jsonl"),
+            "validation": 0.1,
+            "test": 0.2,
+            "checks": False,
             **changes.pop("data", {}),
         },
         "objective": {**objective, **changes.pop("objective", {})},
         "method": method or {"kind": "full"},
         "train": {
-            "epochs": 12, "batch_size": 16, "learning_rate": 3e-3, "dtype": "fp32", "evaluate_every": 20,
+            "epochs": 12,
+            "batch_size": 16,
+            "learning_rate": 3e-3,
+            "dtype": "fp32",
+            "evaluate_every": 20,
             **changes.pop("train", {}),
         },
         "evaluate": {"resamples": 50, "rows": 40},

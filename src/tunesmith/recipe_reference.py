@@ -13,17 +13,18 @@ from pydantic_core import PydanticUndefined
 
 from tunesmith.data.spec import DataSpec, SourceSpec
 from tunesmith.methods import Method
-from tunesmith.objectives import Supervised
+from tunesmith.objectives import Objective
 from tunesmith.recipe import EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
 
 METHODS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Method)[0])
+OBJECTIVES: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Objective)[0])
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("", Recipe),
     ("model", ModelSpec),
     ("data", DataSpec),
     ("data.train[]", SourceSpec),
     *((f"method (kind: {kind.model_fields['kind'].default})", kind) for kind in METHODS),
-    ("objective (kind: sft)", Supervised),
+    *((f"objective (kind: {kind.model_fields['kind'].default})", kind) for kind in OBJECTIVES),
     ("train", TrainSpec),
     ("train.groups[]", GroupSpec),
     ("train.early_stopping", EarlyStopping),
