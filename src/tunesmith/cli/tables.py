@@ -96,6 +96,12 @@ def report_lines(report: dict[str, Any]) -> list[str]:
                 ]
             )
         lines += aligned(rows, right={1, 2, 3, 5})
+    for task in report["tasks"]:
+        for entry in task["metrics"][:1]:
+            low, high = entry["low"], entry["high"]
+            span = "none" if low is None else f"{low:+.4f} … {high:+.4f}"
+            figures = f"{entry['base']:.4f} → {entry['tuned']:.4f} ({entry['difference']:+.4f}, interval {span})"
+            lines.append(f"task {task['name']}: {entry['name']} {figures}, {task['rows']} rows")
     forgetting = report["forgetting"]
     if forgetting["status"] == "measured":
         lines.append(

@@ -50,6 +50,7 @@ def report_page(report: dict[str, Any]) -> str:
         heed=_heed(part),
         trained=_trained(part["parameters"]),
         metrics=[_metric(row) for row in part["metrics"] or []],
+        tasks=[(task["name"], task["rows"], [_metric(row) for row in task["metrics"]]) for task in part["tasks"] or []],
         interval_chart=interval_chart(part["metrics"] or []),
         loss_chart=loss_chart(curves["train"], curves["validation"], curves["best_step"]),
         forgetting=_forgetting(part["forgetting"]),

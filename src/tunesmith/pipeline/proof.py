@@ -90,10 +90,25 @@ class Proof:
             "sentence": decided.sentence,
             "gate": decided.gate,
             "metrics": metrics,
+            "tasks": self._tasks(before, after),
             "forgetting": forgetting,
             "samples": best_and_worst(metrics[0]["name"], before, after, self.spec.samples) if metrics else {},
             "warnings": warnings,
         }
+
+    def _tasks(self, before: list[Judged], after: list[Judged]) -> list[dict[str, Any]]:
+        """Every task apart, where there are several: those that rows name, or else the files they came from."""
+        groups: dict[str, list[int]] = {}
+        for at, row in enumerate(self.rows):
+            groups.setdefault(row.row.task or row.row.source.file, []).append(at)
+        if len(groups) < 2:
+            return []
+        found = []
+        for name, places in sorted(groups.items()):
+            own, new = ([rows[at] for at in places] for rows in (before, after))
+            metrics, _ = compare_metrics(self.planned.plan.metrics, own, new, self.spec, self.planned.recipe.seed)
+            found.append({"name": name, "rows": len(places), "metrics": metrics})
+        return found
 
 
 def _json_safe(general: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -128,6 +143,7 @@ def written_report(
         "sentence": "No difference shown: the evaluation was switched off, so nothing was measured.",
         "gate": [],
         "metrics": [],
+        "tasks": [],
         "forgetting": {"status": "off", "reason": "evaluate is off"},
         "samples": {},
         "warnings": [],
