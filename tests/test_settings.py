@@ -158,6 +158,8 @@ CHANGES: dict[str, Any] = {
     "train.groups[].match": ({}, {"train": {"groups": [{"match": "layers.0", "rate": 0.5}]}}),
     "train.groups[].rate": ({}, {"train": {"groups": [{"match": "lora_A", "rate": 2}]}}),
     "train.groups[].weight_decay": ({}, {"train": {"groups": [{"match": "lora", "weight_decay": 0.5}]}}),
+    "train.groups[].schedule": ({}, {"train": {"groups": [{"match": "lora_B", "schedule": "linear"}]}}),
+    "train.ema": ({}, {"train": {"ema": 0.9}}),
     "train.shard": ({}, {"train": {"shard": True}}),
     "objective.kind": ({}, REFUSED),
     "train.epochs": ({}, {"train": {"epochs": 0.2}}),

@@ -31,6 +31,7 @@ from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Plan
 from tunesmith.recipe_file import recipe_yaml
 from tunesmith.run import Run
+from tunesmith.train.average import Average
 from tunesmith.train.batches import StepBatches
 from tunesmith.train.checkpoint import Checkpoints, Saved
 from tunesmith.train.health import Health, refuse_dead_weights
@@ -102,6 +103,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
         save,
         work.stopping.asked,
         go_back,
+        saved.average,
     )
     watch = Stopwatch()
     with PeakMemory(planned.hardware.device) as memory:
@@ -116,7 +118,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
             work.stopping.graceful = False
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_disable()
-    _take_best(work, checkpoints, progress)
+    _take_best(work, checkpoints, progress, saved)
     made_whole(model)
     if is_main():
         _commit_result(work)
@@ -154,9 +156,9 @@ def _adapted(work: Work) -> Saved:
         shard(model)
     casts = method.needs_autocast or plan.dtype != plan.frozen_dtype
     precision = Precision(DTYPES[plan.dtype], planned.hardware.device, autocast=casts)
-    return Saved(
-        model, method, build_optimizer(model, recipe.train, plan.learning_rate, method.rates(model)), precision
-    )
+    optimizer = build_optimizer(model, recipe.train, plan.learning_rate, method.rates(model))
+    average = None if recipe.train.ema == "off" else Average(model, recipe.train.ema)
+    return Saved(model, method, optimizer, precision, average)
 
 
 def _tell_of_other_blocks(work: Work, emit: Emit) -> None:
@@ -264,8 +266,10 @@ def _stop_when_asked(stopping: Stopping, label: str, done: int, total: int | Non
         raise Interrupted("stopped while evaluating")
 
 
-def _take_best(work: Work, checkpoints: Checkpoints, progress: Progress) -> None:
+def _take_best(work: Work, checkpoints: Checkpoints, progress: Progress, saved: Saved) -> None:
     recipe = work.planned.recipe
+    if saved.average is not None:
+        saved.average.exchange()
     if recipe.train.best == "validation-loss" and progress.best_step not in (None, progress.step):
         checkpoints.load_weights(cast(int, progress.best_step), work.model, recipe.method)
 
