@@ -43,6 +43,10 @@ CHANGES: dict[str, Any] = {
     "model.revision": None,
     "model.dtype": ({}, {"model": {"dtype": "bf16"}}),
     "model.quantize": ({}, {"model": {"quantize": "int8"}}),
+    "model.add_tokens": (
+        {"method": {"trainable_tokens": [5]}},
+        {"model": {"add_tokens": ["<colour>"]}, "method": {"trainable_tokens": "added"}},
+    ),
     "data.train": ({}, {"data": {"train": "MORE"}}),
     "data.validation": ({}, {"data": {"validation": 0.4}}),
     "data.test": ({}, {"data": {"test": 0.3}}),
@@ -124,6 +128,7 @@ CHANGES: dict[str, Any] = {
     "method.rank_pattern": ({}, {"method": {"rank_pattern": {"q_proj": 4}}}),
     "method.alpha_pattern": ({}, {"method": {"alpha_pattern": {"q_proj": 64}}}),
     "method.modules_to_save": ({}, {"method": {"modules_to_save": ["norm"]}}),
+    "method.trainable_tokens": ({}, {"method": {"trainable_tokens": [5]}}),
     "method.plus_ratio": ({}, {"method": {"plus_ratio": 4}}),
     "method.dora": ({}, {"method": {"dora": True}}),
     "method.init": ({}, {"method": {"init": "pissa"}}),

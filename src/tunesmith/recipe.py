@@ -44,6 +44,10 @@ class ModelSpec(Spec):
     """How frozen weights are stored; `auto` follows `train.dtype`. Trained weights are always kept in fp32."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """Store frozen linear weights in 4-bit NormalFloat (Dettmers et al. 2023) or 8-bit integers (bitsandbytes)."""
+    add_tokens: list[str] = Field(default_factory=list)
+    """Texts that become one token each, in the tokenizer and in the model, where they start as the mean of all others
+    (Hewitt 2021). The method must train them: `method.trainable_tokens: added` with LoRA, or the embeddings whole. The
+    result's tokenizer has them."""
 
 
 class EarlyStopping(Spec):

@@ -6,12 +6,13 @@ import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.models.decoder import decoder_of
+from tunesmith.models.embeddings import teach_tokens
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import load_model
 from tunesmith.pipeline.environment import describe_environment
@@ -120,6 +121,9 @@ def _execute(
             revision=recipe.model.revision,
             quantize=recipe.model.quantize,
         )
+        if recipe.model.add_tokens and planned.tokenizer is not None:
+            ids = planned.tokenizer.convert_tokens_to_ids(recipe.model.add_tokens)
+            teach_tokens(model, dict(zip(recipe.model.add_tokens, cast(list[int], ids), strict=True)))
         planned = planned.with_plan(_with_verified_packing(planned, model))
         proof = None if recipe.evaluate == "off" else Proof(planned, recipe.evaluate)
         run = existing or _opened(planned, parent, watcher)

@@ -16,6 +16,7 @@ from tunesmith.data.read import STANDARD_INPUT
 from tunesmith.data.render import Renderer
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.evaluation.compare import choose_metrics
+from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
 from tunesmith.models.load import load_tokenizer, locate_model, read_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.plan.hardware import Hardware, detect_hardware
@@ -61,6 +62,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     config = read_config(location, recipe.model.revision)
     model = meta_model(config, location)
     tokenizer = load_tokenizer(location, recipe.model.revision)
+    teach_tokens(model, add_tokens(tokenizer, recipe.model.add_tokens))
     renderer = Renderer.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
     limit = position_limit(config)
     prepared = prepare(
@@ -110,6 +112,8 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         return plan_job(recipe, progress)
     config = read_config(location, recipe.model.revision)
     model: nn.Module = meta_model(config, location)
+    first = vocabulary_rows(model)  # the tokenizer, which would know, is not here
+    teach_tokens(model, {token: first + at for at, token in enumerate(recipe.model.add_tokens)})
     workload = _estimated(recipe, position_limit(config), missing)
     metrics, why = choose_metrics(_asked(recipe), [])
     judged = Judged(metrics, why if not missing else "there are no rows to look at", 0, 64)

@@ -18,6 +18,7 @@ from tunesmith.evaluation.answers import Judging, judge, mean_nll
 from tunesmith.evaluation.compare import metric_rows
 from tunesmith.files import committed_directory
 from tunesmith.methods.low_rank import lora_layers
+from tunesmith.methods.token_rows import trained_token_ids
 from tunesmith.models.decoder import decoder_of
 from tunesmith.models.embeddings import untrained_tokens
 from tunesmith.models.sharding import is_sharded, made_whole, shard, whole
@@ -210,14 +211,15 @@ def _warn_of_untrained_tokens(work: Work, emit: Emit) -> None:
     """A control token that the base never saw stays noise when its embedding is frozen."""
     planned, model = work.planned, work.model
     assert planned.renderer is not None and planned.tokenizer is not None
-    if any(weight.requires_grad for weight in model.get_input_embeddings().parameters()):
+    trained = trained_token_ids(model)
+    if not trained and any(weight.requires_grad for weight in model.get_input_embeddings().parameters()):
         return
-    found = untrained_tokens(model, planned.renderer.used_controls)
+    found = untrained_tokens(model, set(planned.renderer.used_controls) - set(trained))
     if found:
         names = ", ".join(cast(list[str], planned.tokenizer.convert_ids_to_tokens(found)))
         message = (
             f"the template writes {names}, which this model seems never to have been trained on, and the embeddings "
-            "are frozen: train them with method.modules_to_save, or choose another data.template"
+            f"are frozen: train them with LoRA's method.trainable_tokens: [{names}], or choose another data.template"
         )
         emit({"event": "warning", "step": 0, "message": message})
 
@@ -302,7 +304,7 @@ def _commit_result(work: Work) -> None:
 def _refuse_unseen_update(work: Work) -> None:
     """Raises TrainingError when every update of an adapter is too small to change the weights it is added to."""
     layers = lora_layers(work.model)
-    whole = getattr(work.planned.recipe.method, "modules_to_save", [])
+    whole = getattr(work.planned.recipe.method, "modules_to_save", []) or trained_token_ids(work.model)
     if layers and not whole and not any(layer.is_seen() for layer in layers.values()):
         raise TrainingError(
             "the adapter is dead: its updates are smaller than what the base's weights can hold",
