@@ -47,6 +47,7 @@ METHODS: dict[str, Any] = {
     "parallel": Adapter(size=4, placement="parallel", activation="silu"),
     "prompt": Prompt(tokens=5),
     "prefix": Prefix(tokens=5, init="random"),
+    "prefix-mlp": Prefix(tokens=5, init="random", reparameterize=16),
     "ia3": Ia3(),
     "dora": Lora(rank=4, dora=True),
     "pissa": Lora(rank=4, init="pissa"),
@@ -63,7 +64,7 @@ METHODS: dict[str, Any] = {
 WHOLE = {"full", "norms", "block"}
 """They change the model itself, and leave nothing to read, merge or take off."""
 BOTTLENECKS = {"houlsby", "pfeiffer", "parallel"}
-BEFORE = {"prompt", "prefix"}
+BEFORE = {"prompt", "prefix", "prefix-mlp"}
 """They add tokens, so that the model never is its base."""
 every_method = pytest.mark.parametrize("name", METHODS)
 every_adapter = pytest.mark.parametrize("name", [name for name in METHODS if name not in WHOLE])

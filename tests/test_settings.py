@@ -144,6 +144,7 @@ CHANGES: dict[str, Any] = {
     "method[prefix].tokens": (PREFIX, {"method": {"kind": "prefix", "tokens": 4}}),
     "method[prefix].text": (PREFIX, {"method": {"kind": "prefix", "tokens": 3, "text": "Name the colour."}}),
     "method[prefix].init": (PREFIX, {"method": {"kind": "prefix", "tokens": 3, "init": "random"}}),
+    "method[prefix].reparameterize": (PREFIX, {"method": {"kind": "prefix", "tokens": 3, "reparameterize": 8}}),
     "method[prompt].kind": ({}, PROMPT),
     "method[prompt].tokens": (PROMPT, {"method": {"kind": "prompt", "tokens": 4}}),
     "method[prompt].text": (PROMPT, {"method": {"kind": "prompt", "tokens": 3, "text": "Name the colour."}}),

@@ -172,9 +172,18 @@ def _notes(run: Run) -> list[str]:
 def _with_verified_packing(planned: Planned, model: nn.Module) -> Plan:
     """Tests that packed rows do not see each other; falls back to padding when `auto` was asked."""
     plan, asked = planned.plan, planned.recipe.train.packing
+    method = planned.recipe.method
+    if not (plan.packing or method.must_pack):
+        return plan
+    obstacle = packing_obstacle(model) if method.can_pack else "the method cannot pack"
+    if obstacle is not None and method.must_pack:
+        raise InputError(
+            f"{method.kind} needs attention over segments, and this model does not take it: {obstacle}",
+            where="method.kind",
+            fix="use prompt, adapter or lora",
+        )
     if not plan.packing:
         return plan
-    obstacle = packing_obstacle(model) if planned.recipe.method.can_pack else "the method cannot pack"
     if obstacle is None:
         return _with_blocks(plan, model, sharded=planned.recipe.train.shard and world_size() > 1)
     if asked is True:
