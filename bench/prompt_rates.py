@@ -1,4 +1,4 @@
-"""Learning rates of prompts and prefixes on the demo model: negative log-likelihood of held-out answers after a few steps.
+"""Learning rates of prompts and prefixes on the demo model: loss on held-out answers after a few steps.
 
     python bench/prompt_rates.py [--method prompt prefix] [--rates …] [--steps 16] [--held 24]
 
@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from docstring_rows import docstring_rows
 
+from docstring_rows import docstring_rows
 from tunesmith.base import silent
 from tunesmith.batch import Example, pack
 from tunesmith.evaluation.answers import mean_nll
