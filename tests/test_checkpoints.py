@@ -30,11 +30,11 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+@pytest.mark.parametrize(("optimizer", "ema"), [("adamw", "off"), ("adamw-8bit", "off"), ("adamw", 0.9)])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_resumed_run_ends_with_the_same_bytes(name: str, optimizer: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bytes(name: str, optimizer: Any, ema: Any, tmp_path: Path) -> None:
     def trial(**settings: Any) -> Trial:
-        spec = TrainSpec(optimizer=optimizer, schedule="cosine", keep=9)
+        spec = TrainSpec(optimizer=optimizer, schedule="cosine", keep=9, ema=ema)
         # Wide enough that bitsandbytes keeps some states in 8 bits.
         plan = plan_of(steps=6, checkpoint_every=2)
         return Trial(plan, spec, METHODS[name], tmp_path, hidden_size=64, **settings)
@@ -51,6 +51,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(name: str, optimizer: Any, tmp_p
     assert progress.step == 4
     resumed = interrupted.run(progress)
     assert_equal(interrupted.weights(), whole.weights())
+    assert_equal(interrupted.kept().snapshot().averaged or {}, whole.kept().snapshot().averaged or {})
     assert random.random() == drawn
     assert resumed == expected
     without_time = [{**event, "seconds": 0} for event in whole.events]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from tiny import random_rows, tiny
 from tunesmith.base import InputError
@@ -47,6 +48,7 @@ METHODS: dict[str, Any] = {
     "parallel": Adapter(size=4, placement="parallel", activation="silu"),
     "prompt": Prompt(tokens=5),
     "prefix": Prefix(tokens=5, init="random"),
+    "prefix-mlp": Prefix(tokens=5, init="random", reparameterize=16),
     "ia3": Ia3(),
     "dora": Lora(rank=4, dora=True),
     "pissa": Lora(rank=4, init="pissa"),
@@ -63,7 +65,7 @@ METHODS: dict[str, Any] = {
 WHOLE = {"full", "norms", "block"}
 """They change the model itself, and leave nothing to read, merge or take off."""
 BOTTLENECKS = {"houlsby", "pfeiffer", "parallel"}
-BEFORE = {"prompt", "prefix"}
+BEFORE = {"prompt", "prefix", "prefix-mlp"}
 """They add tokens, so that the model never is its base."""
 every_method = pytest.mark.parametrize("name", METHODS)
 every_adapter = pytest.mark.parametrize("name", [name for name in METHODS if name not in WHOLE])
@@ -172,6 +174,55 @@ def test_merged_is_the_adapter(name: str) -> None:
     assert merge_layers(model) > 0
     assert torch.allclose(logits(model), expected, atol=5e-4)
     assert model.state_dict().keys() == tiny().state_dict().keys()
+
+
+FAMILIES = ["qwen2", "qwen3", "mistral", "phi3", "gemma", "gpt2"]
+IN_FAMILIES = ["full", "lora", "houlsby", "pfeiffer", "parallel", "prompt", "prefix", "ia3"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", IN_FAMILIES)
+def test_it_holds_in_other_families(name: str, family: str, tmp_path: Path) -> None:
+    """One trained model for everything, so that the table stays quick."""
+    method, base = METHODS[name], tiny(family)
+    of_base, start = logits(base), adapted(name, model_type=family)
+    with torch.device("meta"):
+        planned = tiny(family)
+    method.adapt(planned)
+    counts = [sum(p.numel() for p in trainable_parameters(some).values()) for some in (planned, start)]
+    assert counts[0] == counts[1] > 0
+    if name not in BEFORE:
+        assert torch.allclose(logits(start), of_base, atol=1e-2 if name in BOTTLENECKS else 2e-5)
+
+    before = {key: parameter.detach().clone() for key, parameter in start.named_parameters()}
+    model = trained(name, model_type=family)
+    for key, parameter in model.named_parameters():
+        assert parameter.requires_grad or torch.equal(parameter, before[key]), key
+    expected = logits(model)
+    assert not torch.allclose(expected, of_base, atol=1e-3)
+    assert torch.allclose(logits(model, pack(ROWS, "padded")), expected, atol=3e-4)
+
+    method.save(model, tmp_path, base="base")
+    if name in WHOLE:
+        assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, atol=1e-5)
+        return
+    again = tiny(family)
+    load_adapter(again, tmp_path)
+    assert torch.allclose(logits(again), expected, atol=3e-4)
+    if name not in BOTTLENECKS:
+        theirs = PeftModel.from_pretrained(tiny(family), str(tmp_path)).eval()
+        with torch.no_grad():
+            found = torch.cat([theirs(input_ids=row.token_ids[None]).logits[0, -len(row) :] for row in ROWS])
+        assert torch.allclose(found, expected, atol=5e-4)
+    with without_adapter(model):
+        assert torch.allclose(logits(model), of_base, atol=2e-5)
+    if name in BOTTLENECKS or name in BEFORE:
+        with pytest.raises(InputError, match="cannot be merged"):
+            merge_layers(model)
+        return
+    assert merge_layers(model) > 0
+    assert torch.allclose(logits(model), expected, atol=1e-3)
+    assert model.state_dict().keys() == base.state_dict().keys()
 
 
 def saved_after(name: str, steps: int, from_checkpoint: Checkpoints | None = None) -> Saved:

@@ -15,8 +15,8 @@ from transformers import get_scheduler
 from trial import adapted, plan_of
 from tunesmith.base import InputError
 from tunesmith.methods import Full
-from tunesmith.recipe import TrainSpec
-from tunesmith.train.optim import build_optimizer, learning_rate_at, set_learning_rate
+from tunesmith.recipe import GroupSpec, TrainSpec
+from tunesmith.train.optim import build_optimizer, learning_rate_at, own_rates_at, set_learning_rate
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
@@ -71,6 +71,21 @@ def test_vectors_are_not_decayed() -> None:
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     lora = build_optimizer(adapted(), TrainSpec(weight_decay=0.3), 1e-3)
     assert [group["weight_decay"] for group in lora.param_groups] == [0.3]
+
+
+def test_a_group_may_have_a_schedule_of_its_own() -> None:
+    model = adapted()
+    spec = TrainSpec(schedule="cosine", groups=[GroupSpec(match="lora_B", rate=2.0, schedule="linear")])
+    plan = plan_of(steps=40, warmup_steps=5, learning_rate=0.3)
+    optimizer = build_optimizer(model, spec, 0.3)
+    assert len(optimizer.param_groups) == 2
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for at in range(1, 41):
+        set_learning_rate(optimizer, learning_rate_at(at, spec, plan), own_rates_at(at, spec, plan))
+        for group in optimizer.param_groups:
+            own = "lora_B" in names[id(group["params"][0])]
+            expected = TrainSpec(schedule="linear" if own else "cosine")
+            assert group["lr"] == (1 + own) * learning_rate_at(at, expected, plan)
 
 
 def test_only_trainable_weights_are_optimized() -> None:

@@ -28,7 +28,8 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 PECULIARITIES: dict[str, dict[str, Any]] = {
-    "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    # GPT-2 has as many key heads as heads; PEFT believes the key when it stands there.
+    "gpt2": {"num_key_value_heads": 4, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "gemma2": {"head_dim": 8},
     "gemma3_text": {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "gpt_oss": {"head_dim": 8, "num_local_experts": 4},

@@ -16,6 +16,7 @@ from tunesmith.batch import Batch, pack
 from tunesmith.methods import Lora
 from tunesmith.objectives import Supervised
 from tunesmith.recipe import TrainSpec
+from tunesmith.train.average import Average
 from tunesmith.train.checkpoint import Checkpoints, Saved
 from tunesmith.train.health import Health
 from tunesmith.train.loop import Job, Progress, train
@@ -65,6 +66,7 @@ class Trial:
         )
         self.optimizer = build_optimizer(self.model, self.spec, self.plan.learning_rate)
         self.precision = Precision(self.dtype)
+        self.average = None if self.spec.ema == "off" else Average(self.model, self.spec.ema)
         self.checkpoints = Checkpoints(self.directory or Path("nowhere"), self.spec.keep)
         self.events: list[dict[str, Any]] = []
         self.saved: list[tuple[int, bool]] = []
@@ -75,7 +77,7 @@ class Trial:
             self.checkpoints.save(progress, self.kept().snapshot(), random_states_of_all(torch.device("cpu")))
 
     def kept(self) -> Saved:
-        return Saved(self.model, self.method, self.optimizer, self.precision)
+        return Saved(self.model, self.method, self.optimizer, self.precision, self.average)
 
     def restore(self, number: int) -> Progress:
         return self.checkpoints.restore(number, self.kept())
@@ -96,6 +98,7 @@ class Trial:
             self.save,
             self.stop,
             self.go_back,
+            self.average,
         )
         progress = progress or Progress(health=Health(vocabulary=VOCABULARY))
         return train(job, progress, evaluate=evaluate or (lambda at: None), emit=self.events.append)

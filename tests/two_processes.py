@@ -25,6 +25,7 @@ from tunesmith.methods import Full, Lora, trainable_parameters
 from tunesmith.models.sharding import is_sharded, shard, whole
 from tunesmith.objectives import Supervised
 from tunesmith.recipe import TrainSpec
+from tunesmith.train.average import Average
 from tunesmith.train.batches import StepBatches
 from tunesmith.train.checkpoint import Checkpoints, Saved
 from tunesmith.train.loop import Job, Progress, step, train
@@ -98,11 +99,17 @@ def sharded_steps_of(name: str, packed: bool, directory: Path) -> None:
             assert is_sharded(model)
         parameters = trainable_parameters(model).values()
         optimizer = SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=False)
-        return Saved(model, METHODS[name], optimizer, Precision())
+        return Saved(model, METHODS[name], optimizer, Precision(), Average(model, 0.9))
 
     def taken(saved: Saved, number: int) -> dict[str, Any]:
         batches = step_batches(packed, even=dist.is_initialized())(number)
-        return asdict(step(saved.model, Supervised(), saved.optimizer, batches, clip=0.5))
+        found = asdict(step(saved.model, Supervised(), saved.optimizer, batches, clip=0.5))
+        average(saved).update()
+        return found
+
+    def average(saved: Saved) -> Average:
+        assert saved.average is not None
+        return saved.average
 
     first, stem = begun(), f"sharded-{name}-{packed}"
     results = [taken(first, 1)]
@@ -113,10 +120,12 @@ def sharded_steps_of(name: str, packed: bool, directory: Path) -> None:
     second = begun()
     checkpoints.restore(1, second)
     results.append(taken(second, 2))
-    with whole(second.model):
+    with average(second).in_place(), whole(second.model):
         logps = mean_nll(second.model, random_rows([5, 8]), packed=packed, progress=silent) if is_main() else None
     results.append({"nll": from_main(logps or 0.0, torch.device("cpu"))})
-    save_file(second.snapshot().trained, directory / f"{stem}-{rank()}.safetensors")
+    snapshot = second.snapshot()
+    averaged = {f"average of {key}": tensor for key, tensor in (snapshot.averaged or {}).items()}
+    save_file({**snapshot.trained, **averaged}, directory / f"{stem}-{rank()}.safetensors")
     (directory / f"{stem}-{rank()}.json").write_text(json.dumps(results))
 
 

@@ -30,6 +30,7 @@ def _off(value: Any) -> Any:
 
 
 Off = Annotated[Literal["off"], BeforeValidator(_off)]
+Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
 
 class ModelSpec(Spec):
@@ -43,6 +44,10 @@ class ModelSpec(Spec):
     """How frozen weights are stored; `auto` follows `train.dtype`. Trained weights are always kept in fp32."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """Store frozen linear weights in 4-bit NormalFloat (Dettmers et al. 2023) or 8-bit integers (bitsandbytes)."""
+    add_tokens: list[str] = Field(default_factory=list)
+    """Texts that become one token each, in the tokenizer and in the model, where they start as the mean of all others
+    (Hewitt 2021). The method must train them: `method.trainable_tokens: added` with LoRA, or the embeddings whole. The
+    result's tokenizer has them."""
 
 
 class EarlyStopping(Spec):
@@ -61,6 +66,8 @@ class GroupSpec(Spec):
     """A regular expression that is searched for in the names of trained weights, such as `lora_B` or `embed_tokens`."""
     rate: PositiveFloat = 1.0
     """Factor on the learning rate."""
+    schedule: Schedule | None = None
+    """Instead of `train.schedule`; the warmup is everybody's."""
     weight_decay: NonNegativeFloat | None = None
     """Instead of `train.weight_decay`."""
 
@@ -89,7 +96,7 @@ class TrainSpec(Spec):
     learning_rate: PositiveFloat | Auto = "auto"
     """`auto` is 2e-4 for adapters and 2e-5 for full fine-tuning: the ratio of ten is from "LoRA Without Regret"
     (Schulman et al. 2025)."""
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    schedule: Schedule = "cosine"
     """Learning rate after warmup: constant, to zero along a line or half a cosine, or warmup-stable-decay (Hu et al.
     2024, MiniCPM), which holds the rate and falls to zero over the last fifth of the steps."""
     warmup: NonNegativeFloat = 0.03
@@ -99,7 +106,13 @@ class TrainSpec(Spec):
     clip: PositiveFloat | Off = 1.0
     """Largest L2 norm of the gradient (Pascanu et al. 2013)."""
     groups: list[GroupSpec] = Field(default_factory=list)
-    """Weights with a learning rate or weight decay of their own; the first group that matches counts."""
+    """Weights with a learning rate, schedule or weight decay of their own; the first group that matches counts."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | Off = "off"
+    """Judge and keep a running average of the trained weights, w' = d w' + (1 - d) w after every step, with this decay
+    d, for example 0.999, while the optimizer goes on with the weights themselves (Polyak & Juditsky 1992; the
+    exponential form: Kingma & Ba 2015, section 7.2). While the run is young the decay is (1 + t) / (10 + t) after t
+    steps, where that is smaller (as in TensorFlow's ExponentialMovingAverage): else the start would weigh most in a
+    short run. One more fp32 copy of the trained weights is kept in memory and in every checkpoint."""
     optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     """AdamW with fp32 states, or with 8-bit block-wise states (Dettmers et al. 2022) through bitsandbytes."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -13,7 +13,7 @@ from tunesmith.engine.padded import PaddedAnswers
 from tunesmith.engine.sampling import Asked, Generation, Sampling
 from tunesmith.models.attention import as_transformers_runs_it
 from tunesmith.models.decoder import decoder_of
-from tunesmith.models.forward import prompt_ids, refuse_prefix
+from tunesmith.models.forward import prefix_of, prompt_ids
 
 __all__ = ["Generation", "Sampling", "generate"]
 
@@ -45,7 +45,9 @@ def generate(
     if not prompts:
         return []
     device = next(model.parameters()).device
-    before = prompt_ids(model)
+    decoder = decoder_of(model)
+    by_cache = isinstance(decoder, str) and prefix_of(model) is not None
+    before = [] if by_cache else prompt_ids(model)
     prompts = [[*before, *prompt] for prompt in prompts] if before else prompts
     answers: dict[int, Generation] = {}
     # Prompts of similar length are answered together, the longest first: memory is then known from the beginning.
@@ -53,8 +55,6 @@ def generate(
     asked = Asked(prompts, order, sampling, stop_ids, batch_size)
     # Not inference mode: what modules keep from pass to pass must serve training too.
     with as_transformers_runs_it(model), torch.no_grad():
-        decoder = decoder_of(model)
-        refuse_prefix(model, decoder)
         path = PaddedAnswers(model, asked) if isinstance(decoder, str) else PackedAnswers(decoder, asked)
         for number, answer in path.run(device):
             answers[number] = answer

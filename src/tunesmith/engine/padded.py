@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import (
@@ -19,6 +20,7 @@ from transformers.cache_utils import (
 
 from tunesmith.engine.cache import common
 from tunesmith.engine.sampling import Asked, Chooser, Generation, Place
+from tunesmith.models.forward import prefix_of
 
 WORTH_SHARING = 512
 """Tokens that a common beginning must spare before it is run by itself."""
@@ -36,6 +38,9 @@ class PaddedAnswers:
         self._sampling, self._stop_ids = asked.sampling, asked.stop_ids
         self._accepted = set(inspect.signature(model.forward).parameters)
         self._filler = min(asked.stop_ids)
+        prefix = prefix_of(model)
+        self._ancestors: Sequence[tuple[Tensor, Tensor]] | None = None if prefix is None else prefix.ancestors()
+        self._more = 0 if self._ancestors is None else len(self._ancestors[0][0])
         self._chooser = Chooser(asked.sampling)
         # Architectures older than transformers' cache (RWKV) mix the rows of a batch up once they decode.
         rows = asked.batch_size if "cache_params" in self._accepted or self._empty() is not None else 1
@@ -53,7 +58,10 @@ class PaddedAnswers:
             yield from self._answer(batch, device)
 
     def _minds_padding(self, number: int) -> bool:
-        """Whether a recurrent architecture reads padding although a mask marks it, seen on the prompt ``number``."""
+        """Whether a recurrent architecture reads padding although a mask marks it, seen on the prompt ``number``; or
+        a window over columns would lose a prefix behind it."""
+        if self._more and not _plain(self._empty(), sliding=False):
+            return True
         if _plain(self._empty(), sliding=True):
             return False
         alone, padded = (
@@ -101,7 +109,7 @@ class PaddedAnswers:
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
         token_ids, state = self._padded(prompts, padding, device)
-        if "past_key_values" in state:
+        if "past_key_values" in state and not self._more:
             state["past_key_values"] = self._past(prompts, padding, device)
         return token_ids, state
 
@@ -113,16 +121,18 @@ class PaddedAnswers:
             [[self._filler] * count + list(prompt) for count, prompt in zip(padding, prompts, strict=True)]
         )
         mask = torch.arange(token_ids.shape[1])[None] >= torch.tensor(padding)[:, None]
+        mask = F.pad(mask, (self._more, 0), value=True)
         state: dict[str, Any] = {"use_cache": True}
         if "attention_mask" in self._accepted:
             state["attention_mask"] = mask.to(device, torch.long)
         if "position_ids" in self._accepted:
-            state["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0).to(device)
+            state["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)[:, self._more :].to(device)
         if "logits_to_keep" in self._accepted:
             state["logits_to_keep"] = 1
         empty = self._empty()
         if empty is not None:
             state["past_key_values"] = empty
+            self._begin_with_prefix(empty, len(prompts))
         return token_ids.to(device), state
 
     def _empty(self) -> Cache | None:
@@ -131,6 +141,12 @@ class PaddedAnswers:
         if "past_key_values" not in self._accepted or not supported:
             return None
         return DynamicCache(config=self._model.config.get_text_config(decoder=True))
+
+    def _begin_with_prefix(self, empty: Cache, rows: int) -> None:
+        """Puts the keys and values that stand before every row into an empty cache."""
+        for number, layer in enumerate(self._ancestors or ()):
+            key, value = (part.to(self._model.dtype).transpose(0, 1).expand(rows, -1, -1, -1) for part in layer)
+            empty.update(key, value, number)
 
     def _past(self, prompts: Sequence[Sequence[int]], padding: Sequence[int], device: torch.device) -> Cache:
         """An empty cache, or one that holds what the prompts have in common, run once.
@@ -154,7 +170,7 @@ class PaddedAnswers:
         """Logits of the token after each row, ``[rows, vocabulary]``, and the state with which the next pass begins."""
         past = state.get("past_key_values")
         known = past.get_seq_length() if isinstance(past, Cache) else 0
-        new = token_ids.shape[1] - known if first else 1
+        new = token_ids.shape[1] + self._more - known if first else 1
         inputs = self._model.prepare_inputs_for_generation(
             token_ids, next_sequence_length=new, is_first_iteration=first, **state
         )

@@ -12,12 +12,19 @@ from tunesmith.methods.bottleneck import bottlenecks, without_bottlenecks
 from tunesmith.methods.low_rank import merge_lora, without_lora
 from tunesmith.methods.prompt import prompted, without_prompt
 from tunesmith.methods.through_peft import merge_peft, without_peft
+from tunesmith.methods.token_rows import merge_rows, without_rows
 
 
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
     """Runs the model as its base."""
-    with without_lora(model), without_peft(model), without_bottlenecks(model), without_prompt(model):
+    with (
+        without_lora(model),
+        without_rows(model),
+        without_peft(model),
+        without_bottlenecks(model),
+        without_prompt(model),
+    ):
         yield
 
 
@@ -37,4 +44,4 @@ def merge_layers(model: nn.Module) -> int:
             where="method.kind",
             fix="use it unmerged, or train with lora",
         )
-    return merge_lora(model) + merge_peft(model)
+    return merge_rows(model) + merge_lora(model) + merge_peft(model)

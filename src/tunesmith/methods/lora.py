@@ -45,6 +45,15 @@ from tunesmith.methods.through_peft import (
     peft_tensors,
     save_peft,
 )
+from tunesmith.methods.token_rows import (
+    SUFFIX,
+    chosen_tokens,
+    indices_for_peft,
+    indices_from_peft,
+    make_room_for,
+    row_tensors,
+    train_rows,
+)
 from tunesmith.models.task_head import head_modules
 
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -87,6 +96,10 @@ class Lora(AdaptationMethod):
     modules_to_save: list[str] = Field(default_factory=list)
     """Modules trained whole beside the adapters and saved with them, such as `embed_tokens` and `lm_head` when tokens
     were added. Tied weights stay tied."""
+    trainable_tokens: Literal["added"] | list[str | int] | None = None
+    """Tokens whose rows of the embedding table and of the head are trained whole, while the others stay frozen: those
+    of `model.add_tokens` (`added`), or any by their text in the vocabulary or id, such as control tokens of a template
+    that a base model has never seen. PEFT's `trainable_token_indices`, and saved as such."""
 
     saved_as: ClassVar[str] = "adapter"
     default_learning_rate: ClassVar[float] = 2e-4
@@ -124,9 +137,16 @@ class Lora(AdaptationMethod):
                 "rank_pattern": self.rank_pattern,
                 "alpha_pattern": self.alpha_pattern,
                 "modules_to_save": self.modules_to_save or None,
+                "trainable_token_indices": self._indices(model),
                 "fan_in_fan_out": any(isinstance(module, Conv1D) for module in chosen.values()),
             }
         )
+
+    def _indices(self, model: nn.Module) -> dict[str, list[int]] | None:
+        """The same rows in PEFT's layers."""
+        if self.trainable_tokens is None:
+            return None
+        return indices_for_peft(model, chosen_tokens(model, self.trainable_tokens))
 
     def rates(self, model: nn.Module) -> dict[str, float]:
         if self.plus_ratio == 1.0:
@@ -141,6 +161,7 @@ class Lora(AdaptationMethod):
         whole = self._modules_to_save(model, chosen)
         ranks = _matched(self.rank_pattern, chosen, key="method.rank_pattern")
         alphas = _matched(self.alpha_pattern, chosen, key="method.alpha_pattern")
+        rows = None if self.trainable_tokens is None else chosen_tokens(model, self.trainable_tokens)
         freeze(model)
         for name in chosen:
             rank, alpha = int(ranks.get(name, self.rank)), alphas.get(name, self.alpha)
@@ -148,6 +169,8 @@ class Lora(AdaptationMethod):
             wrap(model, name, rank, scale, self.dropout)
         train_in_fp32(model, whole)
         train_task_head(model)
+        if rows is not None:
+            train_rows(model, rows, chosen)
         return _unreached(model)
 
     def _modules_to_save(self, model: nn.Module, adapted: dict[str, nn.Module]) -> list[nn.Parameter]:
@@ -198,7 +221,8 @@ class Lora(AdaptationMethod):
         for name, layer in lora_layers(model).items():
             for suffix, parameter in zip(layer.suffixes, (layer.lora_A, layer.lora_B), strict=True):
                 tensors[f"{PEFT_PREFIX}{name}.{suffix}"] = parameter
-        return tensors | {f"{PEFT_PREFIX}{name}": parameter for name, parameter in _whole(model).items()}
+        beside = row_tensors(model) | _whole(model)
+        return tensors | {f"{PEFT_PREFIX}{name}": tensor for name, tensor in beside.items()}
 
     def _peft_config(self, model: nn.Module, base: str) -> dict[str, Any]:
         """The settings PEFT needs to rebuild exactly these layers, whatever its own presets mean."""
@@ -221,6 +245,7 @@ class Lora(AdaptationMethod):
             "fan_in_fan_out": all(isinstance(layer.base, Conv1D) for layer in layers.values()),
             "init_lora_weights": True,
             "modules_to_save": _modules_of(model, whole) or None,
+            "trainable_token_indices": indices_for_peft(model),
             "ensure_weight_tying": any(len(names_of(model, parameter)) > 1 for parameter in whole.values()),
         }
 
@@ -236,7 +261,7 @@ def _whole(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not name.endswith((".lora_A", ".lora_B"))
+        if parameter.requires_grad and not name.endswith((".lora_A", ".lora_B", ".rows"))
     }
 
 
@@ -255,13 +280,14 @@ def load_adapter(model: nn.Module, directory: Path) -> AdaptationMethod:
     refuse_adapted(model)
     _refuse_unknown_variants(config, directory / "adapter_config.json")
     tensors = _read_tensors(weights)
+    make_room_for(model, config, tensors)
     if config.get("peft_type") == BOTTLENECK:
         return load_bottlenecks(model, config, tensors, weights)
     if config.get("peft_type") == PREFIX:
         return load_prefix(model, config, tensors, weights)
     if config.get("peft_type") == PROMPT:
         return load_prompt(model, config, tensors, weights)
-    if config.get("peft_type") != "LORA" or _peft_variants(config):
+    if config.get("peft_type") != "LORA" or _peft_variants(model, config):
         return load_through_peft(model, directory, config, {f"{PEFT_PREFIX}{name}": t for name, t in tensors.items()})
     return _load_lora(model, config, tensors, weights)
 
@@ -273,7 +299,9 @@ def _load_lora(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tens
         if name.endswith((".lora_A.weight", ".lora_embedding_A"))
     }
     below = {name: tensor for name, tensor in tensors.items() if ".base_layer." in name}
-    whole = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name and name not in below}
+    rows = indices_from_peft(model, config)
+    plain_tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(SUFFIX)}
+    whole = {name: tensor for name, tensor in plain_tensors.items() if ".lora_" not in name and name not in below}
     plain = [name.replace(".base_layer.", ".") for name in (*below, *whole)]
     if unknown := sorted(set(ranks) - dict(model.named_modules()).keys() | set(plain) - model.state_dict().keys()):
         raise InputError(
@@ -292,6 +320,8 @@ def _load_lora(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tens
     heads = task_head_tensors(model)
     train_in_fp32(model, [model.get_parameter(name) for name in whole if name not in heads])
     train_task_head(model)
+    if rows is not None:
+        train_rows(model, rows, ranks)
     method = Lora(
         rank=config["r"],
         alpha=usual,
@@ -301,6 +331,7 @@ def _load_lora(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tens
         rank_pattern={_exactly(name): rank for name, rank in ranks.items() if rank != config["r"]},
         alpha_pattern={_exactly(name): alpha for name, alpha in alphas.items() if alpha != usual},
         modules_to_save=sorted({_exactly(name.rpartition(".")[0]) for name in whole if name not in heads}),
+        trainable_tokens=None if rows is None else [*rows],
     )
     again = {name for name in whole if name != names_of(model, model.get_parameter(name))[0]}
     trained = {f"{PEFT_PREFIX}{name}": tensors[name] for name in tensors.keys() - below.keys() - again}
@@ -351,12 +382,11 @@ def _refuse_unknown_variants(config: dict[str, Any], path: Path) -> None:
         )
 
 
-def _peft_variants(config: dict[str, Any]) -> list[str]:
+def _peft_variants(model: nn.Module, config: dict[str, Any]) -> list[str]:
     """What an adapter uses that only PEFT's own layers compute."""
     changes_arithmetic = [
         "use_dora",
         "lora_bias",
-        "trainable_token_indices",
         "target_parameters",
         "use_qalora",
         "use_bdlora",
@@ -366,6 +396,8 @@ def _peft_variants(config: dict[str, Any]) -> list[str]:
     used = [name for name in changes_arithmetic if config.get(name)]
     if config.get("init_lora_weights", True) not in HARMLESS_STARTS:  # it changes the base weights too
         used.append("init_lora_weights")
+    if config.get("trainable_token_indices") and indices_from_peft(model, config) is None:
+        used.append("trainable_token_indices")
     return used
 
 

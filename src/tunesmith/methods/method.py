@@ -29,6 +29,8 @@ class AdaptationMethod(Spec):
     """Name of the directory of the result inside a run: `adapter` or `model`."""
     can_pack: ClassVar[bool] = True
     """Whether rows may be laid end to end under this method."""
+    must_pack: ClassVar[bool] = False
+    """Whether it needs attention over segments, and so a model whose rows can be packed."""
     default_learning_rate: ClassVar[float]
     trunk_is_frozen: ClassVar[bool] = False
     """Whether what the head reads never changes, so that it can be computed once."""

@@ -81,7 +81,9 @@ class Prompt(AdaptationMethod):
 
     saved_as: ClassVar[str] = "adapter"
     default_learning_rate: ClassVar[float] = 3e-3
-    """Not tuned; the 0.3 of Lester et al. and the 0.03 of PEFT's guide moved a start from text too far on the demo."""
+    """Not tuned for long runs. Of 1e-3, 3e-3 and 1e-2 the loss of the demo fell further the higher the rate, in runs
+    of 16 steps (`bench/prompt_rates.py`); the 0.3 of Lester et al. and the 0.03 of PEFT's guide moved a start from
+    text too far there."""
 
     def adapt(self, model: nn.Module) -> list[str]:
         refuse_adapted(model)

@@ -300,7 +300,7 @@ def merge_peft(model: nn.Module) -> int:
         except (NotImplementedError, AttributeError, TypeError, ValueError) as error:
             raise InputError(f"an adapter of kind {kind} cannot be merged: {error}", where=name) from error
     for name, layer in layers.items():
-        parent, _, leaf = name.rpartition(".")
+        parent, _, leaf = name.removesuffix(".token_adapter").rpartition(".")  # which PEFT puts into a wrapper
         setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
     del cast(Any, model).peft_config
     settle(model)

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from tunesmith.batch import NO_PARENT
 from tunesmith.models.projection import compute_dtype
-from tunesmith.models.row_attention import row_attention
+from tunesmith.models.row_attention import Ancestor, row_attention
 
 SEGMENTS = "tunesmith_segments"
 
@@ -41,8 +41,8 @@ def segment_attention(
         query: ``[1, heads, tokens, head_dim]``.
         key, value: ``[1, key_value_heads, tokens, head_dim]``.
         attention_mask: unused; `segments` says it all.
-        options: ``segments`` as in `Batch`, and what transformers passes (``scaling``, ``dropout``,
-            ``sliding_window`` …).
+        options: ``segments`` as in `Batch`, ``ancestors`` of every layer if there are some, and what transformers
+            passes (``scaling``, ``dropout``, ``sliding_window`` …).
 
     Returns:
         ``[1, tokens, heads, head_dim]`` and None for the attention weights, which are not kept.
@@ -64,30 +64,78 @@ def segment_attention(
         # Under autocast rotary positions widen queries and keys, and values stay narrow.
         asked, keys, values = (tensor[0].transpose(0, 1).to(compute_dtype(query)) for tensor in (query, key, value))
         scaling = options.get("scaling") or query.shape[3] ** -0.5
-        output = attend(asked, keys, values, segments, scaling, options.get("sliding_window"))
+        ancestor = _ancestor_of(module, options.get("ancestors"), keys.dtype)
+        output = attend(asked, keys, values, segments, scaling, options.get("sliding_window"), ancestor)
         return output.view(1, query.shape[2], query.shape[1], -1), None
+    if options.get("ancestors") is not None:
+        raise UnsupportedAttention("attention that is not causal, or has dropout")
     return _one_by_one(query, key, value, segments, {**options, "is_causal": causal}).contiguous(), None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scaling: float, window: int | None) -> Tensor:
+def _ancestor_of(module: nn.Module, ancestors: Any, dtype: torch.dtype) -> Ancestor:
+    """What stands before every row in this layer."""
+    if ancestors is None:
+        return None, None
+    key, value = ancestors[cast(Any, module).layer_idx]
+    return key.to(dtype), value.to(dtype)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    scaling: float,
+    window: int | None,
+    ancestor: Ancestor = (None, None),
+) -> Tensor:
     """Causal attention of packed tokens by the way that is fastest for them.
 
     Args:
         query: ``[tokens, heads, head_dim]``; key, value: ``[tokens, key_heads, head_dim]``.
         segments: as in `Batch`; tokens behind the last one belong to none, and what is returned for them means nothing.
         window: how many tokens a query sees, itself among them; None for all.
+        ancestor: keys and values ``[ancestors, key_heads, head_dim]`` that all segments attend to, as if each family
+            of them began there.
 
     Returns:
         ``[tokens, heads * head_dim]``.
     """
     if bool((segments[:, 2] == NO_PARENT).all()):
         if query.device.type == "cpu":
-            return row_attention(query, key, value, tuple(segments[:, 1].tolist()), scaling, window)
+            return row_attention(query, key, value, tuple(segments[:, 1].tolist()), scaling, window, ancestor)
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            return _flash(query, key, value, segments, scaling, window)
+            if ancestor[0] is None:
+                return _flash(query, key, value, segments, scaling, window)
+            rows, own = behind_ancestor(query, key, value, segments, ancestor)
+            return F.pad(_flash(*rows, scaling, window)[own], (0, 0, 0, len(query) - len(own)))
     whole = query.transpose(0, 1)[None], key.transpose(0, 1)[None], value.transpose(0, 1)[None]
-    options = {"scaling": scaling, "sliding_window": window, "is_causal": True}
+    options = {"scaling": scaling, "sliding_window": window, "is_causal": True, "ancestor": ancestor}
     return _one_by_one(*whole, segments, options)[0].flatten(1)
+
+
+def behind_ancestor(
+    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, ancestor: Ancestor
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Rows with a copy of the ancestor before each, for kernels that take no others; its queries are read by nobody.
+
+    Returns:
+        Query, key, value and segments of them, and int64 ``[tokens]``: where each token of the rows stands now.
+    """
+    lengths, more = segments[:, 1], len(cast(Tensor, ancestor[0]))
+    starts = (lengths + more).cumsum(0) - lengths - more
+    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    own = torch.arange(len(row)) + more * (row + 1)
+    index = torch.full((int((lengths + more).sum()),), -1)
+    index[own] = more + torch.arange(len(row))
+    index[index < 0] = torch.arange(more).repeat(len(lengths))
+    index, own = index.to(query.device), own.to(query.device)
+    found = [
+        torch.cat([query.new_zeros(more, *tensor.shape[1:]) if first is None else first, tensor]).index_select(0, index)
+        for first, tensor in zip((None, *ancestor), (query, key, value), strict=True)
+    ]
+    moved = torch.stack([starts, lengths + more, torch.full_like(lengths, NO_PARENT)], dim=1)
+    return (found[0], found[1], found[2], moved), own
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scaling: float, window: int | None) -> Tensor:
@@ -121,10 +169,15 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, opt
     # Splitting has a cheap backward pass; slicing would fill a whole tensor with zeros for every piece.
     queries, keys, values = (tensor.split([*lengths, filler], dim=2) for tensor in (query, key, value))
     pieces = []
+    before = [[] if given is None else [given.transpose(0, 1)[None]] for given in options.get("ancestor", (None, None))]
     for at, length in enumerate(lengths):
         family = _ancestors(segments, at)
-        seen_keys = torch.cat([keys[member] for member in family], dim=2) if len(family) > 1 else keys[at]
-        seen_values = torch.cat([values[member] for member in family], dim=2) if len(family) > 1 else values[at]
+        seen_keys, seen_values = (
+            torch.cat([*first, *(tensor[member] for member in family)], dim=2)
+            if first or len(family) > 1
+            else tensor[at]
+            for first, tensor in zip(before, (keys, values), strict=True)
+        )
         mask = _mask(length, seen_keys.shape[2], causal, options.get("sliding_window"), query.device)
         pieces.append(
             F.scaled_dot_product_attention(

@@ -25,6 +25,7 @@ from tunesmith.models import kernels
 from tunesmith.models.attention import as_transformers_runs_it, attend
 from tunesmith.models.head import head_logits
 from tunesmith.models.projection import Gating, Run, compute_dtype, kept_projection, project, project_gated
+from tunesmith.models.row_attention import Ancestor
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Number of the layer, query ``[tokens, heads, head_dim]``, key and value ``[tokens, key_heads, head_dim]`` with their
@@ -105,8 +106,9 @@ class Decoder:
             self._kept = [self._parts(block, partial(kept_projection, dtype=dtype)) for block in backbone.layers]
         cos, sin = (turn[0, :, None].to(dtype) for turn in backbone.rotary_emb(hidden[None], positions[None]))
         rotary = cos, kernels.signed(sin)
-        if hasattr(backbone.embed_tokens, "before_attention"):  # a method's own keys and values
-            attend = _with_prefix(attend, backbone.embed_tokens.before_attention(token_ids))
+        put = getattr(backbone.embed_tokens, "before_attention", lambda ids: None)(token_ids)
+        if put is not None:
+            attend = _with_own(attend, put)
         delta: Tensor | None = None
         for number, block in enumerate(backbone.layers):
             parts = self._kept[number] if self._kept else self._parts(block)
@@ -149,13 +151,16 @@ class Decoder:
 
     def hidden_of_rows(self, token_ids: Tensor, positions: Tensor, segments: Tensor) -> Tensor:
         """`hidden` of packed rows, which attend within ``segments`` as a `Batch` has them."""
-        return self.hidden(token_ids, positions, self.within(segments))
+        table: Any = cast(Any, self._model()).model.embed_tokens
+        ancestors = table.ancestors() if hasattr(table, "ancestors") else None  # a method's own keys and values
+        return self.hidden(token_ids, positions, self.within(segments, ancestors))
 
-    def within(self, segments: Tensor) -> Attend:
-        """Attention of packed rows."""
+    def within(self, segments: Tensor, ancestors: Sequence[tuple[Tensor, Tensor]] | None = None) -> Attend:
+        """Attention of packed rows, which all attend to the ``ancestors`` of a layer too, if there are some."""
 
         def within(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend(query, key, value, segments, self.scaling, self.windows[layer])
+            own = (None, None) if ancestors is None else tuple(part.to(key.dtype) for part in ancestors[layer])
+            return attend(query, key, value, segments, self.scaling, self.windows[layer], cast(Ancestor, own))
 
         return within
 
@@ -202,7 +207,8 @@ class Decoder:
         return cast(Tensor, _Rotated.apply(x, *rotary)) if torch.is_grad_enabled() else kernels.rotate(x, *rotary)
 
 
-def _with_prefix(attend: Attend, put: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Attend:
+def _with_own(attend: Attend, put: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Attend:
+    """Attention in which a method's own keys and values stand in the place of those of its tokens."""
     return lambda layer, query, key, value: attend(layer, query, *put(layer, key, value))
 
 
@@ -237,7 +243,7 @@ def _difference(model: nn.Module, decoder: Decoder) -> str | None:
             backbone = cast(Any, model).model
             expected = [backbone(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
         with torch.enable_grad():  # as in training
-            found = decoder.hidden_of_rows(torch.cat(rows), positions, segments).detach()
+            found = decoder.hidden(torch.cat(rows), positions, decoder.within(segments)).detach()
     wanted = torch.cat(expected).float()
     difference = float((found.float() - wanted).norm() / wanted.norm().clamp_min(1e-12))
     bound = 1e-3 if found.dtype == torch.float32 else 5e-2

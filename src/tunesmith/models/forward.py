@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from tunesmith.base import InputError
 from tunesmith.batch import NO_PARENT, Batch, Example, pack
 from tunesmith.models.attention import SEGMENTS, UnsupportedAttention, use_attention, use_default_attention
 from tunesmith.models.decoder import Decoder, decoder_of
@@ -37,7 +36,7 @@ def next_token_logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tens
     hidden = _hidden(model, batch, positions)
     if hidden is not None:
         return head_logits(model, hidden)
-    return (_packed if batch.layout == "packed" else _padded)(model, batch, positions)
+    return (_packed if _goes_packed(model, batch) else _padded)(model, batch, positions)
 
 
 def next_token_logps(
@@ -56,7 +55,7 @@ def next_token_logps(
     hidden = _hidden(model, batch, positions)
     if hidden is not None:
         return hidden_logps(model, hidden, targets, smoothing)
-    logits = (_packed if batch.layout == "packed" else _padded)(model, batch, positions)
+    logits = (_packed if _goes_packed(model, batch) else _padded)(model, batch, positions)
     return -F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
 
 
@@ -93,17 +92,10 @@ def prompt_ids(model: nn.Module) -> list[int]:
     return list(getattr(cast(Any, model).get_input_embeddings(), "prompt_ids", ()))
 
 
-def has_prefix(model: nn.Module) -> bool:
-    """Whether a method puts keys and values of its own into every layer, which only the fused blocks can take."""
-    return hasattr(cast(Any, model).get_input_embeddings(), "before_attention")
-
-
-def refuse_prefix(model: nn.Module, decoder: Decoder | str) -> None:
-    """Raises InputError when a prefix would be left out because there are no fused blocks."""
-    if isinstance(decoder, str) and has_prefix(model):
-        raise InputError(
-            f"a prefix needs the fused blocks, and {decoder}", where="method.kind", fix="use prompt, adapter or lora"
-        )
+def prefix_of(model: nn.Module) -> Any | None:
+    """The embedding table of a method that puts keys and values of its own before every row, in every layer."""
+    table = cast(Any, model).get_input_embeddings()
+    return table if getattr(table, "prompt_ids", ()) and hasattr(table, "ancestors") else None
 
 
 def _prompted(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[Batch, Tensor]:
@@ -111,6 +103,8 @@ def _prompted(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[Batch,
     ids = prompt_ids(model)
     if not ids:
         return batch, positions
+    if prefix_of(model) is not None:  # attention has it, and only the places of tokens change
+        return replace(batch, positions=batch.positions + len(ids)), positions
     device, more = batch.token_ids.device, len(ids)
     roots = batch.segments[:, 2] == NO_PARENT
     before = roots.cumsum(0) * more  # prompt tokens up to the beginning of each segment's own tokens
@@ -147,10 +141,7 @@ def _hidden(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor | None:
 
 def _runs_fused(model: nn.Module, batch: Batch) -> bool:
     decoder = decoder_of(model)
-    if isinstance(decoder, Decoder):
-        return batch.layout == "packed" or has_prefix(model)
-    refuse_prefix(model, decoder)
-    return False
+    return isinstance(decoder, Decoder) and _goes_packed(model, batch)
 
 
 def _states(model: nn.Module, batch: Batch, positions: Tensor, layer: int | None = None) -> Tensor:
@@ -158,15 +149,18 @@ def _states(model: nn.Module, batch: Batch, positions: Tensor, layer: int | None
     decoder = decoder_of(model)
     if isinstance(decoder, Decoder) and _runs_fused(model, batch) and layer is None:
         return decoder.hidden_of_rows(batch.token_ids, batch.positions, batch.segments)[positions]
-    arguments, places = (
-        _packed_call(model, batch, positions) if batch.layout == "packed" else _padded_call(model, batch, positions)
-    )
+    arguments, places = (_packed_call if _goes_packed(model, batch) else _padded_call)(model, batch, positions)
     trunk = cast(Any, model).base_model
     if "use_cache" not in inspect.signature(trunk.forward).parameters:  # encoders have none
         del arguments["use_cache"]
     if layer is None:
         return trunk(**arguments).last_hidden_state[places]
     return trunk(**arguments, output_hidden_states=True).hidden_states[layer][places]
+
+
+def _goes_packed(model: nn.Module, batch: Batch) -> bool:
+    """Whether rows run end to end: padded ones too behind a prefix, which attention over segments alone knows."""
+    return batch.layout == "packed" or prefix_of(model) is not None
 
 
 def _packed(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
@@ -185,6 +179,9 @@ def _packed_call(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[dic
         "segments": batch.segments,
         "use_cache": False,
     }
+    prefix = prefix_of(model)
+    if prefix is not None:
+        arguments["ancestors"] = prefix.ancestors()
     return arguments, (0, positions)
 
 

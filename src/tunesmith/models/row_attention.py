@@ -9,12 +9,16 @@ again in the backward pass, so that memory grows with the tokens and not with th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+Ancestor = tuple[Tensor | None, Tensor | None]
+"""Keys and values ``[ancestors, key_heads, head_dim]`` that stand before every row, or none."""
 
 BLOCK = 512
 """Queries of a block."""
@@ -120,7 +124,13 @@ def _slots(token: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 
 def row_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scaling: float,
+    window: int | None,
+    ancestor: Ancestor = (None, None),
 ) -> Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1), causal, inside each row.
 
@@ -129,41 +139,51 @@ def row_attention(
         lengths: tokens of the rows, which lie end to end; what follows the last row belongs to none, and what is
             returned for it means nothing.
         window: how many tokens a query sees, itself among them; None for all.
+        ancestor: keys and values ``[ancestors, key_heads, head_dim]`` that stand before every row.
 
     Returns:
         ``[tokens, heads * value_dim]``.
     """
     layout = layout_of(lengths, *query.shape[:2], key.shape[1], query.device)
-    return cast(Tensor, _RowAttention.apply(query, key, value, layout, scaling, window))
+    return cast(Tensor, _RowAttention.apply(query, key, value, layout, scaling, window, *ancestor))
 
 
 class _RowAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: Layout,
+        scaling: float,
+        window: int | None,
+        *ancestor: Tensor | None,
     ) -> Tensor:
         ctx.layout, ctx.scaling, ctx.window = layout, scaling, window
         outputs = []
         for group in layout.groups:
-            queries, keys, values = _gathered(query, key, value, group, layout)
+            queries, keys, values, before = _gathered(query, key, value, group, layout, ancestor)
             output = []
             for first, last in _blocks(group.longest):
                 shares = _shares(queries, keys, (first, last), scaling, window)
-                output.append(torch.bmm(shares.flatten(1, 2), values[:, :last]).view(*shares.shape[:3], -1))
+                seen = values[:, : before + last]
+                output.append(torch.bmm(shares.flatten(1, 2), seen).view(*shares.shape[:3], -1))
             whole = torch.cat(output, dim=2) if len(output) > 1 else output[0]  # [rows * key heads, group, longest, …]
             outputs.append(whole.reshape(-1, value.shape[-1]))
-        ctx.save_for_backward(query, key, value)
+        ctx.save_for_backward(query, key, value, *ancestor)
         flat = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return flat.index_select(0, layout.from_queries).view(len(query), -1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        query, key, value = ctx.saved_tensors
+        query, key, value, *ancestor = ctx.saved_tensors
         layout = cast(Layout, ctx.layout)
         gradient = grad_outputs[0].contiguous().view(-1, value.shape[-1])
         found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        d_ancestor = [None if given is None else torch.zeros_like(given) for given in ancestor]
         for group in layout.groups:
-            queries, keys, values = _gathered(query, key, value, group, layout)
+            queries, keys, values, before = _gathered(query, key, value, group, layout, ancestor)
             slopes = gradient.index_select(0, group.queries)
             if group.padding is not None:
                 slopes.index_fill_(0, group.padding, 0)
@@ -174,15 +194,20 @@ class _RowAttention(torch.autograd.Function):
                 shares = _shares(queries, keys, (first, last), ctx.scaling, ctx.window)
                 slope = slopes[:, :, first:last].flatten(1, 2)
                 flat = shares.flatten(1, 2)
-                d_values[:, :last].baddbmm_(flat.transpose(1, 2), slope)
-                d_shares = torch.bmm(slope, values[:, :last].transpose(1, 2))
+                reach = before + last
+                d_values[:, :reach].baddbmm_(flat.transpose(1, 2), slope)
+                d_shares = torch.bmm(slope, values[:, :reach].transpose(1, 2))
                 d_scores = torch._softmax_backward_data(d_shares, flat, -1, flat.dtype)
                 asked = queries[:, :, first:last].flatten(1, 2)
-                d_query = torch.baddbmm(asked, d_scores, keys[:, :last], beta=0, alpha=ctx.scaling)
+                d_query = torch.baddbmm(asked, d_scores, keys[:, :reach], beta=0, alpha=ctx.scaling)
                 d_queries.append(d_query.view(*shares.shape[:3], -1))
-                d_keys[:, :last].baddbmm_(d_scores.transpose(1, 2), asked, alpha=ctx.scaling)
+                d_keys[:, :reach].baddbmm_(d_scores.transpose(1, 2), asked, alpha=ctx.scaling)
             whole = torch.cat(d_queries, dim=2) if len(d_queries) > 1 else d_queries[0]
-            for pieces, piece in zip(found, (whole, d_keys, d_values), strict=True):
+            for total, of_rows in zip(d_ancestor, (d_keys, d_values), strict=True):
+                if total is not None:
+                    own = of_rows[:, :before].reshape(group.rows, layout.key_heads, before, -1)
+                    total += own.sum(dim=0).transpose(0, 1)
+            for pieces, piece in zip(found, (whole, d_keys[:, before:], d_values[:, before:]), strict=True):
                 pieces.append(piece.reshape(-1, piece.shape[-1]))
         flats = [torch.cat(pieces) if len(pieces) > 1 else pieces[0] for pieces in found]
         d_query = flats[0].index_select(0, layout.from_queries).view_as(query)
@@ -190,17 +215,27 @@ class _RowAttention(torch.autograd.Function):
         d_value = flats[2].index_select(0, layout.from_keys).view_as(value)
         for slope in (d_query, d_key, d_value) if layout.covered < len(query) else ():
             slope[layout.covered :] = 0
-        return d_query, d_key, d_value, None, None, None
+        return d_query, d_key, d_value, None, None, None, *d_ancestor
 
 
-def _gathered(query: Tensor, key: Tensor, value: Tensor, group: Group, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """``[rows * key heads, heads of each, longest, head_dim]`` and twice ``[rows * key heads, longest, head_dim]``."""
+def _gathered(
+    query: Tensor, key: Tensor, value: Tensor, group: Group, layout: Layout, ancestor: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """``[rows * key heads, heads of each, longest, head_dim]``, twice ``[rows * key heads, keys, head_dim]``, and how
+    many of these keys are the ancestor's, which come first."""
     batch, share = group.rows * layout.key_heads, layout.heads // layout.key_heads
     queries = query.reshape(-1, query.shape[-1]).index_select(0, group.queries)
     keys = key.reshape(-1, key.shape[-1]).index_select(0, group.keys)
     values = value.reshape(-1, value.shape[-1]).index_select(0, group.keys)
-    longest = group.longest
-    return queries.view(batch, share, longest, -1), keys.view(batch, longest, -1), values.view(batch, longest, -1)
+    longest, before = group.longest, 0
+    keys, values = keys.view(batch, longest, -1), values.view(batch, longest, -1)
+    if ancestor[0] is not None and ancestor[1] is not None:
+        before = len(ancestor[0])
+        keys, values = (
+            torch.cat([given.transpose(0, 1).repeat(group.rows, 1, 1), own], dim=1)
+            for given, own in zip(cast(Sequence[Tensor], ancestor), (keys, values), strict=True)
+        )
+    return queries.view(batch, share, longest, -1), keys, values, before
 
 
 def _blocks(longest: int) -> list[tuple[int, int]]:
@@ -210,16 +245,17 @@ def _blocks(longest: int) -> list[tuple[int, int]]:
 def _shares(queries: Tensor, keys: Tensor, block: tuple[int, int], scaling: float, window: int | None) -> Tensor:
     """How much each query of a block takes of each key before its end: ``[batch, heads of each, queries, keys]``."""
     first, last = block
-    bias = _bias(first, last, window, queries.dtype, queries.device)
+    before = keys.shape[1] - queries.shape[2]  # keys of an ancestor, as if the row had begun with them
+    bias = _bias(before + first, before + last, window, queries.dtype, queries.device)
     share = queries.shape[1]
     # The mask rides along in the product; filling it in afterwards would pass over the scores twice more.
     scores = torch.baddbmm(
         bias.repeat(share, 1).expand(len(queries), -1, -1),
         queries[:, :, first:last].flatten(1, 2),
-        keys[:, :last].transpose(1, 2),
+        keys[:, : before + last].transpose(1, 2),
         alpha=scaling,
     )
-    return torch.softmax(scores, dim=-1).view(len(queries), share, last - first, last)
+    return torch.softmax(scores, dim=-1).view(len(queries), share, last - first, before + last)
 
 
 @lru_cache(maxsize=64)

@@ -54,6 +54,11 @@ def is_part(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor, in the same memory; all of it where it is not spread."""
+    return cast(Any, tensor).to_local() if is_part(tensor) else tensor
+
+
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """Every process has all weights inside, and may run the model alone. All of them must enter."""
@@ -100,7 +105,7 @@ def parted_like(tensor: Tensor, pattern: Tensor) -> Tensor:
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """L2 norm of all gradients, those of parts counted over all processes; fp32."""
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    parts = [cast(Any, grad).to_local() for grad in grads if is_part(grad)]
+    parts = [own_part(grad) for grad in grads if is_part(grad)]
     wholes = [grad for grad in grads if not is_part(grad)]
     device = grads[0].device if grads else torch.device("cpu")
     squares = torch.zeros((), device=device)
@@ -115,5 +120,4 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     for parameter in parameters:
         if parameter.grad is not None:
-            grad: Any = parameter.grad
-            (grad.to_local() if is_part(grad) else grad).mul_(factor)
+            own_part(parameter.grad).mul_(factor)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.models.decoder import decoder_of
+from tunesmith.models.embeddings import teach_tokens
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import Loading, load_judge, load_model
 from tunesmith.pipeline.environment import describe_environment
@@ -119,6 +120,9 @@ def _execute(
     with Stopping() as stopping:
         watcher.progress("loading the model", 0, None)
         model, planned = _loaded(planned)
+        if recipe.model.add_tokens and planned.tokenizer is not None:
+            ids = planned.tokenizer.convert_tokens_to_ids(recipe.model.add_tokens)
+            teach_tokens(model, dict(zip(recipe.model.add_tokens, cast(list[int], ids), strict=True)))
         planned = planned.with_plan(_with_verified_packing(planned, model))
         planned = with_features(planned, model, watcher.progress)
         proof = None if recipe.evaluate == "off" else Proof(planned, recipe.evaluate)
@@ -186,9 +190,18 @@ def _notes(run: Run) -> list[str]:
 def _with_verified_packing(planned: Planned, model: nn.Module) -> Plan:
     """Tests that packed rows do not see each other; falls back to padding when `auto` was asked."""
     plan, asked = planned.plan, planned.recipe.train.packing
+    method = planned.recipe.method
+    if not (plan.packing or method.must_pack):
+        return plan
+    obstacle = packing_obstacle(model) if method.can_pack else "the method cannot pack"
+    if obstacle is not None and method.must_pack:
+        raise InputError(
+            f"{method.kind} needs attention over segments, and this model does not take it: {obstacle}",
+            where="method.kind",
+            fix="use prompt, adapter or lora",
+        )
     if not plan.packing:
         return plan
-    obstacle = packing_obstacle(model) if planned.recipe.method.can_pack else "the method cannot pack"
     if obstacle is None:
         return _with_blocks(plan, model, sharded=planned.recipe.train.shard and world_size() > 1)
     if asked is True:

@@ -23,6 +23,7 @@ from tunesmith.evaluation.compare import choose_metrics, compare_metrics, metric
 from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.method import read_adapter_config
 from tunesmith.metrics import bootstrap
+from tunesmith.models.embeddings import cover_tokens
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import (
     Loading,
@@ -177,6 +178,7 @@ def load_speaker(
     plain = location.recipe is not None and location.recipe.data.template == "plain"
     template = resolve_template("plain" if plain else "auto", tokenizer)
     model = _load(location, dtype, progress)
+    cover_tokens(model, tokenizer)
     return Speaker(model, tokenizer, renderer_for(location.base, model, tokenizer, template), location)
 
 

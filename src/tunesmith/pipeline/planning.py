@@ -17,6 +17,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.evaluation.compare import choose_metrics
+from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
 from tunesmith.models.load import load_tokenizer, locate_model, read_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.task_head import TaskHead
@@ -76,9 +77,11 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     if isinstance(objective, TaskObjective):
         refuse_settings_of_writing(recipe, int(config.get_text_config().num_hidden_layers))
         tokenizer = load_tokenizer(location, recipe.model.revision, writes=False)
+        added = add_tokens(tokenizer, recipe.model.add_tokens)
         renderer = label_renderer(objective, recipe.data, tokenizer, model, _stop_ids(tokenizer, config, location))
     else:
         tokenizer = load_tokenizer(location, recipe.model.revision)
+        added = add_tokens(tokenizer, recipe.model.add_tokens)
         renderer = Renderer.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
     prepared = prepare(
         recipe.data,
@@ -91,6 +94,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     if isinstance(objective, TaskObjective):
         prepared, objective = with_labels(prepared, objective)
         model = meta_model(config, location, objective.task_head())
+    teach_tokens(model, added)
     workload = _counted(prepared)
     hardware = detect_hardware()
     judged = _judged(recipe, prepared, objective)
@@ -148,6 +152,8 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     config = read_config(location, recipe.model.revision)
     head = _guessed_head(recipe.objective)
     model: nn.Module = meta_model(config, location, head)
+    first = vocabulary_rows(model)  # the tokenizer, which would know, is not here
+    teach_tokens(model, {token: first + at for at, token in enumerate(recipe.model.add_tokens)})
     workload = _estimated(recipe, position_limit(config), missing)
     if isinstance(recipe.objective, TaskObjective):
         metrics, why = chosen_metrics(recipe, recipe.objective)

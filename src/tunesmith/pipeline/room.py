@@ -17,8 +17,9 @@ def needed_bytes(plan: Plan, recipe: Recipe) -> dict[str, int]:
     """What a run's directory takes, by part; one checkpoint more than are kept is there while it is written."""
     trained = 4 * plan.parameters.trainable
     kept = recipe.train.keep + 1 + (recipe.data.validation is not None)
+    weights = trained if recipe.train.ema == "off" else 2 * trained
     return {
-        f"{kept} checkpoints": kept * (trained + plan.memory.optimizer),
+        f"{kept} checkpoints": kept * (weights + plan.memory.optimizer),
         "the result": trained if recipe.method.saved_as == "adapter" else 4 * plan.parameters.total,
         "tokenizer, evaluations and report": REST_BYTES,
     }

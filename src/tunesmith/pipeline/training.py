@@ -19,6 +19,7 @@ from tunesmith.evaluation.answers import Judging, judge, mean_nll
 from tunesmith.evaluation.compare import metric_rows
 from tunesmith.files import committed_directory
 from tunesmith.methods.low_rank import lora_layers
+from tunesmith.methods.token_rows import trained_token_ids
 from tunesmith.models.decoder import decoder_of
 from tunesmith.models.embeddings import untrained_tokens
 from tunesmith.models.sharding import is_sharded, made_whole, shard, whole
@@ -34,6 +35,7 @@ from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Plan
 from tunesmith.recipe_file import recipe_yaml
 from tunesmith.run import Run
+from tunesmith.train.average import Average
 from tunesmith.train.batches import StepBatches
 from tunesmith.train.checkpoint import Checkpoints, Saved
 from tunesmith.train.health import Health, refuse_dead_weights
@@ -105,6 +107,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
         save,
         work.stopping.asked,
         go_back,
+        saved.average,
     )
     watch = Stopwatch()
     with PeakMemory(planned.hardware.device) as memory:
@@ -119,7 +122,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
             work.stopping.graceful = False
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_disable()
-    _take_best(work, checkpoints, progress)
+    _take_best(work, checkpoints, progress, saved)
     made_whole(model)
     if is_main():
         _close_with_solver(work, emit)
@@ -158,9 +161,9 @@ def _adapted(work: Work) -> Saved:
         shard(model)
     casts = method.needs_autocast or plan.dtype != plan.frozen_dtype
     precision = Precision(DTYPES[plan.dtype], planned.hardware.device, autocast=casts)
-    return Saved(
-        model, method, build_optimizer(model, recipe.train, plan.learning_rate, method.rates(model)), precision
-    )
+    optimizer = build_optimizer(model, recipe.train, plan.learning_rate, method.rates(model))
+    average = None if recipe.train.ema == "off" else Average(model, recipe.train.ema)
+    return Saved(model, method, optimizer, precision, average)
 
 
 def _tell_of_other_blocks(work: Work, emit: Emit) -> None:
@@ -220,14 +223,15 @@ def _warn_of_untrained_tokens(work: Work, emit: Emit) -> None:
     """A control token that the base never saw stays noise when its embedding is frozen."""
     planned, model = work.planned, work.model
     assert planned.renderer is not None and planned.tokenizer is not None
-    if any(weight.requires_grad for weight in model.get_input_embeddings().parameters()):
+    trained = trained_token_ids(model)
+    if not trained and any(weight.requires_grad for weight in model.get_input_embeddings().parameters()):
         return
-    found = untrained_tokens(model, planned.renderer.used_controls)
+    found = untrained_tokens(model, set(planned.renderer.used_controls) - set(trained))
     if found:
         names = ", ".join(cast(list[str], planned.tokenizer.convert_ids_to_tokens(found)))
         message = (
             f"the template writes {names}, which this model seems never to have been trained on, and the embeddings "
-            "are frozen: train them with method.modules_to_save, or choose another data.template"
+            f"are frozen: train them with LoRA's method.trainable_tokens: [{names}], or choose another data.template"
         )
         emit({"event": "warning", "step": 0, "message": message})
 
@@ -277,8 +281,10 @@ def _stop_when_asked(stopping: Stopping, label: str, done: int, total: int | Non
         raise Interrupted("stopped while evaluating")
 
 
-def _take_best(work: Work, checkpoints: Checkpoints, progress: Progress) -> None:
+def _take_best(work: Work, checkpoints: Checkpoints, progress: Progress, saved: Saved) -> None:
     recipe = work.planned.recipe
+    if saved.average is not None:
+        saved.average.exchange()
     if recipe.train.best == "validation-loss" and progress.best_step not in (None, progress.step):
         checkpoints.load_weights(cast(int, progress.best_step), work.model, recipe.method)
 
@@ -321,6 +327,7 @@ def _refuse_unseen_update(work: Work) -> None:
     """Raises TrainingError when every update of an adapter is too small to change the weights it is added to."""
     layers = lora_layers(work.model)
     whole = getattr(work.planned.recipe.method, "modules_to_save", []) or head_modules(work.model)
+    whole = whole or trained_token_ids(work.model)
     if layers and not whole and not any(layer.is_seen() for layer in layers.values()):
         raise TrainingError(
             "the adapter is dead: its updates are smaller than what the base's weights can hold",

@@ -56,7 +56,7 @@ def predict_memory(model: nn.Module, shape: Shape, recipe: Recipe, frozen_dtype:
         head = output_head_name(model)
         linears = linear_modules(model)
         quantized = sum(cast(Tensor, linears[name].weight).numel() for name in linears if name != head)
-    weights = 4 * trained + BYTES[frozen_dtype] * (frozen - quantized)
+    weights = (4 if recipe.train.ema == "off" else 8) * trained + BYTES[frozen_dtype] * (frozen - quantized)
     weights += quantized * QUANTIZED_BYTES.get(recipe.model.quantize, 0)
     gradients = 4 * trained
     optimizer = OPTIMIZER_BYTES[recipe.train.optimizer] * trained

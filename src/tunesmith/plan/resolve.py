@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -11,6 +12,8 @@ from torch import nn
 
 from tunesmith.base import InputError
 from tunesmith.methods import trainable_parameters
+from tunesmith.methods.token_rows import trained_token_ids
+from tunesmith.models.embeddings import added_tokens
 from tunesmith.models.measure import Shape, shape_of
 from tunesmith.plan.hardware import DTYPES, Hardware, multiply_rate, native_dtypes
 from tunesmith.plan.memory import Load, predict_memory
@@ -70,6 +73,7 @@ def resolve(
     shape = shape_of(model)
     adapted = copy.deepcopy(model)
     decided.notes += recipe.method.adapt(adapted)
+    _refuse_untrained_additions(added_tokens(model), adapted)
     dtype, frozen_dtype = _dtypes(recipe, hardware, decided)
     steps, epochs = _length(recipe, workload, decided)
     fit = _Fit(workload, hardware, dtype, frozen_dtype)
@@ -111,6 +115,18 @@ def resolve(
         resolved=decided.made,
         notes=decided.notes,
     )
+
+
+def _refuse_untrained_additions(added: Mapping[str, int], adapted: nn.Module) -> None:
+    """Raises InputError when the rows of added tokens would stay as they start, or be lost with the base."""
+    table = cast(Any, adapted).get_input_embeddings()
+    missing = set() if table.weight.requires_grad else set(added.values()) - set(trained_token_ids(adapted))
+    if missing:
+        raise InputError(
+            f"the method does not train the embeddings of {len(missing)} added tokens",
+            where="model.add_tokens",
+            fix="use LoRA with method.trainable_tokens: added, or method.kind: full",
+        )
 
 
 def _intervals(recipe: Recipe, steps: int, decided: Decisions) -> tuple[int | None, int | None]:

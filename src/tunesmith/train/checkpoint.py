@@ -20,6 +20,7 @@ from tunesmith.base import InputError, TunesmithError
 from tunesmith.files import committed_directory, file_sha256, read_json, remove_directory, sync_file, write_text
 from tunesmith.methods import AdaptationMethod
 from tunesmith.models.sharding import is_sharded, whole
+from tunesmith.train.average import Average
 from tunesmith.train.health import Health
 from tunesmith.train.loop import Progress
 from tunesmith.train.optim import optimizer_tensors, restore_optimizer
@@ -32,8 +33,9 @@ from tunesmith.train.randomness import (
     restore_random_state,
 )
 
-WEIGHTS, OPTIMIZER, RANDOM, STATE, MANIFEST = (
+WEIGHTS, AVERAGED, OPTIMIZER, RANDOM, STATE, MANIFEST = (
     "trained.safetensors",
+    "averaged.safetensors",
     "optimizer.safetensors",
     "random.safetensors",
     "state.json",
@@ -52,32 +54,48 @@ class Saved:
     method: AdaptationMethod
     optimizer: Optimizer
     precision: Precision
+    average: Average | None = None
 
     def snapshot(self) -> Snapshot:
         """What goes to disk; where weights are spread over processes, all of them must ask."""
-        gathered = is_sharded(self.model)  # and then gone again after the block
+        trained = self._trained(passing=is_sharded(self.model))
+        averaged, updates = None, 0
+        if self.average is not None:
+            updates = self.average.updates
+            with self.average.in_place():
+                averaged = self._trained(passing=True)
+        return Snapshot(trained, *optimizer_tensors(self.optimizer), self.precision.state(), averaged, updates)
+
+    def _trained(self, *, passing: bool) -> dict[str, torch.Tensor]:
+        """The trained tensors on the CPU; copies where what the model holds now is passing."""
         with whole(self.model):
             found = self.method.trained_tensors(self.model)
             trained = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
-            trained = {name: tensor.clone() for name, tensor in trained.items()} if gathered else trained
-        return Snapshot(trained, *optimizer_tensors(self.optimizer), self.precision.state())
+            return {name: tensor.clone() for name, tensor in trained.items()} if passing else trained
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Tensors and numbers of one moment, on the CPU."""
+    """Tensors and numbers of one moment, on the CPU.
+
+    Attributes:
+        averaged: the running average of what is trained, and ``updates``, of how many states it is.
+    """
 
     trained: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     numbers: dict[str, Any]
     precision: dict[str, Any]
+    averaged: dict[str, torch.Tensor] | None = None
+    updates: int = 0
 
     def bytes(self) -> int:
         """Size of the tensors; an optimizer that has not taken a step yet will have two for each."""
-        weights, states = (
-            sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in (self.trained, self.optimizer)
+        weights, averages, states = (
+            sum(t.numel() * t.element_size() for t in tensors.values())
+            for tensors in (self.trained, self.averaged or {}, self.optimizer)
         )
-        return weights + (states or 2 * sum(4 * t.numel() for t in self.trained.values()))
+        return weights + averages + (states or 2 * sum(4 * t.numel() for t in self.trained.values()))
 
 
 class Checkpoints:
@@ -147,12 +165,15 @@ class Checkpoints:
         self, directory: Path, where: dict[str, Any], saved: Snapshot, random_states: dict[str, torch.Tensor]
     ) -> None:
         save_file(saved.trained, directory / WEIGHTS)
+        if saved.averaged is not None:
+            save_file(saved.averaged, directory / AVERAGED)
         save_file(saved.optimizer, directory / OPTIMIZER)
         save_file(random_states, directory / RANDOM)
         state = {
             **where,
             "optimizer": saved.numbers,
             "precision": saved.precision,
+            "averaged_updates": saved.updates,
             "python_random": python_random_state(),
             "processes": world_size(),
             "made_from": self.identity,
@@ -188,7 +209,7 @@ class Checkpoints:
         directory = self.path(step)
         try:
             hashes = read_json(directory / MANIFEST)
-            if not isinstance(hashes, dict) or hashes.keys() != {WEIGHTS, OPTIMIZER, RANDOM, STATE}:
+            if not isinstance(hashes, dict) or hashes.keys() - {AVERAGED} != {WEIGHTS, OPTIMIZER, RANDOM, STATE}:
                 return f"{MANIFEST} does not list its files"
             wrong = [name for name, expected in hashes.items() if file_sha256(directory / name) != expected]
         except (OSError, ValueError) as error:
@@ -196,16 +217,19 @@ class Checkpoints:
         return f"{wrong[0]} has changed" if wrong else None
 
     def load_weights(self, step: int, model: nn.Module, method: AdaptationMethod) -> None:
-        """Puts a checkpoint's weights into the adapted model.
+        """Puts a checkpoint's weights into the adapted model; their average, where it has one.
 
         Raises:
             InputError: when it is damaged, or belongs to another model or method.
         """
+        self._load(step, model, method, AVERAGED if (self.path(step) / AVERAGED).is_file() else WEIGHTS)
+
+    def _load(self, step: int, model: nn.Module, method: AdaptationMethod, name: str) -> None:
         if damage := self.damage(step):
             raise InputError(
                 f"the checkpoint is damaged ({damage})", where=self.path(step), fix="restore it, or start a new run"
             )
-        path = self.path(step) / WEIGHTS
+        path = self.path(step) / name
         method.load_trained(model, load_file(path), where=path)
 
     def events_bytes(self, step: int) -> int:
@@ -215,8 +239,14 @@ class Checkpoints:
     def restore(self, step: int, saved: Saved, warn: Callable[[str], None] = lambda text: None) -> Progress:
         """Puts model, optimizer and random states back to where they were, and returns the progress."""
         directory = self.path(step)
-        self.load_weights(step, saved.model, saved.method)
         state = read_json(directory / STATE)
+        averaged = (directory / AVERAGED).is_file()
+        if saved.average is not None and averaged:
+            self._load(step, saved.model, saved.method, AVERAGED)
+            saved.average.begin_again(state["averaged_updates"])
+        self._load(step, saved.model, saved.method, WEIGHTS)
+        if saved.average is not None and not averaged:
+            saved.average.begin_again(0)
         restore_optimizer(saved.optimizer, load_file(directory / OPTIMIZER), state["optimizer"])
         saved.precision.restore(state["precision"])
         mine = own_random_state(load_file(directory / RANDOM))

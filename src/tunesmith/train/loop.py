@@ -6,6 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -19,8 +20,9 @@ from tunesmith.batch import Batch
 from tunesmith.methods import trainable_parameters
 from tunesmith.objectives import TrainingObjective
 from tunesmith.recipe import Plan, TrainSpec
+from tunesmith.train.average import Average
 from tunesmith.train.health import FIX, Health
-from tunesmith.train.optim import learning_rate_at, set_learning_rate
+from tunesmith.train.optim import learning_rate_at, own_rates_at, set_learning_rate
 from tunesmith.train.parallel import anywhere, clip_gradients, from_main, sum_gradients, summed, world_size
 from tunesmith.train.precision import Precision
 from tunesmith.train.randomness import random_state, restore_random_state
@@ -154,6 +156,7 @@ class Job:
         save: writes a checkpoint of this moment; the flag says that it is the best one so far.
         go_back: puts everything back to the last checkpoint and returns its progress; None where there is none.
         stop: whether somebody asked the run to end.
+        average: of the trained weights, which is judged in their place.
     """
 
     model: nn.Module
@@ -166,6 +169,7 @@ class Job:
     save: Callable[[Progress, bool], None]
     stop: Callable[[], bool]
     go_back: Callable[[], Progress | None] = lambda: None
+    average: Average | None = None
 
 
 def train(
@@ -221,7 +225,7 @@ def _take_step(job: Job, progress: Progress, emit: Emit, deadline: Deadline) -> 
         return progress
     started = time.perf_counter()
     rate = learning_rate_at(number, job.spec, job.plan)
-    set_learning_rate(job.optimizer, rate)
+    set_learning_rate(job.optimizer, rate, own_rates_at(number, job.spec, job.plan))
     before = random_state()
     batches = [batch.to(_device(job)) for batch in job.batches(number, progress.micro_batch)]
     # Another process would wait for this one's part of the gradient: several end together, after the step.
@@ -257,6 +261,8 @@ def _take_step(job: Job, progress: Progress, emit: Emit, deadline: Deadline) -> 
     emit(_step_event(number, result, rate, seconds))
     if not result.applied:
         return _after_bad_step(job, progress, result, emit)
+    if job.average is not None:
+        job.average.update()
     progress.health.observe(number, result.loss, result.grad_norm)
     return progress
 
@@ -344,7 +350,8 @@ def _evaluate_when_due(job: Job, progress: Progress, evaluate: Callable[[int], f
     intervals = [every for every in (job.plan.evaluate_every, job.spec.generate_every) if isinstance(every, int)]
     if not any(number % every == 0 for every in intervals) and (not intervals or number != job.plan.steps):
         return False
-    loss = evaluate(number)
+    with nullcontext() if job.average is None else job.average.in_place():
+        loss = evaluate(number)
     job.model.train()
     loss = from_main(float("nan") if loss is None else loss, _device(job))
     if not _is_finite(loss):

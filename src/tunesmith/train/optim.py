@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 from tunesmith.base import InputError
 from tunesmith.methods import trainable_parameters
 from tunesmith.models.sharding import full, is_part, parted_like
-from tunesmith.recipe import Plan, TrainSpec
+from tunesmith.recipe import Plan, Schedule, TrainSpec
 
 WSD_DECAY_SHARE = 0.2
 
@@ -55,21 +55,21 @@ def build_optimizer(
 
 
 def _groups(named: Mapping[str, nn.Parameter], spec: TrainSpec, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Parameters that share a factor on the learning rate and a weight decay, matrices first.
+    """Parameters that share a factor on the learning rate, a schedule and a weight decay, matrices first.
 
     ``places`` counts a group's parameters without regard to groups, so that saved states find theirs in other groups.
     """
     unused = {group.match for group in spec.groups}
-    found: dict[tuple[bool, float, float], tuple[list[nn.Parameter], list[int]]] = {}
+    found: dict[tuple[bool, float, float, Schedule | None], tuple[list[nn.Parameter], list[int]]] = {}
     for place, (name, parameter) in enumerate(sorted(named.items(), key=lambda entry: entry[1].dim() < 2)):
         own = next((group for group in spec.groups if re.search(group.match, name)), None)
         decay = spec.weight_decay if parameter.dim() >= 2 else 0.0
-        factor = rates.get(name, 1.0)
+        factor, schedule = rates.get(name, 1.0), None
         if own is not None:
             unused.discard(own.match)
-            factor *= own.rate
+            factor, schedule = factor * own.rate, own.schedule
             decay = decay if own.weight_decay is None else own.weight_decay
-        members, places = found.setdefault((parameter.dim() < 2, factor, decay), ([], []))
+        members, places = found.setdefault((parameter.dim() < 2, factor, decay, schedule), ([], []))
         members.append(parameter)
         places.append(place)
     if unused:
@@ -80,30 +80,38 @@ def _groups(named: Mapping[str, nn.Parameter], spec: TrainSpec, rates: Mapping[s
         )
     ordered = sorted(found.items(), key=lambda entry: entry[0][0])
     return [
-        {"params": members, "weight_decay": decay, "factor": factor, "places": places}
-        for (_, factor, decay), (members, places) in ordered
+        {"params": members, "weight_decay": decay, "factor": factor, "schedule": schedule, "places": places}
+        for (_, factor, decay, schedule), (members, places) in ordered
     ]
 
 
-def learning_rate_at(step: int, spec: TrainSpec, plan: Plan) -> float:
-    """The rate of optimizer step ``step``, counted from 1."""
+def learning_rate_at(step: int, spec: TrainSpec, plan: Plan, schedule: Schedule | None = None) -> float:
+    """The rate of optimizer step ``step``, counted from 1, by the recipe's schedule or another one."""
+    schedule = schedule or spec.schedule
     peak, total, warmup = plan.learning_rate, plan.steps, plan.warmup_steps
     if step <= warmup:
         return peak * step / (warmup + 1)
     progress = (step - warmup - 1) / max(1, total - warmup)  # 0 at the first step after warmup, below 1 at the last
-    if spec.schedule == "linear":
+    if schedule == "linear":
         return peak * (1 - progress)
-    if spec.schedule == "cosine":
+    if schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    if spec.schedule == "wsd":
+    if schedule == "wsd":
         return peak * min(1.0, (1 - progress) / WSD_DECAY_SHARE)
     return peak
 
 
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Every group learns at ``rate`` times its own factor."""
+def set_learning_rate(optimizer: Optimizer, rate: float, own: Mapping[Schedule, float] | None = None) -> None:
+    """Every group learns at ``rate``, or at the rate that ``own`` gives for its schedule, times its own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("factor", 1.0)
+        schedule = group.get("schedule")
+        group["lr"] = (own[schedule] if own and schedule else rate) * group.get("factor", 1.0)
+
+
+def own_rates_at(step: int, spec: TrainSpec, plan: Plan) -> dict[Schedule, float]:
+    """The rates of optimizer step ``step`` by the schedules that groups have for themselves."""
+    own: list[Schedule] = [group.schedule for group in spec.groups if group.schedule is not None]
+    return {schedule: learning_rate_at(step, spec, plan, schedule) for schedule in own}
 
 
 def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
