@@ -8,13 +8,13 @@ from pydantic import Field
 
 from tunesmith.methods.bottleneck import Adapter
 from tunesmith.methods.full import Full
-from tunesmith.methods.lora import Lora
+from tunesmith.methods.lora import Lora, QLora
 from tunesmith.methods.method import AdaptationMethod, trainable_parameters
 from tunesmith.methods.prefix import Prefix
 from tunesmith.methods.prompt import Prompt
 from tunesmith.methods.through_peft import Ia3, Peft
 
-Method = Annotated[Full | Lora | Adapter | Prefix | Prompt | Ia3 | Peft, Field(discriminator="kind")]
+Method = Annotated[Full | Lora | QLora | Adapter | Prefix | Prompt | Ia3 | Peft, Field(discriminator="kind")]
 
 __all__ = [
     "AdaptationMethod",
@@ -26,5 +26,6 @@ __all__ = [
     "Peft",
     "Prefix",
     "Prompt",
+    "QLora",
     "trainable_parameters",
 ]

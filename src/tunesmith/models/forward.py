@@ -52,7 +52,7 @@ def next_token_logps(model: nn.Module, batch: Batch, positions: Tensor, targets:
         logits = (_packed if batch.layout == "packed" else _padded)(model, batch, positions)
     else:
         head = projection_of(cast(Any, model).get_output_embeddings())
-        if head is not None and head.bias is None and head.update is None:
+        if head is not None and isinstance(head.weight, Tensor) and head.bias is None and head.update is None:
             return target_logps(hidden, head.weight, targets)
         logits = head_logits(model, hidden)
     return -F.cross_entropy(logits.float(), targets, reduction="none")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Progress, silent
+from tunesmith.models.quantized import Quantization, keep_one_layout, loading_options, settled_quantization
 
 if TYPE_CHECKING:  # models take seconds to import, and those who count tokens need none
     import torch
@@ -82,12 +83,22 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def load_model(
-    path: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, quantize: str = "none"
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    quantized: Quantization | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model from safetensors.
 
+    Args:
+        quantized: how weights of linear layers are held; each is quantized as it is read. Weights that are stored
+            quantized are held as they are.
+
     Raises:
-        InputError: when weights are missing, are in an unsafe format, or do not fill the architecture.
+        InputError: when weights are missing, are in an unsafe format, do not fill the architecture, or are stored in
+            another quantization.
     """
     from transformers import AutoModelForCausalLM
 
@@ -98,6 +109,7 @@ def load_model(
             where=path,
             fix="convert other formats to safetensors first; pickled weights are not loaded",
         )
+    held = settled_quantization(quantized, read_config(path, revision), path)
     with told_plainly("the model", path):
         loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(
             path,
@@ -105,7 +117,7 @@ def load_model(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            **_quantization(quantize, dtype, device),
+            **({} if held is None else loading_options(held, dtype, device)),
         )
     if missing := sorted(info["missing_keys"]):
         raise InputError(
@@ -114,28 +126,10 @@ def load_model(
             fix="use a complete causal language model",
         )
     model = cast("PreTrainedModel", loaded)
-    if quantize == "none":
+    if held is None:
         cast("nn.Module", model).to(device)
+    keep_one_layout(cast("nn.Module", model))
     return model.eval()
-
-
-def _quantization(quantize: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    if quantize == "none":
-        return {}
-    try:
-        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
-        from transformers import BitsAndBytesConfig
-    except ImportError as error:
-        raise InputError(
-            "quantized loading needs bitsandbytes", where="model.quantize", fix="pip install 'tunesmith[eight-bit]'"
-        ) from error
-    if quantize == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
-        )
-    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: Any, location: str) -> set[int]:

@@ -118,7 +118,7 @@ def _execute(
             dtype=DTYPES[planned.plan.frozen_dtype],
             device=planned.hardware.device,
             revision=recipe.model.revision,
-            quantize=recipe.model.quantize,
+            quantized=recipe.model.quantization,
         )
         planned = planned.with_plan(_with_verified_packing(planned, model))
         proof = None if recipe.evaluate == "off" else Proof(planned, recipe.evaluate)

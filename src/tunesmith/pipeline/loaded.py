@@ -22,10 +22,12 @@ from tunesmith.evaluation.answers import Judged, Judging, judge
 from tunesmith.evaluation.compare import choose_metrics, compare_metrics, metric_rows
 from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.method import read_adapter_config
+from tunesmith.methods.quantized_lora import base_read
 from tunesmith.metrics import bootstrap
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import load_model, load_tokenizer, locate_model, read_config, stop_token_ids
 from tunesmith.models.measure import position_limit
+from tunesmith.models.quantized import Quantization
 from tunesmith.models.templates import resolve_template
 from tunesmith.plan.hardware import DTYPES, detect_hardware, native_dtypes
 from tunesmith.recipe import EvaluateSpec, Recipe
@@ -110,11 +112,21 @@ def _load(location: Location, dtype: str, progress: Progress) -> PreTrainedModel
         dtype=default_dtype() if dtype == "auto" else DTYPES[dtype],
         device=detect_hardware().device,
         revision=location.recipe.model.revision if location.recipe and location.adapter else None,
-        quantize=location.recipe.model.quantize if location.recipe and location.adapter else "none",
+        quantized=held_quantized(location),
     )
     if location.adapter is not None:
         load_adapter(model, location.adapter)
     return model.eval()
+
+
+def held_quantized(location: Location) -> Quantization | None:
+    """How the base of an adapter is held: as its run says, or as the adapter needs it."""
+    if location.adapter is None:
+        return None
+    if location.recipe is not None:
+        return location.recipe.model.quantization
+    base = base_read(location.adapter)
+    return base.quantized if base.bound else None
 
 
 @dataclass(frozen=True)
