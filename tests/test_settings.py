@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from conftest import build_model, colour_rows, write_jsonl
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
-from tunesmith.methods import Adapter, Full, Ia3, Lora, Peft, Prefix, Prompt
+from tunesmith.methods import Adapter, Full, Ia3, Lora, Peft, Prefix, Prompt, QLora
 from tunesmith.objectives import Supervised
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.recipe import EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
@@ -43,6 +43,10 @@ CHANGES: dict[str, Any] = {
     "model.revision": None,
     "model.dtype": ({}, {"model": {"dtype": "bf16"}}),
     "model.quantize": ({}, {"model": {"quantize": "int8"}}),
+    "model.double_quantization": (
+        {"model": {"quantize": "fp4"}},
+        {"model": {"quantize": "fp4", "double_quantization": False}},
+    ),
     "data.train": ({}, {"data": {"train": "MORE"}}),
     "data.validation": ({}, {"data": {"validation": 0.4}}),
     "data.test": ({}, {"data": {"test": 0.3}}),
@@ -127,6 +131,8 @@ CHANGES: dict[str, Any] = {
     "method.plus_ratio": ({}, {"method": {"plus_ratio": 4}}),
     "method.dora": ({}, {"method": {"dora": True}}),
     "method.init": ({}, {"method": {"init": "pissa"}}),
+    "method.quantization_aware": ({}, {"method": {"quantization_aware": True}}),
+    "method[qlora].kind": ({}, {"method": {"kind": "qlora", "rank": 2}}),
     "method[full].kind": ({}, FULL),
     "method[full].weights": (FULL, {"method": {"kind": "full", "weights": "norms"}}),
     "method[full].layer_decay": (FULL, {"method": {"kind": "full", "layer_decay": 0.5}}),
@@ -238,6 +244,7 @@ def schema_fields() -> set[str]:
         "data.replay": [ReplaySpec],
         "method": [Lora],
         "method[full]": [Full],
+        "method[qlora]": [QLora],
         "method[adapter]": [Adapter],
         "method[prefix]": [Prefix],
         "method[prompt]": [Prompt],
@@ -252,7 +259,8 @@ def schema_fields() -> set[str]:
     names = {name for name in Recipe.model_fields if name not in nested} | {"evaluate", "train.early_stopping"}
     for prefix, models in nested.items():
         for model in models:
-            names |= {f"{prefix}.{name}" for name in model.model_fields}
+            inherited = Lora.model_fields.keys() - {"kind"} if model is QLora else set[str]()  # by `lora` itself
+            names |= {f"{prefix}.{name}" for name in model.model_fields.keys() - inherited}
     return names
 
 

@@ -201,7 +201,7 @@ def _factor(layer: Sequence[Any], rule: _Rule, dtype: torch.dtype) -> Tensor:
     """What the input is multiplied by: the weight, or weight and update as they are merged and then rounded."""
     weight, _, down, up = layer
     if rule.grid is not None:
-        merged = (weight.float() + (up @ down) * rule.scale).to(weight.dtype)
+        merged = (up @ down).mul_(rule.scale).add_(weight).to(weight.dtype)  # to the bit what merging writes
         return rule.grid.rounded(merged).to(dtype)
     return weight if weight.dtype == dtype else weight.to(dtype)
 

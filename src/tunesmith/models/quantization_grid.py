@@ -51,19 +51,27 @@ class Grid:
 
 def _q4_0(blocks: Tensor) -> Tensor:
     """``[blocks, 32]``: the value of the largest absolute size becomes -8 scales (ggml, `quantize_row_q4_0_ref`)."""
-    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-    scale = largest / -8  # exact
+    scale = _largest(blocks) / -8  # exact
     levels = (blocks * _inverse(scale)).add_(8.5).trunc_().clamp_(0, 15)
     return levels.sub_(8).mul_(scale.half().float())
 
 
 def _q4_1(blocks: Tensor) -> Tensor:
     """``[blocks, 32]``: fifteen steps from the least value to the largest (ggml, `quantize_row_q4_1_ref`)."""
-    least, most = blocks.aminmax(dim=1, keepdim=True)
+    least, most = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)  # `aminmax` is four times slower
     # By a tensor: some devices multiply by the inverse of a plain number, which rounds otherwise.
     scale = (most - least) / torch.full((), 15.0, device=blocks.device)
     levels = (blocks - least).mul_(_inverse(scale)).add_(0.5).trunc_().clamp_(0, 15)
     return levels.mul_(scale.half().float()).add_(least.half().float())
+
+
+def _largest(blocks: Tensor) -> Tensor:
+    """The value of the largest absolute size in each block, the first of several, ``[blocks, 1]``."""
+    least, most = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+    largest = torch.where(most > -least, most, least)
+    if bool((even := (most == -least)[:, 0]).any()):  # of either sign: the first decides
+        largest[even] = blocks[even].gather(1, blocks[even].abs().argmax(1, keepdim=True))
+    return largest
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -76,5 +84,8 @@ def _nf4(flat: Tensor) -> Tensor:
     short = -len(flat) % BLOCK["nf4"]
     blocks = F.pad(flat, (0, short)).view(-1, BLOCK["nf4"])
     largest = blocks.abs().amax(1, keepdim=True)
-    levels = torch.bucketize(blocks * (1.0 / largest.clamp_min(1e-38)), (code[1:] + code[:-1]) / 2)
-    return code[levels].mul_(largest).view(-1)[: len(flat)]
+    scaled = blocks * (1.0 / largest.clamp_min(1e-38))
+    levels = torch.zeros(scaled.shape, dtype=torch.uint8, device=flat.device)
+    for bound in (code[1:] + code[:-1]) / 2:  # a binary search for each weight is several times slower
+        levels += scaled > bound
+    return code[levels.int()].mul_(largest).view(-1)[: len(flat)]

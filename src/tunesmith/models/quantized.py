@@ -16,6 +16,7 @@ from tunesmith.base import InputError
 if TYPE_CHECKING:  # what only asks a configuration needs none of it
     import torch
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 Kind = Literal["nf4", "fp4", "int8"]
 FOUR_BIT = ("nf4", "fp4")
@@ -134,6 +135,13 @@ def keep_one_layout(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             cast(Any, module).support_avx512bf16_for_cpu = False
+
+
+def in_full(model: PreTrainedModel) -> PreTrainedModel:
+    """A model with plain linear layers, whose weights are what the quantized ones stand for."""
+    if not getattr(model, "is_quantized", False):
+        return model
+    return cast("PreTrainedModel", cast(Any, model).dequantize())
 
 
 @dataclass(frozen=True)
