@@ -1,6 +1,6 @@
 """Is an adapter that was trained through simulated 4 bits better after 4 bits? Plain LoRA beside it.
 
-    python bench/quantization_aware.py [DATA] [--grid q4_0] [--steps 30] [--seeds 2] [--out FILE.md]
+    python bench/quantization_aware.py [DATA] [--grid q4_0] [--steps 12] [--seeds 2] [--out FILE.md]
 
 DATA is a directory with `corpus_peps` and `sql_wikisql_mlx`; without it the text and the rows come with Python. The
 demo model's published weights lie on a 4-bit grid, on which such a comparison would mean little: it is first tuned as a
@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="?", type=Path)
     parser.add_argument("--grid", choices=["q4_0", "q4_1"], default="q4_0")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--off-grid-steps", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=16)

@@ -132,6 +132,11 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(
     assert where in str(refused.value.where)
 
 
+def test_quantized_weights_are_not_spread_over_processes(place: Path) -> None:
+    with pytest.raises(InputError, match="cannot be spread"):
+        recipe(place, method="qlora", train={"shard": True})
+
+
 def test_a_run_through_simulated_4_bits_says_how_it_is_judged(place: Path) -> None:
     method = {"kind": "lora", "rank": 2, "quantization_aware": "nf4"}
     run = finetune(recipe(place, "aware", method=method))
