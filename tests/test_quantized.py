@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ from tunesmith.models.decoder import Decoder, decoder_of
 from tunesmith.models.forward import next_token_logits
 from tunesmith.models.load import load_model
 from tunesmith.models.projection import project, projection_of
-from tunesmith.models.quantized import PackedWeight, packed_weight, quantization
+from tunesmith.models.quantized import (
+    NO_OTHER_KERNEL,
+    PackedWeight,
+    packed_weight,
+    quantization,
+    silence_optional_kernel,
+)
 from tunesmith.objectives import Supervised
 
 pytest.importorskip("bitsandbytes")
@@ -93,9 +100,10 @@ def test_the_fused_blocks_take_quantized_layers(saved: Path, kind: str, double: 
     assert not torch.allclose(expected, logits(load_model(str(saved), dtype=torch.float32, device=CPU))[:9], atol=1e-3)
 
 
-def test_gradients_are_the_same_after_an_evaluation(saved: Path) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_gradients_are_the_same_after_an_evaluation(saved: Path, kind: str) -> None:
     """bitsandbytes lays weights out anew at the first pass in evaluation on some CPUs, and has no gradient then."""
-    model = loaded(saved, dtype=torch.bfloat16)
+    model = loaded(saved, kind, dtype=torch.bfloat16)
     Lora(rank=4).adapt(model)
     shake(model)
     before = gradients(model)
@@ -212,6 +220,7 @@ def test_peft_reads_an_adapter_that_loftq_started(saved: Path, tmp_path: Path) -
         (Lora(init="olora"), "olora takes a part off"),
         (Lora(quantization_aware="q4_0"), "needs the base unrounded"),
         (Lora(init="loftq", targets=["embed_tokens"]), "not stored in 4 bits"),
+        (Lora(init="loftq", dora=True), "DoRA rescales that sum"),
         (Lora(dora=True, targets=["embed_tokens"]), "DoRA cannot change quantized embeddings"),
     ],
 )
@@ -236,6 +245,16 @@ def test_dora_trains_over_a_quantized_base(saved: Path) -> None:
         loaded(saved), LoraConfig(r=2, lora_alpha=32, use_dora=True, target_modules="all-linear")
     )
     assert len(gradients(model)) == len([p for p in reference.parameters() if p.requires_grad])
+
+
+def test_only_the_known_complaint_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
+    silence_optional_kernel()
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.warning(f"{NO_OTHER_KERNEL}. Please install it")
+    log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: a broken file")
+    assert [record.getMessage() for record in caplog.records] == [
+        "Failed to load CPU gemm_4bit_forward from kernels-community: a broken file"
+    ]
 
 
 def test_a_copy_of_a_packed_layer_is_one_too(saved: Path) -> None:

@@ -136,7 +136,7 @@ class Lora(AdaptationMethod):
         return {name: self.plus_ratio for name in trainable_parameters(model) if "lora_B" in name}
 
     def adapt(self, model: nn.Module) -> list[str]:
-        refuse_start(model, self.init)
+        refuse_start(model, self.init, self.dora)
         self._refuse_unrounded()
         if self._variant:
             return self._through_peft(model).adapt(model)

@@ -29,7 +29,7 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def refuse_start(model: nn.Module, init: str) -> None:
+def refuse_start(model: nn.Module, init: str, dora: bool) -> None:
     """Raises InputError for a start that this base does not allow."""
     if init in NEED_THE_WEIGHT and is_quantized(model):
         raise InputError(
@@ -42,6 +42,12 @@ def refuse_start(model: nn.Module, init: str) -> None:
             "loftq starts from what quantizing took away, and the base is not quantized",
             where="method.init",
             fix="set model.quantize: nf4, or use another init",
+        )
+    if init == "loftq" and dora:
+        raise InputError(
+            "loftq makes up for what quantizing took off a sum, and DoRA rescales that sum",
+            where="method.init",
+            fix="leave one of them out",
         )
 
 

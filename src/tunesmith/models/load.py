@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Progress, silent
-from tunesmith.models.quantized import Quantization, keep_one_layout, loading_options, settled_quantization
+from tunesmith.models.quantized import (
+    Quantization,
+    loading_options,
+    settle_layers,
+    settled_quantization,
+    stored_quantization,
+)
 
 if TYPE_CHECKING:  # models take seconds to import, and those who count tokens need none
     import torch
@@ -109,7 +115,8 @@ def load_model(
             where=path,
             fix="convert other formats to safetensors first; pickled weights are not loaded",
         )
-    held = settled_quantization(quantized, read_config(path, revision), path)
+    config = read_config(path, revision)
+    held = settled_quantization(quantized, config, path)
     with told_plainly("the model", path):
         loaded, info = cast(Any, AutoModelForCausalLM).from_pretrained(
             path,
@@ -117,7 +124,7 @@ def load_model(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            **({} if held is None else loading_options(held, dtype, device)),
+            **loading_options(held, stored_quantization(config) is not None, dtype, device),
         )
     if missing := sorted(info["missing_keys"]):
         raise InputError(
@@ -128,7 +135,7 @@ def load_model(
     model = cast("PreTrainedModel", loaded)
     if held is None:
         cast("nn.Module", model).to(device)
-    keep_one_layout(cast("nn.Module", model))
+    settle_layers(cast("nn.Module", model), dtype)
     return model.eval()
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -87,54 +85,55 @@ def import_bitsandbytes(what: str, where: str, part: str = "nn") -> Any:
     Raises:
         InputError: when it is not installed.
     """
+    silence_optional_kernel()
     try:
-        with _without(NO_OTHER_KERNEL):
-            return import_module(f"bitsandbytes.{part}")
+        return import_module(f"bitsandbytes.{part}")
     except ImportError as error:
         raise InputError(f"{what} needs bitsandbytes", where=where, fix="pip install 'tunesmith[eight-bit]'") from error
 
 
-@contextmanager
-def _without(beginning: str) -> Iterator[None]:
-    """Lets bitsandbytes' log say anything but one line."""
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-
-    def keeps(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(beginning)
-
-    log.addFilter(keeps)
-    try:
-        yield
-    finally:
-        log.removeFilter(keeps)
+def silence_optional_kernel() -> None:
+    """Lets bitsandbytes' log say anything but that one line, whoever imports it."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)  # the same one is added once
 
 
-def loading_options(asked: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What transformers is told, so that each weight is quantized as it is read."""
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(NO_OTHER_KERNEL)
+
+
+def loading_options(
+    held: Quantization | None, stored: bool, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """What transformers is told, so that each weight is quantized as it is read, or read as it is ``stored``."""
+    if held is None:
+        return {}
     import_bitsandbytes("quantized loading", "model.quantize")
+    if stored:
+        return {"device_map": {"": device}}
     from transformers import BitsAndBytesConfig
 
-    if asked.kind == "int8":
+    if held.kind == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
         config = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type=asked.kind,
+            bnb_4bit_quant_type=held.kind,
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=asked.double,
+            bnb_4bit_use_double_quant=held.double,
         )
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def keep_one_layout(model: nn.Module) -> None:
-    """Stops 4-bit layers from turning their weights into another layout at their first pass on a CPU in evaluation.
+def settle_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Lets 4-bit layers compute in ``dtype``, and keeps their weights in the layout that they were read in.
 
-    bitsandbytes computes no gradient through that layout, and a training pass afterwards would silently lose that of
-    every layer below.
+    On some CPUs bitsandbytes lays them out anew at the first pass in evaluation, and computes no gradient through that:
+    a training pass afterwards would silently lose that of every layer below.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            cast(Any, module).support_avx512bf16_for_cpu = False
+            layer: Any = module
+            layer.support_avx512bf16_for_cpu, layer.compute_dtype = False, dtype
 
 
 def in_full(model: PreTrainedModel) -> PreTrainedModel:
