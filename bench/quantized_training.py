@@ -1,6 +1,6 @@
 """A training step over a base in 4 bits beside one over the base in bf16, in alternation in one process.
 
-    python bench/quantized_training.py [--model demo] [--tokens 2048] [--turns 5] [--out FILE.md]
+    python bench/quantized_training.py [--model demo] [--tokens 2048] [--turns 5] [--memory] [--out FILE.md]
 
 `bitsandbytes' layers` is a base in NF4 whose layers run by themselves, as they did before the fused blocks read 4-bit
 weights; `simulated` is `quantization_aware`. Peak memory is measured for each in a process of its own.
@@ -90,7 +90,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--peak", choices=SIDES)
+    parser.add_argument("--memory", action="store_true", help="measure the peak of each side too")
+    parser.add_argument("--peak", choices=SIDES, help=argparse.SUPPRESS)
     given = parser.parse_args()
     quiet_libraries()
     location = locate_model(given.model)
@@ -98,7 +99,7 @@ def main() -> None:
         peak(given.peak, location, given.tokens)
         return
     peaks = {}
-    for side in SIDES:
+    for side in SIDES if given.memory else ():
         command = [sys.executable, __file__, "--model", location, "--tokens", str(given.tokens), "--peak", side]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks[side] = json.loads(output.splitlines()[-1])
@@ -133,9 +134,8 @@ def table(given: argparse.Namespace, found: dict[str, tuple[list[float], float]]
     ]
     for side, (seconds, loss) in found.items():
         ratio = statistics.median(one / other for one, other in zip(seconds, usual, strict=True))
-        lines.append(
-            f"| {side} | {statistics.median(seconds):.2f} | {ratio:.2f} | {loss:.4f} | {peaks[side]['peak']:.0f} |"
-        )
+        most = f"{peaks[side]['peak']:.0f}" if side in peaks else "–"
+        lines.append(f"| {side} | {statistics.median(seconds):.2f} | {ratio:.2f} | {loss:.4f} | {most} |")
     return "\n".join(lines) + "\n"
 
 
