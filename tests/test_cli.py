@@ -68,7 +68,20 @@ def test_help_is_quick_to_import_and_lists_the_verbs() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": SOURCE}
     )
     assert shown.returncode == 0, shown.stderr
-    for verb in ("train", "plan", "data", "evaluate", "generate", "chat", "merge", "runs", "rerun", "doctor", "recipe"):
+    for verb in (
+        "train",
+        "plan",
+        "data",
+        "evaluate",
+        "generate",
+        "chat",
+        "merge",
+        "quantize",
+        "runs",
+        "rerun",
+        "doctor",
+        "recipe",
+    ):
         assert verb in shown.stdout
 
 
@@ -178,6 +191,16 @@ def test_evaluate_compares_a_run_with_its_base_and_scores_a_model(place: Path, t
     alone = tunesmith("evaluate", tiny_model, "--data", "held-out.jsonl", "--metric", "chrf", "--json", cwd=place)
     [result] = json.loads(alone.stdout)["results"]
     assert {"chrf", "perplexity"} == {entry["name"] for entry in result["metrics"]}
+
+
+def test_quantize_saves_a_base_that_answers(place: Path, tiny_model: Path) -> None:
+    saved = tunesmith("quantize", tiny_model, "small", "--to", "fp4", "--no-double", cwd=place)
+    assert saved.returncode == 0, saved.stderr
+    assert "in fp4, scales in fp32" in saved.stdout and "gemm_4bit" not in saved.stderr
+    said = tunesmith("generate", "small", "Say red 0 red", "--max-new-tokens", 3, cwd=place)
+    assert said.returncode == 0, said.stderr
+    again = tunesmith("quantize", "small", "smaller", cwd=place)
+    assert again.returncode == 2 and "stored as fp4, scales in fp32 already" in again.stderr
 
 
 def test_merge_says_its_figures_and_writes_a_plain_model(place: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,14 @@ from transformers import AutoModelForCausalLM
 from tiny import random_rows, tiny
 from tunesmith.base import InputError
 from tunesmith.batch import Batch, pack
-from tunesmith.methods import Adapter, Full, Ia3, Lora, Peft, Prefix, Prompt, trainable_parameters
+from tunesmith.methods import Adapter, Full, Ia3, Lora, Peft, Prefix, Prompt, QLora, trainable_parameters
 from tunesmith.methods.adapted import merge_layers, without_adapter
 from tunesmith.methods.bottleneck import bottlenecks
 from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.low_rank import lora_layers
 from tunesmith.models.forward import next_token_logits
+from tunesmith.models.load import load_model
+from tunesmith.models.quantized import quantization
 from tunesmith.objectives import Supervised
 from tunesmith.recipe import GroupSpec, TrainSpec
 from tunesmith.train.checkpoint import Checkpoints, Saved
@@ -43,6 +50,9 @@ METHODS: dict[str, Any] = {
     "block": Full(weights=[r"layers\.1\..*"], layer_decay=0.8),
     "lora": Lora(rank=4),
     "lora-plus": Lora(rank=4, plus_ratio=4.0),
+    "qlora": QLora(rank=4),
+    "loftq": QLora(rank=4, init="loftq"),
+    "aware": Lora(rank=4, quantization_aware="q4_0"),
     "houlsby": Adapter(size=4),
     "pfeiffer": Adapter(reduction=8, placement="pfeiffer", activation="relu"),
     "parallel": Adapter(size=4, placement="parallel", activation="silu"),
@@ -67,13 +77,35 @@ WHOLE = {"full", "norms", "block"}
 BOTTLENECKS = {"houlsby", "pfeiffer", "parallel"}
 BEFORE = {"prompt", "prefix", "prefix-mlp"}
 """They add tokens, so that the model never is its base."""
+OVER_4_BITS = {"qlora", "loftq"}
+"""Their base is quantized, and takes no update."""
+STARTS_ELSEWHERE = BEFORE | {"loftq", "aware"}
+"""LoftQ starts between the quantized base and the one before; a rounded base is not the base."""
 every_method = pytest.mark.parametrize("name", METHODS)
 every_adapter = pytest.mark.parametrize("name", [name for name in METHODS if name not in WHOLE])
 ROWS = random_rows((9, 17, 12, 30))
 
 
+@functools.cache
+def saved(overrides: tuple[tuple[str, Any], ...]) -> str:
+    path = tempfile.mkdtemp(prefix="conformance-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    tiny(**dict(overrides)).save_pretrained(path)
+    return path
+
+
+def base_of(name: str, **overrides: Any) -> Any:
+    """What a method is put into."""
+    if name not in OVER_4_BITS or torch.get_default_device().type == "meta":
+        return tiny(**overrides)
+    pytest.importorskip("bitsandbytes")
+    dtype = overrides.get("dtype", torch.float32)
+    device = torch.device("cpu")
+    return load_model(saved(tuple(overrides.items())), dtype=dtype, device=device, quantized=quantization("nf4"))
+
+
 def adapted(name: str, **overrides: Any) -> nn.Module:
-    model = tiny(**overrides)
+    model = base_of(name, **overrides)
     torch.manual_seed(3)
     METHODS[name].adapt(model)
     return model
@@ -94,10 +126,10 @@ def trained(name: str, steps: int = 3, **overrides: Any) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in BEFORE])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in STARTS_ELSEWHERE])
 def test_it_starts_where_the_base_is(name: str) -> None:
     near = 1e-2 if name in BOTTLENECKS else 2e-5  # near identity, as their paper has it
-    assert torch.allclose(logits(adapted(name)), logits(tiny()), atol=near)
+    assert torch.allclose(logits(adapted(name)), logits(base_of(name)), atol=near)
 
 
 @every_method
@@ -119,7 +151,8 @@ def test_only_the_adapter_learns(name: str) -> None:
 @every_method
 def test_the_plan_counts_what_is_trained(name: str) -> None:
     with torch.device("meta"):
-        planned = tiny()
+        planned = base_of(name)
+    planned.is_quantized = name in OVER_4_BITS
     METHODS[name].adapt(planned)
     counts = [sum(p.numel() for p in trainable_parameters(m).values()) for m in (planned, adapted(name))]
     assert counts[0] == counts[1] > 0
@@ -145,15 +178,17 @@ def test_packed_is_padded_and_splitting_changes_nothing(name: str) -> None:
 def test_peft_reads_what_is_written_and_it_is_read_back(name: str, tmp_path: Path) -> None:
     model = trained(name)
     METHODS[name].save(model, tmp_path, base="base")
+    for layer in lora_layers(model).values():
+        layer.grid = None  # what is written is the adapter, and not the rounding that it was trained through
     expected = logits(model)
-    assert not torch.allclose(expected, logits(tiny()), atol=1e-3)
+    assert not torch.allclose(expected, logits(base_of(name)), atol=1e-3)
     if name not in BOTTLENECKS:
-        theirs = PeftModel.from_pretrained(tiny(), str(tmp_path)).eval()
+        theirs = PeftModel.from_pretrained(base_of(name), str(tmp_path)).eval()
         with torch.no_grad():
             logits_of = [theirs(input_ids=row.token_ids[None]).logits[0, -len(row) :] for row in ROWS]
             found = torch.cat(logits_of)
         assert torch.allclose(found, expected, atol=3e-4)
-    again = tiny()
+    again = base_of(name)
     method = load_adapter(again, tmp_path)
     assert torch.allclose(logits(again), expected, atol=3e-4)
     optimizer = build_optimizer(again.train(), TrainSpec(), 1e-2, method.rates(again))
@@ -163,12 +198,18 @@ def test_peft_reads_what_is_written_and_it_is_read_back(name: str, tmp_path: Pat
 @every_adapter
 def test_merged_is_the_adapter(name: str) -> None:
     model = trained(name)
-    expected, base = logits(model), logits(tiny())
+    for layer in lora_layers(model).values():
+        layer.grid = None
+    expected, base = logits(model), logits(base_of(name))
     with without_adapter(model):
         if name not in ("pissa", "olora"):  # whose base is what is left of it
             assert torch.allclose(logits(model), base, atol=2e-5)
     if name in BOTTLENECKS or name in BEFORE:
         with pytest.raises(InputError, match="cannot be merged"):
+            merge_layers(model)
+        return
+    if name in OVER_4_BITS:
+        with pytest.raises(InputError, match="is quantized"):
             merge_layers(model)
         return
     assert merge_layers(model) > 0

@@ -14,7 +14,7 @@ from conftest import build_model, colour_rows, write_jsonl
 from task_rows import build_trunk, tag_rows
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
-from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt
+from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, QLora
 from tunesmith.objectives import Classify, Regress, Supervised, Tag
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.recipe import EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
@@ -58,6 +58,10 @@ CHANGES: dict[str, Any] = {
     "model.add_tokens": (
         {"method": {"trainable_tokens": [5]}},
         {"model": {"add_tokens": ["<colour>"]}, "method": {"trainable_tokens": "added"}},
+    ),
+    "model.double_quantization": (
+        {"model": {"quantize": "fp4"}},
+        {"model": {"quantize": "fp4", "double_quantization": False}},
     ),
     "data.train": ({}, {"data": {"train": "MORE"}}),
     "data.validation": ({}, {"data": {"validation": 0.4}}),
@@ -144,6 +148,8 @@ CHANGES: dict[str, Any] = {
     "method.plus_ratio": ({}, {"method": {"plus_ratio": 4}}),
     "method.dora": ({}, {"method": {"dora": True}}),
     "method.init": ({}, {"method": {"init": "pissa"}}),
+    "method.quantization_aware": ({}, {"method": {"quantization_aware": True}}),
+    "method[qlora].kind": ({}, {"method": {"kind": "qlora", "rank": 2}}),
     "method[full].kind": ({}, FULL),
     "method[full].weights": (FULL, {"method": {"kind": "full", "weights": "norms"}}),
     "method[full].layer_decay": (FULL, {"method": {"kind": "full", "layer_decay": 0.5}}),
@@ -277,6 +283,7 @@ def schema_fields() -> set[str]:
         "data.replay": [ReplaySpec],
         "method": [Lora],
         "method[full]": [Full],
+        "method[qlora]": [QLora],
         "method[adapter]": [Adapter],
         "method[prefix]": [Prefix],
         "method[prompt]": [Prompt],
@@ -295,7 +302,8 @@ def schema_fields() -> set[str]:
     names = {name for name in Recipe.model_fields if name not in nested} | {"evaluate", "train.early_stopping"}
     for prefix, models in nested.items():
         for model in models:
-            names |= {f"{prefix}.{name}" for name in model.model_fields}
+            inherited = Lora.model_fields.keys() - {"kind"} if model is QLora else set[str]()  # by `lora` itself
+            names |= {f"{prefix}.{name}" for name in model.model_fields.keys() - inherited}
     return names
 
 

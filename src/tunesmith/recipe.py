@@ -18,7 +18,8 @@ from pydantic import (
 
 from tunesmith.base import Spec
 from tunesmith.data.spec import DataSpec
-from tunesmith.methods import Lora, Method
+from tunesmith.methods import Lora, Method, QLora
+from tunesmith.models.quantized import Quantization, quantization
 from tunesmith.objectives import Objective, Supervised
 
 Auto = Literal["auto"]
@@ -42,12 +43,21 @@ class ModelSpec(Spec):
     """Commit, branch or tag of a hub model."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """How frozen weights are stored; `auto` follows `train.dtype`. Trained weights are always kept in fp32."""
-    quantize: Literal["none", "nf4", "int8"] = "none"
-    """Store frozen linear weights in 4-bit NormalFloat (Dettmers et al. 2023) or 8-bit integers (bitsandbytes)."""
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """Store frozen linear weights in 4-bit NormalFloat or floating point (Dettmers et al. 2023, section 3) or 8-bit
+    integers, through bitsandbytes, each as it is read from the file. `method.kind: qlora` makes it `nf4` where it is
+    `none`. Weights that are stored in one of these already are held as they are."""
+    double_quantization: bool = True
+    """Store the scales of 4-bit blocks in 8 bits too: 4.127 bits a weight instead of 4.5 (Dettmers et al. 2023,
+    section 3)."""
     add_tokens: list[str] = Field(default_factory=list)
     """Texts that become one token each, in the tokenizer and in the model, where they start as the mean of all others
     (Hewitt 2021). The method must train them: `method.trainable_tokens: added` with LoRA, or the embeddings whole. The
     result's tokenizer has them."""
+
+    @property
+    def quantization(self) -> Quantization | None:
+        return quantization(self.quantize, self.double_quantization)
 
 
 class EarlyStopping(Spec):
@@ -113,8 +123,9 @@ class TrainSpec(Spec):
     exponential form: Kingma & Ba 2015, section 7.2). While the run is young the decay is (1 + t) / (10 + t) after t
     steps, where that is smaller (as in TensorFlow's ExponentialMovingAverage): else the start would weigh most in a
     short run. One more fp32 copy of the trained weights is kept in memory and in every checkpoint."""
-    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
-    """AdamW with fp32 states, or with 8-bit block-wise states (Dettmers et al. 2022) through bitsandbytes."""
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"] = "adamw"
+    """AdamW with fp32 states, or with 8-bit block-wise states (Dettmers et al. 2022) through bitsandbytes; paged ones
+    move to the host's memory when the device's is full (Dettmers et al. 2023, section 3), so they need a GPU."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward and backward pass; `auto` is bf16 where the device computes it natively, else fp32."""
     packing: bool | Auto = "auto"
@@ -241,7 +252,20 @@ class Recipe(Spec):
                 value[section] = {"kind": given}
             elif isinstance(given, dict) and "kind" not in given:
                 value[section] = {"kind": default, **given}
+        return _over_quantized_base(value)
+
+
+def _over_quantized_base(value: dict[str, Any]) -> dict[str, Any]:
+    """`qlora` is LoRA over a base in 4 bits: NF4 unless another quantization is asked for."""
+    method, model = value.get("method"), value.get("model")
+    kind = method.kind if isinstance(method, QLora) else method.get("kind") if isinstance(method, dict) else None
+    if kind != "qlora":
         return value
+    if isinstance(model, ModelSpec) and model.quantize == "none":
+        return {**value, "model": model.model_copy(update={"quantize": "nf4"})}
+    if isinstance(model, dict) and model.get("quantize", "none") == "none":
+        return {**value, "model": {**model, "quantize": "nf4"}}
+    return value
 
 
 class Resolved(Spec):

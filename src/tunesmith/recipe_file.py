@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from tunesmith.base import InputError, Spec, nearest
 from tunesmith.metrics import METRICS
+from tunesmith.models.quantized import FOUR_BIT
 from tunesmith.recipe import Recipe
 
 COMMAND_LINE = "command line"
@@ -376,6 +377,12 @@ def _refuse_contradictions(recipe: Recipe, refuse: Refuse) -> None:
         refuse("gate", "a gate needs an evaluation", "remove evaluate: off")
     if recipe.model.quantize != "none" and recipe.method.kind == "full":
         refuse("model.quantize", "quantized weights cannot be trained whole", "use method.kind: lora")
+    if recipe.model.quantize != "none" and train.shard:
+        refuse(
+            "train.shard", "quantized weights cannot be spread over processes", "remove train.shard or model.quantize"
+        )
+    if not recipe.model.double_quantization and recipe.model.quantize not in FOUR_BIT:
+        refuse("model.double_quantization", "there are no 4-bit scales here", "set model.quantize to nf4 or fp4")
     if recipe.evaluate != "off" and "forgetting" in recipe.gate and recipe.evaluate.forgetting == "off":
         refuse("gate.forgetting", "forgetting is not measured", "remove evaluate.forgetting: off")
     unknown = [name for name in re.findall(r"\{([^{}]*)\}", recipe.output) if name != "name"]

@@ -206,9 +206,10 @@ def merge(
 
     quiet_libraries()
     with Display(as_json) as display:
-        check = merge_run(run, out, progress=display.progress)
+        merged = merge_run(run, out, progress=display.progress)
+    check = merged.check
     if as_json:
-        say(json.dumps({**check.as_json(), "out": str(out)}))
+        say(json.dumps({**merged.as_json(), "out": str(out)}))
         return
     say(f"merged {check.layers} layers into {out}")
     say(
@@ -216,6 +217,29 @@ def merge(
         f"mean KL {check.mean_kl:.2g} nats, largest logit difference {check.largest_logit_difference:.3g}"
     )
     say(f"against the base: mean KL {check.differs_from_base:.2g} nats, so it is not the base")
+    if merged.note:
+        say(merged.note)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A model's directory, a hub id, or a fully tuned run.")],
+    out: Annotated[Path, typer.Argument(help="A new directory for the quantized model.")],
+    to: Annotated[str, typer.Option(help="nf4, fp4 or int8.")] = "nf4",
+    double: Annotated[bool, typer.Option(help="Quantize the scales of 4-bit blocks too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Save a model with its linear layers in 4 or 8 bits, as a base that is loaded so (bitsandbytes)."""
+    with importing():
+        from tunesmith.cli.display import Display, quiet_libraries
+        from tunesmith.cli.display import out as say
+        from tunesmith.pipeline.quantizing import quantize_model
+
+    quiet_libraries()
+    with Display(as_json) as display:
+        saved = quantize_model(model, out, to, double=double, progress=display.progress)
+    sizes = f"{saved.bytes_before / 2**20:.0f} MB to {saved.bytes_after / 2**20:.0f} MB"
+    say(json.dumps(saved.as_json()) if as_json else f"saved {out} in {saved.quantized}: {sizes}")
 
 
 @runs_app.callback()

@@ -138,6 +138,9 @@ def quiet_libraries() -> None:
     """Keeps the bars and warnings of libraries out of our own output."""
     from transformers.utils import logging
 
+    from tunesmith.models.quantized import silence_optional_kernel
+
+    silence_optional_kernel()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     # Read by `datasets` when it is imported, which takes a second and is often not needed at all.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from tunesmith.methods.prefix import PEFT_TYPE as PREFIX
 from tunesmith.methods.prefix import load_prefix
 from tunesmith.methods.prompt import PEFT_TYPE as PROMPT
 from tunesmith.methods.prompt import load_prompt
+from tunesmith.methods.quantized_lora import base_written, is_quantized, refuse_start, round_to, start_by_loftq
 from tunesmith.methods.targets import available, compile_pattern, matches, select_modules
 from tunesmith.methods.through_peft import (
     PEFT_PREFIX,
@@ -58,6 +59,10 @@ from tunesmith.models.task_head import head_modules
 
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of PEFT's `init_lora_weights` that leave the base as it is."""
+
+
+def _grid_name(value: Any) -> Any:
+    return "q4_0" if value is True else "none" if value is False else value
 
 
 class Lora(AdaptationMethod):
@@ -89,10 +94,22 @@ class Lora(AdaptationMethod):
     dora: bool = False
     """Train the length of every output's weights apart from their direction (DoRA, Liu et al. 2024, equation 5),
     through PEFT's layers, which are slower."""
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "loftq"] = "kaiming"
     """How the update starts: A at random and B at zero, both orthogonal to each other, or with the largest part of the
-    weight itself, which is taken off the base (PiSSA, Meng et al. 2024; OLoRA, Büyükakyüz 2024). All but `kaiming` go
-    through PEFT's layers, which are slower."""
+    weight itself, which is taken off the base (PiSSA, Meng et al. 2024; OLoRA, Büyükakyüz 2024); those but `kaiming` go
+    through PEFT's layers, which are slower. `loftq` is for a base in 4 bits: the largest part of what quantizing took
+    away (LoftQ, Li et al. 2023), so that base and adapter start close to the base as it was; the adapter then belongs
+    on the quantized base, and is merged into it."""
+    quantization_aware: Annotated[
+        Literal["none", "q4_0", "q4_1", "nf4"],
+        BeforeValidator(_grid_name),
+        Field(
+            description="Compute with base and update added and rounded to 4 bits, as they will be when they are "
+            "merged and quantized, with the gradient passing through the rounding (Bengio et al. 2013; for LoRA as in "
+            "L4Q, Jeon et al. 2024): `q4_0` or `q4_1`, llama.cpp's INT4 blocks of 32 without and with an offset, or "
+            "`nf4`, bitsandbytes' blocks of 64. `true` is `q4_0`. The base itself is not changed."
+        ),
+    ] = "none"
     modules_to_save: list[str] = Field(default_factory=list)
     """Modules trained whole beside the adapters and saved with them, such as `embed_tokens` and `lm_head` when tokens
     were added. Tied weights stay tied."""
@@ -111,17 +128,13 @@ class Lora(AdaptationMethod):
     @property
     def _variant(self) -> bool:
         """Whether PEFT's layers are needed."""
-        return self.dora or self.init != "kaiming"
+        return self.dora or self.init not in ("kaiming", "loftq")
 
     def _through_peft(self, model: nn.Module) -> Peft:
         """The same method in PEFT's layers."""
         refuse_adapted(model)
         chosen = select_modules(model, self.targets, key="method.targets")
-        if (
-            self.dora
-            and getattr(model, "is_quantized", False)
-            and any(isinstance(m, nn.Embedding) for m in chosen.values())
-        ):
+        if self.dora and is_quantized(model) and any(isinstance(m, nn.Embedding) for m in chosen.values()):
             raise InputError("DoRA cannot change quantized embeddings", where="method.dora", fix="choose other targets")
         start = {"kaiming": True}.get(self.init, self.init)
         return Peft.model_validate(
@@ -154,6 +167,8 @@ class Lora(AdaptationMethod):
         return {name: self.plus_ratio for name in trainable_parameters(model) if "lora_B" in name}
 
     def adapt(self, model: nn.Module) -> list[str]:
+        refuse_start(model, self.init, self.dora)
+        self._refuse_unrounded()
         if self._variant:
             return self._through_peft(model).adapt(model)
         refuse_adapted(model)
@@ -167,11 +182,26 @@ class Lora(AdaptationMethod):
             rank, alpha = int(ranks.get(name, self.rank)), alphas.get(name, self.alpha)
             scale = alpha / (math.sqrt(rank) if self.rslora else rank)
             wrap(model, name, rank, scale, self.dropout)
+        if self.init == "loftq":
+            start_by_loftq(model)
+        notes = [] if self.quantization_aware == "none" else round_to(model, self.quantization_aware)
         train_in_fp32(model, whole)
         train_task_head(model)
         if rows is not None:
             train_rows(model, rows, chosen)
-        return _unreached(model)
+        return [*notes, *_unreached(model)]
+
+    def _refuse_unrounded(self) -> None:
+        """Raises InputError for what would train something else than the rounded sum of base and update."""
+        if self.quantization_aware == "none":
+            return
+        for key, used in (("dora", self.dora), ("init", self._variant), ("dropout", self.dropout > 0)):
+            if used:
+                raise InputError(
+                    f"quantization-aware training rounds W + scale B A, and method.{key} computes something else",
+                    where=f"method.{key}",
+                    fix="remove it, or method.quantization_aware",
+                )
 
     def _modules_to_save(self, model: nn.Module, adapted: dict[str, nn.Module]) -> list[nn.Parameter]:
         """The weights of those modules."""
@@ -210,7 +240,8 @@ class Lora(AdaptationMethod):
             first, *others = names_of(model, parameter)
             # PEFT looks for a shared weight under each of its names.
             tensors |= {f"{PEFT_PREFIX}{name}": tensors[f"{PEFT_PREFIX}{first}"].clone() for name in others}
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        base_said = base_written(model, bound=self.init == "loftq")
+        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt", **base_said})
         config = json.dumps(self._peft_config(model, base), indent=2) + "\n"
         (directory / "adapter_config.json").write_text(config, encoding="utf-8")
 
@@ -254,6 +285,13 @@ def _modules_of(model: nn.Module, whole: dict[str, nn.Parameter]) -> list[str]:
     """Modules that PEFT is told to keep beside an adapter: the layers of those weights, or the head of a task."""
     heads = head_modules(model)
     return sorted(heads) + sorted({name.rpartition(".")[0] for name in whole if name.partition(".")[0] not in heads})
+
+
+class QLora(Lora):
+    """LoRA over a base in 4 bits (Dettmers et al. 2023, equation 5), with every field of `lora`."""
+
+    kind: Literal["qlora"] = "qlora"  # pyright: ignore[reportIncompatibleVariableOverride]  # models are frozen
+    """Train low-rank updates beside weights in 4 bits: `lora`, and `model.quantize: nf4` unless that says otherwise."""
 
 
 def _whole(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from tunesmith.base import InputError
 from tunesmith.methods.method import freeze, settle
 from tunesmith.models.projection import LowRank, project_by, projection_of
+from tunesmith.models.quantization_grid import Grid
 
 
 class LoraLayer(nn.Module):
@@ -24,6 +25,7 @@ class LoraLayer(nn.Module):
         base: the frozen layer as it was found (plain, fused or quantized).
         lora_A: fp32 ``[rank, in_features]``; lora_B: fp32 ``[out_features, rank]``.
         scale: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+        grid: where the layer computes with base and update added and rounded to it, as the merged weight will be.
     """
 
     is_adapter: ClassVar[bool] = True
@@ -33,6 +35,7 @@ class LoraLayer(nn.Module):
         super().__init__()
         self.base = base
         self.scale = scale
+        self.grid: Grid | None = None
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         in_features, out_features = _features(base)
         device = cast(Tensor, base.weight).device
@@ -52,7 +55,8 @@ class LoraLayer(nn.Module):
     def low_rank(self) -> LowRank | None:
         """The update as plain tensors; None while dropout is part of it."""
         dropped = self.training and isinstance(self.dropout, nn.Dropout)
-        return None if dropped else LowRank(self.lora_A, self.lora_B, self.scale)
+        grid = self.grid if self.scale else None  # without its update it is the base as it is
+        return None if dropped else LowRank(self.lora_A, self.lora_B, self.scale, grid)
 
     def forward(self, hidden: Tensor) -> Tensor:
         projection = projection_of(self)
@@ -60,6 +64,12 @@ class LoraLayer(nn.Module):
             rows = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
             (output,) = project_by(rows, (projection,))
             return output.view(*hidden.shape[:-1], output.shape[-1])
+        if self.grid is not None:
+            raise InputError(
+                "this layer cannot be rounded: something hooks into it, or it is no plain linear layer",
+                where="method.quantization_aware",
+                fix="choose other targets",
+            )
         output = self.base(hidden)
         low_rank = F.linear(self.dropout(hidden), self.lora_A.to(hidden.dtype)) * self.scale  # [..., rank]
         update = low_rank.reshape(-1, low_rank.shape[-1])

@@ -62,7 +62,7 @@ def next_token_logps(
 def hidden_logps(model: nn.Module, hidden: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """The same from what the head reads before each target, ``[n, width]``."""
     head = projection_of(cast(Any, model).get_output_embeddings())
-    if head is not None and head.bias is None and head.update is None:
+    if head is not None and isinstance(head.weight, Tensor) and head.bias is None and head.update is None:
         logps = target_logps(hidden, head.weight, targets)
         return _smoothed(logps, hidden, head.weight, targets, smoothing) if smoothing else logps
     logits = head_logits(model, hidden)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Progress, silent
+from tunesmith.models.quantized import (
+    Quantization,
+    loading_options,
+    settle_layers,
+    settled_quantization,
+    stored_quantization,
+)
 
 if TYPE_CHECKING:  # models take seconds to import, and those who count tokens need none
     import torch
@@ -85,16 +92,26 @@ def load_tokenizer(path: str, revision: str | None = None, *, writes: bool = Tru
 
 
 def load_model(
-    path: str, *, dtype: torch.dtype, device: torch.device, revision: str | None = None, quantize: str = "none"
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    quantized: Quantization | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model from safetensors.
 
+    Args:
+        quantized: how weights of linear layers are held; each is quantized as it is read. Weights that are stored
+            quantized are held as they are.
+
     Raises:
-        InputError: when weights are missing, are in an unsafe format, or do not fill the architecture.
+        InputError: when weights are missing, are in an unsafe format, do not fill the architecture, or are stored in
+            another quantization.
     """
     from transformers import AutoModelForCausalLM
 
-    how = Loading(dtype, device, revision, quantize)
+    how = Loading(dtype, device, revision, quantized)
     model, missing = _from_files(AutoModelForCausalLM, path, how)
     if missing:
         raise InputError(
@@ -112,7 +129,7 @@ class Loading:
     dtype: torch.dtype
     device: torch.device
     revision: str | None = None
-    quantize: str = "none"
+    quantized: Quantization | None = None
 
 
 def load_judge(path: str, head: TaskHead, how: Loading) -> tuple[PreTrainedModel, TaskHead, bool]:
@@ -127,6 +144,7 @@ def load_judge(path: str, head: TaskHead, how: Loading) -> tuple[PreTrainedModel
         InputError: as `load_model`, and when the trunk's own weights are missing.
     """
     from tunesmith.models.task_head import (
+        HEAD_MODULES,
         draw_anew,
         head_modules,
         model_class,
@@ -138,7 +156,9 @@ def load_judge(path: str, head: TaskHead, how: Loading) -> tuple[PreTrainedModel
 
     found = saved_head(Path(path)) if Path(path).is_dir() else None
     same = found is not None and (found.kind, found.labels) == (head.kind, head.labels)
-    model, missing = _from_files(model_class(head), path, how, **head.settings(), ignore_mismatched_sizes=not same)
+    model, missing = _from_files(
+        model_class(head), path, how, HEAD_MODULES, **head.settings(), ignore_mismatched_sizes=not same
+    )
     own = tuple(f"{name}." for name in head_modules(model))
     pooling, _ = settled_pooling(head, model, path, missing)
     unused = [name for name in missing if ".pooler." in name and pooling != "pooler"]
@@ -159,7 +179,9 @@ def load_judge(path: str, head: TaskHead, how: Loading) -> tuple[PreTrainedModel
     return model, settled, new
 
 
-def _from_files(kind: Any, path: str, how: Loading, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
+def _from_files(
+    kind: Any, path: str, how: Loading, skip: Sequence[str] = (), **settings: Any
+) -> tuple[PreTrainedModel, list[str]]:
     """A model of a class of transformers, and the names of weights that its files lack."""
     directory = Path(path)
     if directory.is_dir() and not any(directory.glob("*.safetensors")):
@@ -168,6 +190,8 @@ def _from_files(kind: Any, path: str, how: Loading, **settings: Any) -> tuple[Pr
             where=path,
             fix="convert other formats to safetensors first; pickled weights are not loaded",
         )
+    config = read_config(path, how.revision)
+    held = settled_quantization(how.quantized, config, path)
     with told_plainly("the model", path):
         loaded, info = kind.from_pretrained(
             path,
@@ -175,32 +199,14 @@ def _from_files(kind: Any, path: str, how: Loading, **settings: Any) -> tuple[Pr
             dtype=how.dtype,
             use_safetensors=True,
             output_loading_info=True,
-            **_quantization(how.quantize, how.dtype, how.device),
+            **loading_options(held, stored_quantization(config) is not None, how.dtype, how.device, skip),
             **settings,
         )
     model = cast("PreTrainedModel", loaded)
-    if how.quantize == "none":
+    if held is None:
         cast("nn.Module", model).to(how.device)
+    settle_layers(cast("nn.Module", model), how.dtype)
     return model.eval(), sorted({*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))})
-
-
-def _quantization(quantize: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    if quantize == "none":
-        return {}
-    try:
-        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
-        from transformers import BitsAndBytesConfig
-    except ImportError as error:
-        raise InputError(
-            "quantized loading needs bitsandbytes", where="model.quantize", fix="pip install 'tunesmith[eight-bit]'"
-        ) from error
-    if quantize == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
-        )
-    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: Any, location: str) -> set[int]:

@@ -17,21 +17,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.models.quantization_grid import Grid
+from tunesmith.models.quantized import PackedWeight, packed_weight
+
 
 @dataclass(frozen=True)
 class LowRank:
-    """An update ``scale (x down^T) up^T``: down ``[rank, in]``, up ``[out, rank]``, both trained."""
+    """An update ``scale (x down^T) up^T``: down ``[rank, in]``, up ``[out, rank]``, both trained.
+
+    Attributes:
+        grid: where weight and update are added and rounded to it before the product. The gradient passes through the
+            rounding as if it were not there (straight-through estimator, Bengio et al. 2013), so that those of down
+            and up are what they are without it.
+    """
 
     down: Tensor
     up: Tensor
     scale: float
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer taken apart: weight ``[out, in]``, bias ``[out]``, and the update beside it."""
+    """A linear layer taken apart: weight ``[out, in]``, bias ``[out]``, and the update beside it.
 
-    weight: Tensor
+    A weight that is stored in 4 bits is made in the dtype of the arithmetic for every product, and dropped after it.
+    """
+
+    weight: Tensor | PackedWeight
     bias: Tensor | None
     update: LowRank | None = None
 
@@ -59,7 +72,10 @@ def projection_of(module: nn.Module) -> Projection | None:
         return None
     if type(module) is Conv1D:  # GPT-2's linear layer, whose weight lies the other way round
         return Projection(module.weight.t(), module.bias, update)
-    return Projection(module.weight, module.bias, update) if type(module) is nn.Linear else None
+    if type(module) is nn.Linear:
+        return Projection(module.weight, module.bias, update)
+    packed = packed_weight(module)
+    return None if packed is None else Projection(packed, cast("Tensor | None", module.bias), update)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -87,7 +103,7 @@ def project_by(hidden: Tensor, projections: Sequence[Projection]) -> list[Tensor
     if not torch.is_grad_enabled():
         return _outputs(hidden.to(dtype), _Layers.of(projections, dtype))[0]
     tensors = [tensor for projection in projections for tensor in _tensors(projection)]
-    return list(cast(tuple[Tensor, ...], _Projections.apply(hidden, _scales(projections), dtype, *tensors)))
+    return list(cast(tuple[Tensor, ...], _Projections.apply(hidden, _rules(projections), dtype, *tensors)))
 
 
 def kept_projection(modules: Sequence[nn.Module], dtype: torch.dtype) -> Run:
@@ -95,7 +111,11 @@ def kept_projection(modules: Sequence[nn.Module], dtype: torch.dtype) -> Run:
     projections = [projection_of(module) for module in modules]
     if any(projection is None for projection in projections):
         return lambda hidden: [module(hidden) for module in modules]
-    layers = _Layers.of(cast(list[Projection], projections), dtype)
+    found = cast(list[Projection], projections)
+    if any(isinstance(projection.weight, PackedWeight) for projection in found):
+        # Kept, they would take the memory that storing them in 4 bits saves.
+        return lambda hidden: _outputs(hidden, _Layers.of(found, dtype))[0]
+    layers = _Layers.of(found, dtype)
     return lambda hidden: _outputs(hidden, layers)[0]
 
 
@@ -132,34 +152,58 @@ class _Layers(NamedTuple):
         weights, biases: of each layer.
         down: of all updates, ``[all ranks, in]``.
         ups: of each layer ``[out, rank]``, or None.
-        scales: of each layer's update.
+        rules: of each layer's update.
     """
 
     weights: list[Tensor]
     biases: list[Tensor | None]
     down: Tensor | None
     ups: list[Tensor | None]
-    scales: Sequence[float]
+    rules: Sequence[_Rule]
 
     @classmethod
     def of(cls, projections: Sequence[Projection], dtype: torch.dtype) -> _Layers:
         tensors = [tensor for projection in projections for tensor in _tensors(projection)]
-        return cls.cast(tensors, _scales(projections), dtype)
+        return cls.cast(tensors, _rules(projections), dtype)
 
     @classmethod
-    def cast(cls, tensors: Sequence[Any], scales: Sequence[float], dtype: torch.dtype) -> _Layers:
+    def cast(cls, tensors: Sequence[Any], rules: Sequence[_Rule], dtype: torch.dtype) -> _Layers:
         """From weight, bias, down and up of each layer."""
-        narrow: list[Any] = [
-            tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors
-        ]
-        weights, biases, downs, ups = (narrow[kind::_PARTS] for kind in range(_PARTS))
+        weights = [_factor(layer, rule, dtype) for layer, rule in zip(_layers(tensors), rules, strict=True)]
+        biases, downs, ups = (
+            [
+                tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+                for tensor in tensors[kind::_PARTS]
+            ]
+            for kind in range(1, _PARTS)
+        )
         there = [down for down in downs if down is not None]
         down = torch.cat(there) if len(there) > 1 else there[0] if there else None
-        return cls(weights, biases, down, ups, scales)
+        return cls(weights, biases, down, ups, rules)
 
 
-def _scales(projections: Sequence[Projection]) -> tuple[float, ...]:
-    return tuple(projection.update.scale if projection.update else 0.0 for projection in projections)
+class _Rule(NamedTuple):
+    """How an update takes part: beside the product, or in its weight and rounded with it."""
+
+    scale: float = 0.0
+    grid: Grid | None = None
+
+
+def _rule(projection: Projection) -> _Rule:
+    return _Rule(projection.update.scale, projection.update.grid) if projection.update else _Rule()
+
+
+def _rules(projections: Sequence[Projection]) -> tuple[_Rule, ...]:
+    return tuple(map(_rule, projections))
+
+
+def _factor(layer: Sequence[Any], rule: _Rule, dtype: torch.dtype) -> Tensor:
+    """What the input is multiplied by: the weight, or weight and update as they are merged and then rounded."""
+    weight, _, down, up = layer
+    if rule.grid is not None:
+        merged = (up @ down).mul_(rule.scale).add_(weight).to(weight.dtype)  # to the bit what merging writes
+        return rule.grid.rounded(merged).to(dtype)
+    return weight if weight.dtype == dtype else weight.to(dtype)
 
 
 def _layers(tensors: Sequence[Any]) -> list[Sequence[Any]]:
@@ -171,35 +215,46 @@ def _outputs(x: Tensor, layers: _Layers) -> tuple[list[Tensor], Tensor | None]:
     """What each layer makes of ``x``, and the inputs of all updates, ``[tokens, all ranks]``."""
     low = None if layers.down is None else F.linear(x, layers.down)
     outputs, at = [], 0
-    for weight, bias, up, scale in zip(layers.weights, layers.biases, layers.ups, layers.scales, strict=True):
+    for weight, bias, up, rule in zip(layers.weights, layers.biases, layers.ups, layers.rules, strict=True):
         output = _product(x, weight, bias)
         if up is not None and low is not None:
-            output.addmm_(low[:, at : at + up.shape[1]], up.t(), alpha=scale)
+            if rule.grid is None:
+                output.addmm_(low[:, at : at + up.shape[1]], up.t(), alpha=rule.scale)
             at += up.shape[1]
         outputs.append(output)
     return outputs, low
 
 
-def _tensors(projection: Projection) -> tuple[Tensor | None, ...]:
+def _tensors(projection: Projection) -> tuple[Tensor | PackedWeight | None, ...]:
     update = projection.update
     pair = (update.down, update.up) if update else (None, None)
     return projection.weight, projection.bias, *pair
 
 
+def _keep(ctx: Any, *values: Any) -> None:
+    """Keeps tensors for the backward pass the way autograd watches over them, and what is none beside them."""
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in values))
+    ctx.others = tuple(None if isinstance(value, Tensor) else value for value in values)
+
+
+def _kept(ctx: Any) -> list[Any]:
+    return [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+
+
 class _Projections(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, scales: tuple[float, ...], dtype: torch.dtype, *tensors: Any) -> Any:
+    def forward(ctx: Any, hidden: Tensor, rules: tuple[_Rule, ...], dtype: torch.dtype, *tensors: Any) -> Any:
         x = hidden.to(dtype)
-        outputs, low = _outputs(x, _Layers.cast(tensors, scales, dtype))
-        ctx.scales, ctx.dtype, ctx.input_dtype = scales, dtype, hidden.dtype
+        outputs, low = _outputs(x, _Layers.cast(tensors, rules, dtype))
+        ctx.rules, ctx.dtype, ctx.input_dtype = rules, dtype, hidden.dtype
         wants_input = any(ctx.needs_input_grad[3:])
-        ctx.save_for_backward(x if wants_input else None, low if wants_input else None, *tensors)
+        _keep(ctx, x if wants_input else None, low if wants_input else None, *tensors)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        x, low, *tensors = ctx.saved_tensors
-        known = _Known(ctx.dtype, ctx.scales, low, ctx.needs_input_grad[0], ctx.needs_input_grad[3:])
+        x, low, *tensors = _kept(ctx)
+        known = _Known(ctx.dtype, ctx.rules, low, ctx.needs_input_grad[0], ctx.needs_input_grad[3:])
         d_hidden, found = _gradients(known, x, _layers(tensors), grad_outputs)
         return None if d_hidden is None else d_hidden.to(ctx.input_dtype), None, None, *found
 
@@ -211,8 +266,7 @@ def project_gated(gate: Tensor, up: Tensor, gating: Gating, module: nn.Module) -
     projection = projection_of(module)
     if projection is None:
         return project(cast(Tensor, _Gated.apply(gate, up, gating)), (module,))[0]
-    scale = projection.update.scale if projection.update else 0.0
-    return cast(Tensor, _GatedProjection.apply(gate, up, gating, scale, *_tensors(projection)))
+    return cast(Tensor, _GatedProjection.apply(gate, up, gating, _rule(projection), *_tensors(projection)))
 
 
 class Gating(NamedTuple):
@@ -236,18 +290,18 @@ class _Gated(torch.autograd.Function):
 
 class _GatedProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, gating: Gating, scale: float, *tensors: Any) -> Tensor:
-        (output,), low = _outputs(gating.forward(gate, up), _Layers.cast(tensors, (scale,), gate.dtype))
-        ctx.gating, ctx.scale = gating, scale
-        ctx.save_for_backward(gate, up, low, *tensors)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, gating: Gating, rule: _Rule, *tensors: Any) -> Tensor:
+        (output,), low = _outputs(gating.forward(gate, up), _Layers.cast(tensors, (rule,), gate.dtype))
+        ctx.gating, ctx.rule = gating, rule
+        _keep(ctx, gate, up, low, *tensors)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        gate, up, low, *tensors = ctx.saved_tensors
+        gate, up, low, *tensors = _kept(ctx)
         x = ctx.gating.forward(gate, up) if any(ctx.needs_input_grad[4:]) else None
         wanted = any(ctx.needs_input_grad[:2])
-        known = _Known(gate.dtype, (ctx.scale,), low, wanted, ctx.needs_input_grad[4:])
+        known = _Known(gate.dtype, (ctx.rule,), low, wanted, ctx.needs_input_grad[4:])
         d_gated, found = _gradients(known, x, _layers(tensors), grad_outputs)
         del x
         slopes = (None, None) if d_gated is None else ctx.gating.backward(d_gated, gate, up)
@@ -258,7 +312,7 @@ class _Known(NamedTuple):
     """What the backward pass of projections knows: their inputs' update parts, and which gradients are needed."""
 
     dtype: torch.dtype
-    scales: tuple[float, ...]
+    rules: tuple[_Rule, ...]
     low: Tensor | None
     wants_input: bool
     needed: Sequence[bool]
@@ -268,16 +322,17 @@ def _gradients(
     known: _Known, x: Any, layers: Sequence[Sequence[Any]], slopes: Sequence[Tensor]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradient of the common input, and those of every layer's weight, bias, down and up."""
-    dtype, scales, low, wants_input, needed = known
+    dtype, rules, low, wants_input, needed = known
     d_hidden: Tensor | None = None
     found: list[Tensor | None] = []
     d_lows: list[Tensor] = []
     at = 0
-    for index, ((weight, bias, down, up), scale, slope) in enumerate(zip(layers, scales, slopes, strict=True)):
+    for index, (layer, rule, slope) in enumerate(zip(layers, rules, slopes, strict=True)):
+        weight, bias, down, up = layer
         d_weight, d_bias, d_up = None, None, None
         first = index * _PARTS
         if wants_input:
-            frozen = weight.to(dtype)
+            frozen = _factor(layer, rule, dtype)
             d_hidden = slope @ frozen if d_hidden is None else d_hidden.addmm_(slope, frozen)
         if needed[first]:
             d_weight = _in_dtype_of(weight, slope.t() @ x)
@@ -285,14 +340,14 @@ def _gradients(
             d_bias = slope.sum(0, dtype=bias.dtype)
         if down is not None and low is not None:
             part = low[:, at : at + len(down)]
-            d_up = _in_dtype_of(up, (part.t() @ slope).t(), scale) if needed[first + 3] else None
-            d_lows.append((slope @ up.to(dtype)).mul_(scale))  # [tokens, rank]
+            d_up = _in_dtype_of(up, (part.t() @ slope).t(), rule.scale) if needed[first + 3] else None
+            d_lows.append((slope @ up.to(dtype)).mul_(rule.scale))  # [tokens, rank]
             at += len(down)
         found += [d_weight, d_bias, None, d_up]
     if d_lows:
         d_low = torch.cat(d_lows, dim=1) if len(d_lows) > 1 else d_lows[0]
         downs = [down for _, _, down, _ in layers if down is not None]
-        if wants_input:
+        if wants_input and all(rule.grid is None for rule in rules):
             whole = torch.cat([down.to(dtype) for down in downs])
             d_hidden = d_low @ whole if d_hidden is None else d_hidden.addmm_(d_low, whole)
         d_downs = iter((d_low.t() @ x).split([len(down) for down in downs]))

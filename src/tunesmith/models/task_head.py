@@ -19,6 +19,8 @@ Problem = Literal["single_label_classification", "multi_label_classification", "
 """Names of transformers' `problem_type`."""
 Pooling = Literal["auto", "pooler", "cls", "mean", "last"]
 HEAD_FILE = "head_config.json"
+HEAD_MODULES = ("score", "classifier", "classification_head", "logits_proj", "pre_classifier", "pooler", "head")
+"""What transformers calls modules behind a trunk: they are never quantized."""
 HEADS = ("score", "classifier", "classification_head", "logits_proj")
 """What transformers calls the layer that gives the outputs."""
 _SENTENCE_POOLING = Path("1_Pooling", "config.json")

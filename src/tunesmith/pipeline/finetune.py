@@ -138,10 +138,12 @@ def _loaded(planned: Planned) -> tuple[PreTrainedModel, Planned]:
     """The model, and what its files settle of a head."""
     spec, dtype, device = planned.recipe.model, DTYPES[planned.plan.frozen_dtype], planned.hardware.device
     if planned.judges is None:
-        model = load_model(planned.location, dtype=dtype, device=device, revision=spec.revision, quantize=spec.quantize)
+        model = load_model(
+            planned.location, dtype=dtype, device=device, revision=spec.revision, quantized=spec.quantization
+        )
         return model, planned
     torch.manual_seed(planned.recipe.seed)  # before a new head is drawn
-    loading = Loading(dtype, device, spec.revision, spec.quantize)
+    loading = Loading(dtype, device, spec.revision, spec.quantization)
     model, head, new = load_judge(planned.location, planned.judges.task_head(), loading)
     plan, objective = planned.plan, planned.judges
     if head.pooling != planned.judges.task_head().pooling and head.kind == "sequence":

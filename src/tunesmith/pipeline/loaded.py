@@ -22,6 +22,7 @@ from tunesmith.evaluation.answers import Judged, Judging, judge
 from tunesmith.evaluation.compare import choose_metrics, compare_metrics, metric_rows
 from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.method import read_adapter_config
+from tunesmith.methods.quantized_lora import base_read
 from tunesmith.metrics import bootstrap
 from tunesmith.models.embeddings import cover_tokens
 from tunesmith.models.forward import packing_obstacle
@@ -35,11 +36,12 @@ from tunesmith.models.load import (
     stop_token_ids,
 )
 from tunesmith.models.measure import position_limit
+from tunesmith.models.quantized import Quantization
 from tunesmith.models.task_head import TaskHead, head_of, saved_head
 from tunesmith.models.templates import resolve_template
 from tunesmith.pipeline.labeller import Labeller
 from tunesmith.plan.hardware import DTYPES, detect_hardware, native_dtypes
-from tunesmith.recipe import EvaluateSpec, ModelSpec, Recipe
+from tunesmith.recipe import EvaluateSpec, Recipe
 from tunesmith.recipe_file import check_recipe, parse_yaml
 from tunesmith.run import RECIPE, Run
 
@@ -122,19 +124,32 @@ def _load(location: Location, dtype: str, progress: Progress) -> PreTrainedModel
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"unknown dtype {dtype!r}", fix="use auto, fp32, bf16 or fp16")
     progress("loading the model", 0, None)
-    spec = location.recipe.model if location.recipe and location.adapter else ModelSpec(path=location.base)
+    recipe = location.recipe if location.adapter else None
     how = Loading(
-        default_dtype() if dtype == "auto" else DTYPES[dtype], detect_hardware().device, spec.revision, spec.quantize
+        default_dtype() if dtype == "auto" else DTYPES[dtype],
+        detect_hardware().device,
+        recipe.model.revision if recipe else None,
+        held_quantized(location),
     )
     if location.head is not None:
         model, _, _ = load_judge(location.base, location.head, how)
     else:
         model = load_model(
-            location.base, dtype=how.dtype, device=how.device, revision=how.revision, quantize=how.quantize
+            location.base, dtype=how.dtype, device=how.device, revision=how.revision, quantized=how.quantized
         )
     if location.adapter is not None:
         load_adapter(model, location.adapter)
     return model.eval()
+
+
+def held_quantized(location: Location) -> Quantization | None:
+    """How the base of an adapter is held: as its run says, or as the adapter needs it."""
+    if location.adapter is None:
+        return None
+    if location.recipe is not None:
+        return location.recipe.model.quantization
+    base = base_read(location.adapter)
+    return base.quantized if base.bound else None
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunesmith.base import InputError, Progress, TunesmithError, silent
 from tunesmith.compose.merge import MergeCheck, merge_and_check
 from tunesmith.files import committed_directory, write_json
 from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.quantized_lora import Base, base_read
 from tunesmith.models.load import load_model
 from tunesmith.models.load import load_tokenizer as load_tokenizer
+from tunesmith.models.quantized import in_full
 from tunesmith.models.templates import resolve_template
 from tunesmith.pipeline.loaded import Location, default_dtype, locate, renderer_for
 from tunesmith.plan.hardware import detect_hardware
@@ -24,11 +28,12 @@ SPARE_PROMPTS = (
 )
 
 
-def merge_run(path: str, out: Path, *, progress: Progress = silent) -> MergeCheck:
+def merge_run(path: str, out: Path, *, progress: Progress = silent) -> Merged:
     """Merges the adapter of a run (or an adapter's directory) into its base and writes a plain model.
 
-    Quantized bases are merged unquantized. The merged model is compared with the adapter on held-out prompts and must
-    differ from the base; the figures are written to `merge.json` beside the weights.
+    An adapter that was trained over a quantized base is merged into the base in full precision, except where it makes
+    up for the rounding (LoftQ): then into the rounded weights. The merged model is compared with the adapter on
+    held-out prompts and must differ from the base. What was done stands in `merge.json` beside the weights.
 
     Raises:
         InputError: when there is no adapter, or the target exists.
@@ -40,7 +45,10 @@ def merge_run(path: str, out: Path, *, progress: Progress = silent) -> MergeChec
     if out.exists():
         raise InputError("this exists already; it is not overwritten", where=out, fix="name a new directory")
     progress("loading the model", 0, None)
-    model = load_model(location.base, dtype=default_dtype(), device=detect_hardware().device)
+    trained_over = _trained_over(location)
+    held = trained_over.quantized if trained_over.bound else None
+    device = detect_hardware().device
+    model = in_full(load_model(location.base, dtype=default_dtype(), device=device, quantized=held))
     load_adapter(model, location.adapter)
     tokenizer = load_tokenizer(location.tokenizer)
     plain = location.recipe is not None and location.recipe.data.template == "plain"
@@ -61,10 +69,50 @@ def merge_run(path: str, out: Path, *, progress: Progress = silent) -> MergeChec
     with committed_directory(out) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        write_json(
-            directory / "merge.json", {**check.as_json(), "base": location.base, "adapter": str(location.adapter)}
-        )
-    return check
+        said = {"base": location.base, "adapter": str(location.adapter), **_said_of(trained_over)}
+        write_json(directory / "merge.json", {**check.as_json(), **said})
+    return Merged(check, merging_note(trained_over))
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What came of merging.
+
+    Attributes:
+        note: what the reader must know when the base was quantized while the adapter was trained.
+    """
+
+    check: MergeCheck
+    note: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.check.as_json(), "note": self.note}
+
+
+def _trained_over(location: Location) -> Base:
+    """What the run, or else the adapter's file, says of the base."""
+    assert location.adapter is not None
+    said = base_read(location.adapter)
+    if said.quantized is None and location.recipe is not None:  # PEFT's layers write no such thing
+        return Base(location.recipe.model.quantization)
+    return said
+
+
+def _said_of(trained_over: Base) -> dict[str, Any]:
+    quantized = trained_over.quantized
+    return {} if quantized is None else {"trained_over": quantized.name, "merged_into_rounded": trained_over.bound}
+
+
+def merging_note(trained_over: Base) -> str | None:
+    if trained_over.quantized is None:
+        return None
+    name = trained_over.quantized.name
+    if trained_over.bound:
+        return f"merged into the weights as {name} rounds them, which this adapter was started from"
+    return (
+        f"trained over a base in {name}, merged into the base in full precision: close to what was trained, not equal; "
+        "evaluate the merged model before you rely on it"
+    )
 
 
 def _held_out_prompts(path: str, location: Location) -> list[str]:

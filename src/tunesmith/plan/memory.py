@@ -14,14 +14,21 @@ from torch import Tensor, nn
 from tunesmith.methods import trainable_parameters
 from tunesmith.methods.targets import linear_modules, output_head_name
 from tunesmith.models.measure import Shape
+from tunesmith.models.quantized import Quantization, settled_quantization
 from tunesmith.recipe import Memory, Recipe
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-QUANTIZED_BYTES = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0 + 4 / 512}
-"""NF4: 4 bits and 0.127 bits of doubly quantized constants a weight (Dettmers et al. 2023, section 3)."""
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2 * (1 + 4 / 256)}
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2 * (1 + 4 / 256), "paged-adamw-8bit": 2 * (1 + 4 / 256)}
 RUNTIME_BYTES = 520 * 2**20
 """Resident memory of the interpreter with torch, transformers and datasets imported and their kernels warmed up."""
+
+
+def quantized_bytes(held: Quantization) -> float:
+    """Bytes a weight of a linear layer: 4 bits with one fp32 scale for 64 weights (0.5 bits), or 0.127 bits when scales
+    are quantized too (Dettmers et al. 2023, section 3); 8 bits with one scale a row."""
+    if held.kind == "int8":
+        return 1.0 + 4 / 512
+    return 0.5 + (0.127 if held.double else 0.5) / 8
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,13 @@ def predict_memory(model: nn.Module, shape: Shape, recipe: Recipe, frozen_dtype:
     """
     trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
-    quantized = 0
-    if recipe.model.quantize != "none":
+    quantized, held = 0, settled_quantization(recipe.model.quantization, model.config, recipe.model.path)
+    if held is not None:
         head = output_head_name(model)
         linears = linear_modules(model)
         quantized = sum(cast(Tensor, linears[name].weight).numel() for name in linears if name != head)
     weights = (4 if recipe.train.ema == "off" else 8) * trained + BYTES[frozen_dtype] * (frozen - quantized)
-    weights += quantized * QUANTIZED_BYTES.get(recipe.model.quantize, 0)
+    weights += 0 if held is None else quantized * quantized_bytes(held)
     gradients = 4 * trained
     optimizer = OPTIMIZER_BYTES[recipe.train.optimizer] * trained
     activations = activation_bytes(shape, load)

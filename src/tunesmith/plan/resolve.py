@@ -11,10 +11,11 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from tunesmith.base import InputError
-from tunesmith.methods import trainable_parameters
+from tunesmith.methods import Lora, trainable_parameters
 from tunesmith.methods.token_rows import trained_token_ids
 from tunesmith.models.embeddings import added_tokens
 from tunesmith.models.measure import Shape, shape_of
+from tunesmith.models.quantized import settled_quantization
 from tunesmith.plan.hardware import DTYPES, Hardware, multiply_rate, native_dtypes
 from tunesmith.plan.memory import Load, predict_memory
 from tunesmith.recipe import Duration, Parameters, Plan, Recipe, Resolved, Workload
@@ -27,6 +28,8 @@ EFFICIENCY = {"cpu": 0.11, "mps": 0.25, "cuda": 0.35}
 """Share of the rate of a large matrix product that a training step reaches; replaced by `measured` in every report."""
 DECODE_OVERHEAD_SECONDS = {"cpu": 1.3e-3, "mps": 1e-3, "cuda": 4e-4}
 """Of one decoder block for one new token, besides reading its weights."""
+PAGING = ("cuda", "xpu")
+"""Kinds of devices for which bitsandbytes keeps optimizer states in memory that the host shares."""
 DTYPE = Literal["fp32", "bf16", "fp16"]
 
 
@@ -72,6 +75,7 @@ def resolve(
     decided = Decisions()
     shape = shape_of(model)
     adapted = copy.deepcopy(model)
+    cast(Any, adapted).is_quantized = _quantized(recipe, model, hardware, decided)
     decided.notes += recipe.method.adapt(adapted)
     _refuse_untrained_additions(added_tokens(model), adapted)
     dtype, frozen_dtype = _dtypes(recipe, hardware, decided)
@@ -127,6 +131,29 @@ def _refuse_untrained_additions(added: Mapping[str, int], adapted: nn.Module) ->
             where="model.add_tokens",
             fix="use LoRA with method.trainable_tokens: added, or method.kind: full",
         )
+
+
+def _quantized(recipe: Recipe, model: nn.Module, hardware: Hardware, decided: Decisions) -> bool:
+    """Whether the base will be quantized, and what follows from it."""
+    asked = recipe.model.quantization
+    held = settled_quantization(asked, model.config, recipe.model.path)
+    if recipe.train.optimizer.startswith("paged") and hardware.device.type not in PAGING:
+        raise InputError(
+            f"paged optimizer states need a GPU whose memory they can leave, and this device is {hardware.name}",
+            where="train.optimizer",
+            fix="use adamw-8bit",
+        )
+    if recipe.method.kind == "qlora" and held is not None:
+        reason = "qlora is LoRA over a base in 4 bits" if held == asked else "the weights are stored so"
+        decided.made.append(Resolved(name="model.quantize", value=held.name, reason=reason))
+    elif held is not None and asked is None:
+        decided.made.append(Resolved(name="model.quantize", value=held.name, reason="the weights are stored so"))
+    if isinstance(recipe.method, Lora) and recipe.method.quantization_aware != "none":
+        decided.notes.append(
+            f"the tuned model is judged as it will be in 4 bits ({recipe.method.quantization_aware}), and the base as "
+            "it is; the adapter's file is an ordinary LoRA, so merge and quantize it"
+        )
+    return held is not None
 
 
 def _intervals(recipe: Recipe, steps: int, decided: Decisions) -> tuple[int | None, int | None]:

@@ -61,8 +61,8 @@ def _quantization(job: Job) -> None:
     bits = job.whole("quantization_bit", least=1)
     details = {
         "quantization_method": ("bnb", "bitsandbytes"),
-        "quantization_type": ("nf4",),
-        "double_quantization": ("true",),
+        "quantization_type": ("nf4", "fp4"),
+        "double_quantization": ("true", "false"),
     }
     if bits is None:
         for key in details:
@@ -83,7 +83,11 @@ def _quantization(job: Job) -> None:
         if value is not None and (str(value).lower() in fitting or (bits == 8 and key != "quantization_method")):
             job.say(key, "ignored", note="so it is here")
         elif value is not None:
-            job.lose(key, "4 bits are bitsandbytes' NF4 with double quantization, 8 bits its int8")
+            job.lose(key, "4 bits are bitsandbytes' NF4 or FP4, 8 bits its int8")
+    if bits <= 4 and str(job.get("quantization_type")).lower() == "fp4":
+        job.put("model.quantize", "fp4", "quantization_type")
+    if bits <= 4 and job.get("double_quantization") is False:
+        job.put("model.double_quantization", False, "double_quantization")
 
 
 def _targets_of_loss(job: Job) -> None:
@@ -202,8 +206,8 @@ TABLE: tuple[Entry, ...] = (
     ),
     Entry(
         ("quantization_bit", "quantization_method", "quantization_type", "double_quantization"),
-        "model.quantize",
-        "4 is nf4, 8 is int8",
+        "model.quantize, model.double_quantization",
+        "4 is nf4 or fp4, 8 is int8",
         _quantization,
     ),
     Entry(

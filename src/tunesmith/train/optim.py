@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from tunesmith.base import InputError
 from tunesmith.methods import trainable_parameters
+from tunesmith.models.quantized import import_bitsandbytes
 from tunesmith.models.sharding import full, is_part, parted_like
 from tunesmith.recipe import Plan, Schedule, TrainSpec
 
@@ -28,7 +29,8 @@ def build_optimizer(
         rates: factors on the learning rate by the names of parameters, from the method; `spec.groups` multiply them.
 
     Raises:
-        InputError: when the 8-bit variant is asked for and bitsandbytes is missing, or a group matches nothing.
+        InputError: when an 8-bit variant is asked for and bitsandbytes is missing, paged states on a CPU, or a group
+            matches nothing.
     """
     named = trainable_parameters(model)
     parameters = list(named.values())
@@ -44,14 +46,15 @@ def build_optimizer(
             where="train.optimizer",
             fix="use adamw, or leave train.shard out",
         )
-    try:
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
+    paged = spec.optimizer == "paged-adamw-8bit"
+    if paged and any(parameter.device.type == "cpu" for parameter in parameters):
         raise InputError(
-            "adamw-8bit needs bitsandbytes", where="train.optimizer", fix="pip install 'tunesmith[eight-bit]'"
-        ) from error
-    optimizer: Any = AdamW8bit(groups, lr=learning_rate)
-    return optimizer
+            "paged optimizer states need a GPU whose memory they can leave",
+            where="train.optimizer",
+            fix="use adamw-8bit",
+        )
+    library = import_bitsandbytes(spec.optimizer, "train.optimizer", "optim")
+    return (library.PagedAdamW8bit if paged else library.AdamW8bit)(groups, lr=learning_rate)
 
 
 def _groups(named: Mapping[str, nn.Parameter], spec: TrainSpec, rates: Mapping[str, float]) -> list[dict[str, Any]]:
