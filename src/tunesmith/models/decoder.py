@@ -108,13 +108,16 @@ class Decoder:
         if hasattr(backbone.embed_tokens, "before_attention"):  # a method's own keys and values
             attend = _with_prefix(attend, backbone.embed_tokens.before_attention(token_ids))
         delta: Tensor | None = None
+        resident = getattr(backbone, "resident", None)  # blocks that come into memory one at a time
         for number, block in enumerate(backbone.layers):
             parts = self._kept[number] if self._kept else self._parts(block)
 
             def run(hidden: Tensor, delta: Tensor | None, number: int = number, parts: _Parts = parts) -> Any:
                 return self._block(number, parts, hidden, delta, rotary, attend)
 
-            if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
+            if resident is not None:
+                hidden, delta = resident.run(number, run, hidden, delta)
+            elif getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
                 hidden, delta = cast(Any, checkpoint(run, hidden, delta, use_reentrant=False))
             else:
                 hidden, delta = run(hidden, delta)
@@ -215,6 +218,12 @@ def decoder_of(model: nn.Module) -> Decoder | str:
         found = shape_obstacle(model) or Decoder(model)
         _DECODERS[model] = found if isinstance(found, str) else _difference(model, found) or found
     return _DECODERS[model]
+
+
+def decoder_without_comparison(model: nn.Module) -> Decoder:
+    """The decoder of modules that are laid out like transformers' and cannot run by themselves."""
+    _DECODERS[model] = decoder = Decoder(model)
+    return decoder
 
 
 def forget_decoder(model: nn.Module) -> None:

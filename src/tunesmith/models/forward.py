@@ -19,6 +19,7 @@ from tunesmith.models.attention import SEGMENTS, UnsupportedAttention, use_atten
 from tunesmith.models.decoder import Decoder, decoder_of
 from tunesmith.models.head import has_plain_head, head_logits, target_logps
 from tunesmith.models.projection import compute_dtype, projection_of, rounded_up
+from tunesmith.models.streamed_head import FileHead
 
 
 def next_token_logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
@@ -51,7 +52,10 @@ def next_token_logps(model: nn.Module, batch: Batch, positions: Tensor, targets:
     if hidden is None:
         logits = (_packed if batch.layout == "packed" else _padded)(model, batch, positions)
     else:
-        head = projection_of(cast(Any, model).get_output_embeddings())
+        head = cast(Any, model).get_output_embeddings()
+        if isinstance(head, FileHead):
+            return head.target_logps(hidden, targets)
+        head = projection_of(head)
         if head is not None and head.bias is None and head.update is None:
             return target_logps(hidden, head.weight, targets)
         logits = head_logits(model, hidden)

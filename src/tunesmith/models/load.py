@@ -138,6 +138,21 @@ def _quantization(quantize: str, dtype: torch.dtype, device: torch.device) -> di
     return {"quantization_config": config, "device_map": {"": device}}
 
 
+def weights_directory(path: str, revision: str | None = None) -> Path:
+    """The directory of a model's safetensors files; those of a hub id are fetched.
+
+    Raises:
+        InputError: when they cannot be had.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    from huggingface_hub import snapshot_download
+
+    with told_plainly("the model", path):
+        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+
+
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: Any, location: str) -> set[int]:
     """Token ids that end generation: the tokenizer's end-of-text, and those of the model's configuration and of the
     generation settings that lie beside it."""

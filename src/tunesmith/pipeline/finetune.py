@@ -6,14 +6,15 @@ import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.models.decoder import decoder_of
 from tunesmith.models.forward import packing_obstacle
-from tunesmith.models.load import load_model
+from tunesmith.models.load import load_model, weights_directory
+from tunesmith.models.streamed import load_streamed
 from tunesmith.pipeline.environment import describe_environment
 from tunesmith.pipeline.lineage import LINEAGE, MANIFEST, describe_lineage, write_manifest
 from tunesmith.pipeline.planning import Planned, plan_job
@@ -24,12 +25,16 @@ from tunesmith.pipeline.room import refuse_too_little_room
 from tunesmith.pipeline.sinks import check_sinks, open_sinks
 from tunesmith.pipeline.stopping import Stopping
 from tunesmith.pipeline.training import BLOCKS, Watcher, Work, train_model
-from tunesmith.pipeline.usage import Stopwatch
+from tunesmith.pipeline.usage import Stopwatch, give_back_memory, process_peak_bytes
 from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Plan, Recipe, Resolved
 from tunesmith.recipe_file import recipe_yaml
 from tunesmith.run import BASE_EVALUATION, DATA, ENVIRONMENT, PLAN, RECIPE, REPORT, TUNED_EVALUATION, Run
+from tunesmith.train.loop import Emit
 from tunesmith.train.parallel import is_main, join_processes, leave_processes, wait_for_all, world_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Watcher", "finetune"]
 
@@ -113,13 +118,7 @@ def _execute(
     recipe = planned.recipe
     with Stopping() as stopping:
         watcher.progress("loading the model", 0, None)
-        model = load_model(
-            planned.location,
-            dtype=DTYPES[planned.plan.frozen_dtype],
-            device=planned.hardware.device,
-            revision=recipe.model.revision,
-            quantize=recipe.model.quantize,
-        )
+        model = _loaded(planned)
         planned = planned.with_plan(_with_verified_packing(planned, model))
         proof = None if recipe.evaluate == "off" else Proof(planned, recipe.evaluate)
         run = existing or _opened(planned, parent, watcher)
@@ -128,6 +127,23 @@ def _execute(
             return _work(Work(planned, run, model, None, watcher, stopping, forced))
         with run.locked():
             return _work(Work(planned, run, model, proof, watcher, stopping, forced))
+
+
+def _loaded(planned: Planned) -> PreTrainedModel:
+    """The base: in memory, or read from its files block by block."""
+    recipe, dtype = planned.recipe, DTYPES[planned.plan.frozen_dtype]
+    if planned.plan.streamed:
+        give_back_memory()
+        directory = weights_directory(planned.location, recipe.model.revision)
+        tokens = planned.plan.micro_batch * planned.plan.max_length
+        return cast(Any, load_streamed(directory, planned.config, dtype=dtype, tokens_at_once=tokens))
+    return load_model(
+        planned.location,
+        dtype=dtype,
+        device=planned.hardware.device,
+        revision=recipe.model.revision,
+        quantize=recipe.model.quantize,
+    )
 
 
 def _work(work: Work) -> Run:
@@ -152,6 +168,9 @@ def _work(work: Work) -> Run:
     stored_evaluation(run, TUNED_EVALUATION, work.proof, model, progress)
     measured["evaluate_seconds"] = base_seconds + evaluating.seconds
     measured["seconds"] = measured["train_seconds"] + measured["evaluate_seconds"]
+    if recipe.budget.memory_bytes is not None:
+        measured["peak_bytes"] = process_peak_bytes()
+        _tell_of_overdraft(recipe.budget.memory_bytes, measured["peak_bytes"], planned.plan.steps, emit)
     report = written_report(run, planned, work.proof, measured, _notes(run))
     emit({"event": "end", "verdict": report["verdict"], "sentence": report["sentence"], "report": str(run.page)})
     write_page(run, report)
@@ -159,6 +178,12 @@ def _work(work: Work) -> Run:
     run.write(REPORT, report)
     write_manifest(run)
     return run
+
+
+def _tell_of_overdraft(budget: int, peak: int, step: int, emit: Emit) -> None:
+    if peak > budget:
+        text = f"the process had {peak / 1e6:,.0f} MB at its peak, more than budget.memory ({budget / 1e6:,.0f} MB)"
+        emit({"event": "warning", "step": step, "message": text})
 
 
 def _notes(run: Run) -> list[str]:

@@ -18,8 +18,10 @@ from tunesmith.data.sources import readings, source_specs
 from tunesmith.evaluation.compare import choose_metrics
 from tunesmith.models.load import load_tokenizer, locate_model, read_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
+from tunesmith.models.streamed import streamed_skeleton, streaming_obstacle
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
+from tunesmith.plan.streaming import may_stream
 from tunesmith.recipe import Plan, Recipe, Resolved, Workload
 from tunesmith.train.parallel import world_size
 
@@ -59,7 +61,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     """
     location = locate_model(recipe.model.path, progress)
     config = read_config(location, recipe.model.revision)
-    model = meta_model(config, location)
+    model = _architecture(recipe, config, location)
     tokenizer = load_tokenizer(location, recipe.model.revision)
     renderer = Renderer.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
     limit = position_limit(config)
@@ -70,6 +72,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         seed=recipe.seed,
         wants_test=recipe.evaluate != "off",
         progress=progress,
+        alone=recipe.budget.memory is not None,
     )
     workload = _counted(prepared)
     hardware = detect_hardware()
@@ -81,6 +84,13 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         notes.append("train.shard spreads nothing over one process; torchrun starts several")
     plan = plan.model_copy(update={"notes": notes, "resolved": found})
     return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared)
+
+
+def _architecture(recipe: Recipe, config: PreTrainedConfig, location: str) -> nn.Module:
+    """The modules without weights; under a memory budget without transformers' own, which take memory to import."""
+    if recipe.budget.memory is not None and may_stream(recipe) and streaming_obstacle(config) is None:
+        return streamed_skeleton(config)
+    return meta_model(config, location)
 
 
 def _found_in_data(recipe: Recipe, prepared: Prepared) -> list[Resolved]:
@@ -109,7 +119,7 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     if not missing and _has_tokenizer(location):
         return plan_job(recipe, progress)
     config = read_config(location, recipe.model.revision)
-    model: nn.Module = meta_model(config, location)
+    model = _architecture(recipe, config, location)
     workload = _estimated(recipe, position_limit(config), missing)
     metrics, why = choose_metrics(_asked(recipe), [])
     judged = Judged(metrics, why if not missing else "there are no rows to look at", 0, 64)

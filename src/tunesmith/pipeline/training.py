@@ -6,11 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
 from tunesmith.base import Interrupted, TrainingError, TunesmithError, silent
 from tunesmith.base import Progress as ShowProgress
@@ -21,6 +20,7 @@ from tunesmith.methods.low_rank import lora_layers
 from tunesmith.models.decoder import decoder_of
 from tunesmith.models.embeddings import untrained_tokens
 from tunesmith.models.sharding import is_sharded, made_whole, shard, whole
+from tunesmith.models.streamed import parts_in_memory
 from tunesmith.pipeline.environment import code_sha256
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.proof import Proof
@@ -39,6 +39,9 @@ from tunesmith.train.optim import build_optimizer
 from tunesmith.train.parallel import is_main, wait_for_all, world_size
 from tunesmith.train.precision import Precision
 from tunesmith.train.randomness import random_states_of_all
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCKS = "decoder blocks"
 """Name of what a plan says about them."""
@@ -154,9 +157,9 @@ def _adapted(work: Work) -> Saved:
         shard(model)
     casts = method.needs_autocast or plan.dtype != plan.frozen_dtype
     precision = Precision(DTYPES[plan.dtype], planned.hardware.device, autocast=casts)
-    return Saved(
-        model, method, build_optimizer(model, recipe.train, plan.learning_rate, method.rates(model)), precision
-    )
+    rates = method.rates(model)
+    optimizer = build_optimizer(model, recipe.train, plan.learning_rate, rates, small=plan.streamed)
+    return Saved(model, method, optimizer, precision)
 
 
 def _tell_of_other_blocks(work: Work, emit: Emit) -> None:
@@ -297,9 +300,11 @@ def _commit_result(work: Work) -> None:
 
 def _refuse_unseen_update(work: Work) -> None:
     """Raises TrainingError when every update of an adapter is too small to change the weights it is added to."""
-    layers = lora_layers(work.model)
     whole = getattr(work.planned.recipe.method, "modules_to_save", [])
-    if layers and not whole and not any(layer.is_seen() for layer in layers.values()):
+    with parts_in_memory(work.model) as parts:
+        found = (layer for part in parts for layer in lora_layers(part).values())
+        seen = next((True for layer in found if layer.is_seen()), False)
+    if lora_layers(work.model) and not whole and not seen:
         raise TrainingError(
             "the adapter is dead: its updates are smaller than what the base's weights can hold",
             fix="raise train.learning_rate or train.steps",

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 
 import psutil
@@ -42,6 +47,25 @@ class PeakMemory:
         while not self._done.is_set():
             self.peak_bytes = max(self.peak_bytes, process.memory_info().rss)
             self._done.wait(self.every_seconds)
+
+
+def process_peak_bytes() -> int:
+    """The most resident memory that this process ever had, as the operating system counted it."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # which not every system has
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def give_back_memory() -> None:
+    """Returns what was freed to the operating system, where the C library has a call for it (glibc)."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Stopwatch:
