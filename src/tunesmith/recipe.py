@@ -332,8 +332,8 @@ class Plan(Spec):
     frozen_dtype: Literal["fp32", "bf16", "fp16"]
     packing: bool
     gradient_checkpointing: bool
-    streamed: bool = False
-    """Whether the frozen model is read from its files block by block."""
+    streamed_tokens: int | None = None
+    """Tokens that run through a block at a time when the frozen model is read from its files block by block."""
     steps: int
     epochs: float
     micro_batch: int

@@ -116,7 +116,7 @@ class Decoder:
                 return self._block(number, parts, hidden, delta, rotary, attend)
 
             if resident is not None:
-                hidden, delta = resident.run(number, run, hidden, delta)
+                hidden, delta = resident.run(number, run, hidden if delta is None else hidden + delta)
             elif getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
                 hidden, delta = cast(Any, checkpoint(run, hidden, delta, use_reentrant=False))
             else:
@@ -160,7 +160,11 @@ class Decoder:
         def within(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attend(query, key, value, segments, self.scaling, self.windows[layer])
 
-        return within
+        def wide(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return within(layer, query.float(), key.float(), value.float()).to(query.dtype)
+
+        # Products in narrow dtypes keep some megabytes for every new length of a row.
+        return wide if getattr(cast(Any, self._model()).model, "resident", None) is not None else within
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[n, vocabulary]`` from ``[n, width]``."""

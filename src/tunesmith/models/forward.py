@@ -110,7 +110,9 @@ def _filled_up(model: nn.Module, batch: Batch) -> Batch:
     embeddings = cast(Any, model).get_input_embeddings().weight
     if batch.layout == "padded" or embeddings.device.type != "cpu" or compute_dtype(embeddings) == torch.float32:
         return batch
-    filler = (0, rounded_up(batch.tokens) - batch.tokens)
+    step = getattr(model, "tokens_at_once", None)
+    tokens = rounded_up(batch.tokens) if step is None else -(-batch.tokens // step) * step
+    filler = (0, tokens - batch.tokens)
     return replace(batch, token_ids=F.pad(batch.token_ids, filler), positions=F.pad(batch.positions, filler))
 
 

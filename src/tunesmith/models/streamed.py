@@ -21,11 +21,13 @@ from transformers import PreTrainedConfig
 
 from tunesmith.base import InputError
 from tunesmith.models.decoder import FAMILIES, GATES, decoder_without_comparison
-from tunesmith.models.streamed_head import FileEmbedding, FileHead
+from tunesmith.models.streamed_head import FileEmbedding, FileHead, nothing_of, unread_linear
 from tunesmith.models.weight_files import WeightFiles
 
 STREAMED = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Families whose blocks are read one at a time, by the `model_type` of their configuration."""
+RunBlock = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""A block by itself: the residual stream and nothing to be added to it, as `Decoder` has them, and both behind it."""
 _SETTLED_ROTARY = ("default", "linear", "llama3", "yarn")
 """Rotary positions whose frequencies do not depend on how long a row is."""
 
@@ -51,10 +53,10 @@ class _Attention(nn.Module):
         self.sliding_window = _window(config, number)
         biased = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
         queries, keys = (self.head_dim * n for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=biased)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=biased)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=biased)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=biased and config.model_type != "qwen2")
+        self.q_proj = unread_linear(config.hidden_size, queries, bias=biased)
+        self.k_proj = unread_linear(config.hidden_size, keys, bias=biased)
+        self.v_proj = unread_linear(config.hidden_size, keys, bias=biased)
+        self.o_proj = unread_linear(queries, config.hidden_size, bias=biased and config.model_type != "qwen2")
         if config.model_type == "qwen3":
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -71,9 +73,9 @@ class _FeedForward(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         biased = getattr(config, "mlp_bias", False)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=biased)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=biased)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=biased)
+        self.gate_proj = unread_linear(config.hidden_size, config.intermediate_size, bias=biased)
+        self.up_proj = unread_linear(config.hidden_size, config.intermediate_size, bias=biased)
+        self.down_proj = unread_linear(config.intermediate_size, config.hidden_size, bias=biased)
 
 
 class _Block(nn.Module):
@@ -90,16 +92,15 @@ class _Rotary(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        with torch.device("cpu"):
-            settings = config.rope_parameters
-            if settings["rope_type"] == "default":
-                width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-                self._turns = 1.0 / (settings["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float) / width))
-                self._factor = 1.0
-            else:
-                from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+        settings = config.rope_parameters
+        if settings["rope_type"] == "default":
+            width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            self._turns = 1.0 / (settings["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float) / width))
+            self._factor = 1.0
+        else:
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-                self._turns, self._factor = ROPE_INIT_FUNCTIONS[settings["rope_type"]](config, torch.device("cpu"))
+            self._turns, self._factor = ROPE_INIT_FUNCTIONS[settings["rope_type"]](config, torch.device("cpu"))
 
     def forward(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = positions[..., None].float() * self._turns
@@ -120,8 +121,11 @@ class _Backbone(nn.Module):
 class StreamedModel(nn.Module):
     """The modules of a causal language model; their matrices hold nothing until `load_streamed` ties them to files.
 
+    Not on the meta device: filling a tensor there at random imports torch's compiler, which takes 70 MB.
+
     Attributes:
-        tokens_at_once: the most that an evaluation runs through it at a time.
+        tokens_at_once: tokens that run through it at a time; fewer are filled up to as many, because each number of
+            tokens that is new to the library of narrow products costs some tens of megabytes.
     """
 
     generation_config = None
@@ -136,6 +140,10 @@ class StreamedModel(nn.Module):
         if settings.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamedModel:
+        """Another skeleton: a copy would give every matrix memory of its own."""
+        return StreamedModel(self.config)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
@@ -147,12 +155,6 @@ class StreamedModel(nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         """See above."""
-
-
-def streamed_skeleton(config: PreTrainedConfig) -> StreamedModel:
-    """The modules on the meta device, for counting."""
-    with torch.device("meta"):
-        return StreamedModel(config)
 
 
 def load_streamed(
@@ -167,7 +169,7 @@ def load_streamed(
         InputError: when the files hold other tensors than the configuration says.
     """
     files = WeightFiles(directory)
-    model = streamed_skeleton(config)
+    model = StreamedModel(config)
     model.tokens_at_once = tokens_at_once
     head = model.lm_head
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -175,10 +177,10 @@ def load_streamed(
     for name, parameter in list(model.named_parameters()):
         own = nothing_of(parameter.shape, dtype)
         if parameter.dim() == 1:
-            own = torch.empty(parameter.shape, dtype=dtype)
+            own = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
             files.read(name, own)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(own, requires_grad=False))
+        setattr(model.get_submodule(parent), leaf, own)
     embedding = model.model.embed_tokens
     embedding.files, embedding.name = files, "model.embed_tokens.weight"
     tied = "lm_head.weight" not in wanted
@@ -203,11 +205,6 @@ def _refuse_other_tensors(directory: Path, wanted: dict[str, Any], found: dict[s
             where=directory,
             fix="use a complete causal language model, or leave budget.memory out",
         )
-
-
-def nothing_of(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A tensor of any shape made of one NaN: what is used before it was read must not go unseen."""
-    return torch.full((), float("nan"), dtype=dtype).expand(shape)
 
 
 @contextmanager
@@ -264,15 +261,13 @@ class ResidentBlock:
         """Takes a block's matrices away from it."""
         if self._number is not None:
             for module in self._matrices[self._number].values():
-                module.weight = nn.Parameter(nothing_of(module.weight.shape, module.weight.dtype), requires_grad=False)
+                module.weight = nothing_of(module.weight.shape, module.weight.dtype)
         self._number = None
 
-    def run(
-        self, number: int, block: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, delta: Tensor | None
-    ) -> Any:
-        """What a block makes of its inputs, its graph not kept."""
+    def run(self, number: int, block: RunBlock, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What a block makes of its input, its graph not kept."""
         trained = [weight for weight in self._blocks[number].parameters() if weight.requires_grad]
-        return _Recomputed.apply(_Call(self, number, block), hidden, delta, *trained)
+        return cast(Any, _Recomputed.apply(_Call(self, number, block), hidden, *trained))
 
     @contextmanager
     def visiting(self) -> Iterator[Iterator[nn.Module]]:
@@ -292,42 +287,57 @@ class ResidentBlock:
 class _Call:
     """A block to run, now and once more, with the random numbers and the arithmetic of the first time."""
 
-    def __init__(self, resident: ResidentBlock, number: int, block: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, resident: ResidentBlock, number: int, block: RunBlock) -> None:
         self._resident, self._number, self._block = resident, number, block
         self._random = torch.get_rng_state()
         self._casts = torch.is_autocast_enabled("cpu")
         self._dtype = torch.get_autocast_dtype("cpu")
 
-    def first(self, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    def first(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         self._resident.load(self._number)
-        return self._block(hidden, delta)
+        return self._block(hidden, None)
 
-    def again(self, hidden: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    def again(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         now = torch.get_rng_state()
         torch.set_rng_state(self._random)
         try:
             with torch.enable_grad(), torch.autocast("cpu", self._dtype, enabled=self._casts):
-                return self.first(hidden, delta)
+                return self.first(hidden)
         finally:
             torch.set_rng_state(now)
 
 
+class _Seeded(torch.autograd.Function):
+    """A number whose gradient by the outputs of a block is what is known already.
+
+    Gradients that are handed to torch as such are checked by a part of it that takes 34 MB to import.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradients: tuple[Tensor, ...], *outputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        return None, *ctx.gradients
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, hidden: Tensor, delta: Tensor | None, *trained: Tensor) -> Any:
+    def forward(ctx: Any, call: _Call, hidden: Tensor, *trained: Tensor) -> Any:
         ctx.call, ctx.trained = call, trained
-        ctx.save_for_backward(hidden, delta)
-        return call.first(hidden, delta)
+        ctx.save_for_backward(hidden)
+        return call.first(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         needed = ctx.needs_input_grad[1:]
-        streams = [
-            None if kept is None else kept.detach().requires_grad_(wanted)
-            for kept, wanted in zip(ctx.saved_tensors, needed, strict=False)
-        ]
-        outputs = ctx.call.again(*streams)
-        inputs = [*streams, *ctx.trained]
-        wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs]
-        found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True))
+        (kept,) = ctx.saved_tensors
+        hidden = kept.detach().requires_grad_(needed[0])
+        outputs = ctx.call.again(hidden)
+        wanted = [tensor for tensor, needs in zip((hidden, *ctx.trained), needed, strict=True) if needs]
+        with torch.enable_grad():
+            seeded = cast(Tensor, _Seeded.apply(grad_outputs, *outputs))
+        found = iter(torch.autograd.grad(seeded, wanted, allow_unused=True))
         return None, *(next(found) if needs else None for needs in needed)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.models.projection import compute_dtype, rounded_up
+from tunesmith.models.projection import compute_dtype
 from tunesmith.models.weight_files import WeightFiles
 
 ROWS_AT_ONCE = 2048
 """Rows of the vocabulary that are in memory at a time."""
-LOGITS_AT_ONCE = 2**20
-"""Logits that are looked at in fp32 at a time."""
+AT_ONCE = 256
+"""Targets whose logits by a slice of the head are in memory at a time."""
+
+
+def nothing_of(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """A frozen weight of any shape made of one NaN: what is used before it was read must not go unseen."""
+    return nn.Parameter(torch.full((), float("nan"), dtype=dtype).expand(*shape), requires_grad=False)
+
+
+def unread_linear(in_features: int, out_features: int, *, bias: bool) -> nn.Linear:
+    """A linear layer whose weight takes no memory and is not there yet."""
+    module = nn.Linear(1, out_features, bias=bias)
+    module.in_features, module.weight = in_features, nothing_of((out_features, in_features))
+    return module
 
 
 class FileEmbedding(nn.Embedding):
@@ -23,6 +35,11 @@ class FileEmbedding(nn.Embedding):
 
     files: WeightFiles
     name: str
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(1, 1)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.weight = nothing_of((num_embeddings, embedding_dim))
 
     def forward(self, input: Tensor) -> Tensor:
         numbers, place = torch.unique(input, return_inverse=True)
@@ -40,7 +57,9 @@ class FileHead(nn.Linear):
     name: str
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+        super().__init__(1, 1, bias=False)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nothing_of((out_features, in_features))
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.cat([F.linear(input, part) for part in self.slices()], dim=-1)
@@ -56,7 +75,7 @@ class FileHead(nn.Linear):
         ``weight[target] - softmax @ weight``, which is all that is kept.
         """
         dtype = compute_dtype(self.weight)
-        filler = 0 if dtype == torch.float32 else rounded_up(len(targets)) - len(targets)
+        filler = 0 if dtype == torch.float32 else -len(targets) % AT_ONCE
         filled = F.pad(hidden, (0, 0, 0, filler)), F.pad(targets, (0, filler)), self, dtype
         return cast(Tensor, _SlicedLogps.apply(*filled))[: len(targets)]
 
@@ -69,9 +88,8 @@ def _slices(files: WeightFiles, name: str, weight: Tensor) -> Iterator[Tensor]:
         yield part
 
 
-def _pieces(rows: int, columns: int) -> list[slice]:
-    size = max(1, LOGITS_AT_ONCE // columns)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _pieces(rows: int) -> list[slice]:
+    return [slice(start, min(start + AT_ONCE, rows)) for start in range(0, rows, AT_ONCE)]
 
 
 class _SlicedLogps(torch.autograd.Function):
@@ -82,7 +100,7 @@ class _SlicedLogps(torch.autograd.Function):
         total, own = torch.zeros(len(x)), torch.zeros(len(x))
         start = 0
         for part in head.slices():
-            for piece in _pieces(len(x), len(part)):
+            for piece in _pieces(len(x)):
                 wide = F.linear(x[piece], part.to(dtype)).float()
                 higher = torch.maximum(top[piece], wide.amax(dim=-1))
                 sums = wide.sub(higher[:, None]).exp_().sum(dim=-1)
@@ -111,7 +129,7 @@ def _slopes(x: Tensor, targets: Tensor, head: FileHead, top: Tensor, total: Tens
     start = 0
     for part in head.slices():
         narrow = part.to(x.dtype)
-        for piece in _pieces(len(x), len(part)):
+        for piece in _pieces(len(x)):
             shares = F.linear(x[piece], narrow).float().sub_(top[piece, None]).exp_().div_(total[piece, None])
             place = targets[piece] - start
             here = (place >= 0) & (place < len(part))

@@ -25,7 +25,7 @@ from tunesmith.pipeline.room import refuse_too_little_room
 from tunesmith.pipeline.sinks import check_sinks, open_sinks
 from tunesmith.pipeline.stopping import Stopping
 from tunesmith.pipeline.training import BLOCKS, Watcher, Work, train_model
-from tunesmith.pipeline.usage import Stopwatch, give_back_memory, process_peak_bytes
+from tunesmith.pipeline.usage import Stopwatch, keep_memory_small, process_peak_bytes
 from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Plan, Recipe, Resolved
 from tunesmith.recipe_file import recipe_yaml
@@ -68,6 +68,8 @@ def finetune(
     watcher = watcher or Watcher()
     # A recipe that was made in Python has no file whose name its run could take.
     recipe = recipe.model_copy(update={"output": recipe.output.replace("{name}", "run")})
+    if recipe.budget.memory is not None:
+        keep_memory_small()
     path = Path(recipe.output)
     run = Run.to_resume(path) if resume else None
     if run is None:
@@ -132,10 +134,9 @@ def _execute(
 def _loaded(planned: Planned) -> PreTrainedModel:
     """The base: in memory, or read from its files block by block."""
     recipe, dtype = planned.recipe, DTYPES[planned.plan.frozen_dtype]
-    if planned.plan.streamed:
-        give_back_memory()
+    tokens = planned.plan.streamed_tokens
+    if tokens is not None:
         directory = weights_directory(planned.location, recipe.model.revision)
-        tokens = planned.plan.micro_batch * planned.plan.max_length
         return cast(Any, load_streamed(directory, planned.config, dtype=dtype, tokens_at_once=tokens))
     return load_model(
         planned.location,

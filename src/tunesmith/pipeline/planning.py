@@ -16,9 +16,9 @@ from tunesmith.data.read import STANDARD_INPUT
 from tunesmith.data.render import Renderer
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.evaluation.compare import choose_metrics
-from tunesmith.models.load import load_tokenizer, locate_model, read_config, stop_token_ids
+from tunesmith.models.load import load_tokenizer, locate_model, read_config, read_plain_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
-from tunesmith.models.streamed import streamed_skeleton, streaming_obstacle
+from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.plan.streaming import may_stream
@@ -60,9 +60,9 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         InputError: for anything wrong with model, data or settings.
     """
     location = locate_model(recipe.model.path, progress)
-    config = read_config(location, recipe.model.revision)
+    config = _config(recipe, location)
     model = _architecture(recipe, config, location)
-    tokenizer = load_tokenizer(location, recipe.model.revision)
+    tokenizer = load_tokenizer(location, recipe.model.revision, config)
     renderer = Renderer.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
     limit = position_limit(config)
     prepared = prepare(
@@ -86,10 +86,15 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared)
 
 
+def _config(recipe: Recipe, location: str) -> PreTrainedConfig:
+    read = read_plain_config if recipe.budget.memory is not None and may_stream(recipe) else read_config
+    return read(location, recipe.model.revision)
+
+
 def _architecture(recipe: Recipe, config: PreTrainedConfig, location: str) -> nn.Module:
     """The modules without weights; under a memory budget without transformers' own, which take memory to import."""
     if recipe.budget.memory is not None and may_stream(recipe) and streaming_obstacle(config) is None:
-        return streamed_skeleton(config)
+        return StreamedModel(config)
     return meta_model(config, location)
 
 
@@ -118,7 +123,7 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     missing = [source.path for source in source_specs(recipe.data) if not _is_here(source.path)]
     if not missing and _has_tokenizer(location):
         return plan_job(recipe, progress)
-    config = read_config(location, recipe.model.revision)
+    config = _config(recipe, location)
     model = _architecture(recipe, config, location)
     workload = _estimated(recipe, position_limit(config), missing)
     metrics, why = choose_metrics(_asked(recipe), [])

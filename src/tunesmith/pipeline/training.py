@@ -158,7 +158,7 @@ def _adapted(work: Work) -> Saved:
     casts = method.needs_autocast or plan.dtype != plan.frozen_dtype
     precision = Precision(DTYPES[plan.dtype], planned.hardware.device, autocast=casts)
     rates = method.rates(model)
-    optimizer = build_optimizer(model, recipe.train, plan.learning_rate, rates, small=plan.streamed)
+    optimizer = build_optimizer(model, recipe.train, plan.learning_rate, rates, small=plan.streamed_tokens is not None)
     return Saved(model, method, optimizer, precision)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 import threading
 import time
@@ -13,6 +12,9 @@ from types import TracebackType
 
 import psutil
 import torch
+
+OWN_PAGES = 256 * 1024
+"""Bytes from which a piece of memory gets pages of its own under a memory budget."""
 
 
 class PeakMemory:
@@ -61,11 +63,17 @@ def process_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def give_back_memory() -> None:
-    """Returns what was freed to the operating system, where the C library has a call for it (glibc)."""
-    gc.collect()
+def keep_memory_small() -> None:
+    """Lets memory go back to the operating system when it is freed, where the C library can be told so (glibc).
+
+    Otherwise it keeps freed pieces of up to 32 MB for itself. Costs time: each large piece is new to the process.
+    """
+    threshold, arenas = -3, -8  # M_MMAP_THRESHOLD, M_ARENA_MAX of malloc.h
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        library = ctypes.CDLL(None)
+        library.mallopt(threshold, OWN_PAGES)
+        library.mallopt(arenas, 1)
+        library.malloc_trim(0)
 
 
 class Stopwatch:

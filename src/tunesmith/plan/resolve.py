@@ -18,11 +18,11 @@ from tunesmith.plan.memory import Load, predict_memory
 from tunesmith.plan.streaming import (
     StreamedLoad,
     refuse_targets_outside_blocks,
-    refuse_too_small,
     refuse_what_cannot_stream,
     streamed_memory,
+    tokens_at_once,
 )
-from tunesmith.recipe import Duration, Parameters, Plan, Recipe, Resolved, Workload
+from tunesmith.recipe import Duration, Memory, Parameters, Plan, Recipe, Resolved, Workload
 
 DEFAULT_EPOCHS = 3.0
 TOKENS_AT_ONCE = {"cpu": 2048, "mps": 4096, "cuda": 16384}
@@ -80,8 +80,8 @@ def resolve(
     dtype, frozen_dtype = _dtypes(recipe, hardware, decided)
     steps, epochs = _length(recipe, workload, decided)
     fit = _Fit(workload, hardware, dtype, frozen_dtype)
-    micro_batch, checkpointing, memory, streamed = _fit_or_stream(recipe, adapted, shape, fit, decided)
-    if streamed:
+    micro_batch, checkpointing, memory, streamed_tokens = _fit_or_stream(recipe, adapted, shape, fit, decided)
+    if streamed_tokens is not None:
         judged = replace(judged, metrics=["perplexity"], why="each token of an answer would read the whole model")
     evaluate_every, checkpoint_every = _intervals(recipe, steps, decided)
     max_new = _longest_answer(recipe, judged, decided)
@@ -98,7 +98,7 @@ def resolve(
             "rows laid end to end need no padding; tested when the model is loaded",
         ),
         gradient_checkpointing=checkpointing,
-        streamed=streamed,
+        streamed_tokens=streamed_tokens,
         steps=steps,
         epochs=epochs,
         micro_batch=micro_batch,
@@ -217,11 +217,11 @@ class _Fit:
 
 def _fit_or_stream(
     recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decided: Decisions
-) -> tuple[int, bool, Any, bool]:
-    """Micro-batch, checkpointing, memory, and whether the model must be read block by block for the recipe's budget."""
+) -> tuple[int, bool, Memory, int | None]:
+    """As `_fit`, and tokens at a time when the recipe's budget leaves room for one block of the model only."""
     budget = recipe.budget.memory_bytes
     if budget is None:
-        return *_fit(recipe, adapted, shape, fit, decided), False
+        return *_fit(recipe, adapted, shape, fit, decided), None
     if fit.hardware.device.type != "cpu" or fit.hardware.processes > 1:
         raise InputError(
             "a memory budget is kept by one process on a CPU; this job runs on "
@@ -235,12 +235,14 @@ def _fit_or_stream(
         decided.made += ordinary.made
         reason = f"the whole job is expected to need {memory.peak_bytes / 1e6:,.0f} MB"
         decided.made.append(Resolved(name="model in memory", value="whole", reason=reason))
-        return micro_batch, checkpointing, memory, False
-    return *_streamed(recipe, adapted, shape, fit, decided), True
+        return micro_batch, checkpointing, memory, None
+    return _streamed(recipe, adapted, shape, fit, decided)
 
 
-def _streamed(recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decided: Decisions) -> tuple[int, bool, Any]:
-    """As `_fit`, for a model of which one block at a time is in memory."""
+def _streamed(
+    recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decided: Decisions
+) -> tuple[int, bool, Memory, int]:
+    """As `_fit`, for a model of which one block is in memory, and the tokens that run through it at a time."""
     budget = cast(int, recipe.budget.memory_bytes)
     refuse_what_cannot_stream(recipe)
     if not isinstance(adapted, StreamedModel):
@@ -252,21 +254,16 @@ def _streamed(recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decid
         )
     refuse_targets_outside_blocks(adapted)
 
-    def memory(rows: int) -> Any:
-        tokens, targets = fit.load(rows)
-        return streamed_memory(adapted, shape, StreamedLoad(tokens, targets, fit.dtype, fit.frozen_dtype))
+    share = fit.workload.targets / max(1, fit.workload.tokens)
 
-    rows, asked = 1, recipe.train.micro_batch
-    if asked == "auto":
-        while (
-            rows * 2 <= recipe.train.batch_size
-            and rows * 2 * fit.average <= TOKENS_AT_ONCE["cpu"]
-            and memory(rows * 2).peak_bytes <= budget
-        ):
-            rows *= 2
-    micro_batch = decided.settle("train.micro_batch", asked, rows, "as many rows as fit into budget.memory")
-    predicted = memory(micro_batch)
-    refuse_too_small(predicted.peak_bytes, budget, micro_batch)
+    def memory(tokens: int) -> Memory:
+        load = StreamedLoad(tokens, math.ceil(tokens * share), fit.dtype, fit.frozen_dtype)
+        return streamed_memory(adapted, shape, load)
+
+    batch, longest = recipe.train.batch_size, fit.workload.longest
+    tokens = tokens_at_once(lambda tokens: memory(tokens).peak_bytes, budget, longest, batch * fit.average)
+    why = f"as many rows as {tokens} tokens hold, within budget.memory"
+    micro_batch = decided.settle("train.micro_batch", recipe.train.micro_batch, batch, why)
     reason = f"block by block: the whole job does not fit into {budget / 1e6:,.0f} MB"
     decided.made.append(Resolved(name="model in memory", value="one block", reason=reason))
     decided.settle(
@@ -276,7 +273,7 @@ def _streamed(recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decid
         "the model is read from its files twice for every micro-batch, and the backward pass computes every block "
         "again: expect training to take half as long again or more"
     )
-    return micro_batch, True, predicted
+    return micro_batch, True, memory(tokens), tokens
 
 
 def _fit(recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decided: Decisions) -> tuple[int, bool, Any]:

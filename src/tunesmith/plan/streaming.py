@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,12 +12,17 @@ from tunesmith.base import InputError
 from tunesmith.methods import Lora, trainable_parameters
 from tunesmith.models.measure import Shape
 from tunesmith.models.streamed import StreamedModel
-from tunesmith.models.streamed_head import LOGITS_AT_ONCE, ROWS_AT_ONCE
+from tunesmith.models.streamed_head import AT_ONCE, ROWS_AT_ONCE
 from tunesmith.plan.memory import BYTES
 from tunesmith.recipe import Memory, Recipe
 
 RUNTIME_BYTES = 330 * 10**6
 """Resident memory of a process that has imported what a streamed job needs, with tokenizer, rows and kernels."""
+STEP = 64
+"""Numbers of tokens at a time are multiples of this."""
+MOST_AT_ONCE = 2048
+SPREAD = 1.1
+"""How much more than the average a step's tokens are taken to be, so that most steps need no pass more."""
 MARGIN = 1.03
 """What is lost between pieces of memory."""
 KEY = "budget.memory"
@@ -91,11 +97,11 @@ def streamed_memory(adapted: StreamedModel, shape: Shape, load: StreamedLoad) ->
     blocks = [sum(p.numel() for p in block.parameters() if not p.requires_grad) for block in adapted.model.layers]
     weights = width * (max(blocks) + ROWS_AT_ONCE * shape.hidden) + 4 * trained
     arithmetic = BYTES[load.dtype]
-    inputs = 2 * arithmetic * shape.layers * shape.hidden
+    inputs = arithmetic * shape.layers * shape.hidden
     outputs = shape.linear_outputs / max(1, shape.layers)
     beside = 2 * shape.intermediate + 3 * shape.hidden + shape.key_value
     block = 2 * (arithmetic * (outputs + beside) + 4 * 4 * shape.hidden)
-    head = load.targets * shape.hidden * (4 + 2 * arithmetic) + LOGITS_AT_ONCE * (arithmetic + 2 * 4)
+    head = load.targets * shape.hidden * (4 + 2 * arithmetic) + AT_ONCE * ROWS_AT_ONCE * (arithmetic + 2 * 4)
     activations = max(load.tokens * (inputs + block) + head, 8 * trained)
     total = MARGIN * (weights + 4 * trained + 8 * trained + activations + RUNTIME_BYTES)
     return Memory(
@@ -108,14 +114,33 @@ def streamed_memory(adapted: StreamedModel, shape: Shape, load: StreamedLoad) ->
     )
 
 
-def refuse_too_small(needed: int, budget: int, rows: int) -> None:
-    """Raises InputError when even block by block the job does not fit, naming the smallest budget that would do."""
-    if needed > budget:
-        smallest = math.ceil(needed / 1e6)
+def tokens_at_once(needed: Callable[[int], int], budget: int, longest: int, step_tokens: int) -> int:
+    """The number of tokens that runs through a block at a time, always the same one.
+
+    As many as fit into the budget, and of those so few that the tokens of an average step fill the last pass too.
+
+    Args:
+        needed: bytes at the peak with so many tokens at a time.
+        longest: tokens of the longest row, which is never parted.
+
+    Raises:
+        InputError: when not even the longest row fits, naming the smallest budget that would do.
+    """
+    least = _even(longest)
+    if needed(least) > budget:
+        smallest = math.ceil(needed(least) / 1e6)
         raise InputError(
-            f"{budget / 1e6:,.0f} MB is too little: block by block and with {rows} row{'s' * (rows > 1)} at a time the "
-            f"job needs about {smallest:,} MB",
+            f"{budget / 1e6:,.0f} MB is too little: block by block and with the longest row alone ({longest} tokens) "
+            f"the job needs about {smallest:,} MB",
             where=KEY,
-            fix=f"use {KEY}: {smallest}MB or more, lower method.rank or data.max_length"
-            + (", or train.micro_batch: 1" if rows > 1 else ""),
+            fix=f"use {KEY}: {smallest}MB or more, or lower method.rank or data.max_length",
         )
+    most = least
+    while most + STEP <= MOST_AT_ONCE and needed(most + STEP) <= budget:
+        most += STEP
+    passes = math.ceil(step_tokens * SPREAD / most)
+    return max(least, min(most, _even(math.ceil(step_tokens * SPREAD / passes))))
+
+
+def _even(tokens: int) -> int:
+    return -(-tokens // STEP) * STEP

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class SmallAdamW(Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:  # without the base's, see above
         self.param_groups = [{"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, **group} for group in groups]
-        self.state = defaultdict(dict)
+        self.state = cast(Any, defaultdict(dict))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self._parameters():
@@ -60,7 +60,7 @@ class SmallAdamW(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's optimizers have it."""
-        numbers = {weight: number for number, weight in enumerate(self._parameters())}
+        numbers: dict[Tensor, int] = {weight: number for number, weight in enumerate(self._parameters())}
         groups = [{**group, "params": [numbers[weight] for weight in group["params"]]} for group in self.param_groups]
         return {"state": {numbers[weight]: state for weight, state in self.state.items()}, "param_groups": groups}
 
@@ -72,7 +72,7 @@ class SmallAdamW(Optimizer):
         for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             own.update({name: value for name, value in saved.items() if name != "params"})
 
-    def _state_of(self, weight: nn.Parameter) -> dict[str, Tensor]:
+    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
