@@ -25,6 +25,7 @@ from tunesmith.models import kernels
 from tunesmith.models.attention import as_transformers_runs_it, attend
 from tunesmith.models.head import head_logits
 from tunesmith.models.projection import Gating, Run, compute_dtype, kept_projection, project, project_gated
+from tunesmith.models.row_attention import forget_layouts
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Number of the layer, query ``[tokens, heads, head_dim]``, key and value ``[tokens, key_heads, head_dim]`` with their
@@ -109,6 +110,8 @@ class Decoder:
             attend = _with_prefix(attend, backbone.embed_tokens.before_attention(token_ids))
         delta: Tensor | None = None
         resident = getattr(backbone, "resident", None)  # blocks that come into memory one at a time
+        if resident is not None:
+            forget_layouts()
         for number, block in enumerate(backbone.layers):
             parts = self._kept[number] if self._kept else self._parts(block)
 
