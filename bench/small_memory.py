@@ -3,8 +3,8 @@
     python bench/small_memory.py [--steps 8] [--write docs/results/small-memory.md]
 
 Each job is a fresh `tunesmith train` process on rows from Python's own library, with the same seed. Peaks are the
-system's own count for the whole process (`ru_maxrss` of the process that ended), from its start to its end: reading rows,
-planning, judging base and tuned, training, checkpoints and report.
+system's own count for the whole process (`ru_maxrss` of the process that ended), from its start to its end: reading
+rows, planning, judging base and tuned, training, checkpoints and report.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def job(directory: Path, data: Path, steps: int, budget: str | None) -> dict[str
         "data": {"train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl"), "max_length": 256,
                  "overlong": "truncate", "test": str(data / "test.jsonl")},
         "method": {"kind": "lora", "rank": 16},
-        "train": {"steps": steps, "batch_size": 8, "learning_rate": 1e-3, "evaluate_every": "off"},
-        "evaluate": {"rows": 16, "metrics": ["perplexity"]},
+        "train": {"steps": steps, "batch_size": 4, "learning_rate": 1e-3, "evaluate_every": "off"},
+        "evaluate": {"rows": 8, "metrics": ["perplexity"], "forgetting": "off"},
         "output": str(directory),
         **({"budget": {"memory": budget}} if budget else {}),
     }  # fmt: skip
@@ -60,9 +60,9 @@ def page(steps: int, whole: dict[str, Any], streamed: dict[str, Any]) -> str:
     lines = [
         "# Block by block in a small memory",
         "",
-        f"`python bench/small_memory.py --steps {steps}`: SmolLM2-135M, LoRA of rank 16 on all linear layers, 8 rows a "
-        "step, bf16, one seed. Each job is a process of its own; its peak is the operating system's count from start to "
-        "end, judging and checkpoints included.",
+        f"`python bench/small_memory.py --steps {steps}`: SmolLM2-135M, LoRA of rank 16 on all linear layers, 4 rows a "
+        "step, one seed. Each job is a process of its own; its peak is the operating system's count from start to end, "
+        "judging and checkpoints included.",
         "",
         "| | in memory | `budget.memory: 512MB` |",
         "|---|---:|---:|",
@@ -70,9 +70,9 @@ def page(steps: int, whole: dict[str, Any], streamed: dict[str, Any]) -> str:
         f"| predicted by the plan | {whole['predicted'] / 1e6:.0f} | {streamed['predicted'] / 1e6:.0f} |",
         f"| perplexity of held-out answers | {whole['tuned']:.3f} | {streamed['tuned']:.3f} |",
         "",
-        f"Largest relative difference of a step's loss: {difference:.2%}. A step takes {ratio:.1f} times as long (medians "
-        f"of one run each, one after the other on a shared machine with {os.cpu_count()} cores: a rough figure); "
-        f"{streamed['tokens']} tokens run through a block at a time.",
+        f"Largest relative difference of a step's loss: {difference:.2%}. A step takes {ratio:.1f} times as long "
+        f"(medians of a run each, one after the other on a shared machine with {os.cpu_count()} cores: a rough "
+        f"figure); {streamed['tokens']} tokens run through a block at a time.",
         "",
         "| step | loss in memory | loss block by block |",
         "|---:|---:|---:|",

@@ -136,6 +136,7 @@ def _loaded(planned: Planned) -> PreTrainedModel:
     recipe, dtype = planned.recipe, DTYPES[planned.plan.frozen_dtype]
     tokens = planned.plan.streamed_tokens
     if tokens is not None:
+        keep_memory_small()  # once more: reading rows has left holes
         directory = weights_directory(planned.location, recipe.model.revision)
         return cast(Any, load_streamed(directory, planned.config, dtype=dtype, tokens_at_once=tokens))
     return load_model(

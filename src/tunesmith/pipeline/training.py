@@ -26,7 +26,7 @@ from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.proof import Proof
 from tunesmith.pipeline.resuming import record_changes
 from tunesmith.pipeline.stopping import Stopping
-from tunesmith.pipeline.usage import PeakMemory, Stopwatch
+from tunesmith.pipeline.usage import PeakMemory, Stopwatch, keep_memory_small
 from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Plan
 from tunesmith.recipe_file import recipe_yaml
@@ -120,6 +120,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     _take_best(work, checkpoints, progress)
+    saved.optimizer.zero_grad(set_to_none=True)
     made_whole(model)
     if is_main():
         _commit_result(work)
@@ -148,6 +149,8 @@ def _adapted(work: Work) -> Saved:
     planned, model = work.planned, work.model
     recipe, plan = planned.recipe, planned.plan
     method = recipe.method
+    if plan.streamed_tokens is not None:
+        keep_memory_small()
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     method.adapt(model)
