@@ -1,6 +1,6 @@
 """SmolLM2-135M within 512 MB, and the same job with the model in memory: losses, peaks and times.
 
-    python bench/small_memory.py [--steps 8] [--write docs/results/small-memory.md]
+    python bench/small_memory.py [--steps 4] [--write docs/results/small-memory.md]
 
 Each job is a fresh `tunesmith train` process on rows from Python's own library, with the same seed. Peaks are the
 system's own count for the whole process (`ru_maxrss` of the process that ended), from its start to its end: reading
@@ -29,7 +29,7 @@ def job(directory: Path, data: Path, steps: int, budget: str | None) -> dict[str
         "model": "demo",
         "data": {"train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl"), "max_length": 256,
                  "overlong": "truncate", "test": str(data / "test.jsonl")},
-        "method": {"kind": "lora", "rank": 16},
+        "method": {"kind": "lora", "rank": 8},
         "train": {"steps": steps, "batch_size": 4, "learning_rate": 1e-3, "evaluate_every": "off"},
         "evaluate": {"rows": 8, "metrics": ["perplexity"], "forgetting": "off"},
         "output": str(directory),
@@ -60,7 +60,7 @@ def page(steps: int, whole: dict[str, Any], streamed: dict[str, Any]) -> str:
     lines = [
         "# Block by block in a small memory",
         "",
-        f"`python bench/small_memory.py --steps {steps}`: SmolLM2-135M, LoRA of rank 16 on all linear layers, 4 rows a "
+        f"`python bench/small_memory.py --steps {steps}`: SmolLM2-135M, LoRA of rank 8 on all linear layers, 4 rows a "
         "step, one seed. Each job is a process of its own; its peak is the operating system's count from start to end, "
         "judging and checkpoints included.",
         "",
@@ -87,7 +87,7 @@ def page(steps: int, whole: dict[str, Any], streamed: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--write", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:

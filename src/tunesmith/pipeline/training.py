@@ -88,6 +88,9 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
         snapshot = saved.snapshot() if is_main() or is_sharded(model) else None
         if is_main() and snapshot is not None:
             checkpoints.save(now, snapshot, states, run.synced_events())
+        if plan.streamed_tokens is not None:
+            del snapshot
+            keep_memory_small()
         wait_for_all()
 
     def go_back() -> Progress | None:

@@ -13,7 +13,7 @@ from types import TracebackType
 import psutil
 import torch
 
-OWN_PAGES = 256 * 1024
+OWN_PAGES = 32 * 1024
 """Bytes from which a piece of memory gets pages of its own under a memory budget."""
 
 
