@@ -27,7 +27,7 @@ def job(directory: Path, data: Path, steps: int, budget: str | None) -> dict[str
     """Trains in a process of its own; returns losses, seconds and peak in bytes."""
     recipe = {
         "model": "demo",
-        "data": {"train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl"), "max_length": 256,
+        "data": {"train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl"), "max_length": 192,
                  "overlong": "truncate", "test": str(data / "test.jsonl")},
         "method": {"kind": "lora", "rank": 8},
         "train": {"steps": steps, "batch_size": 4, "learning_rate": 1e-3, "evaluate_every": "off"},
