@@ -300,11 +300,11 @@ print(json.dumps([process_peak_bytes(), heavy, run.report["measured"]["peak_byte
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the system's count of resident memory")
 def test_a_process_stays_within_its_budget_and_imports_nothing_large(model_directory: Path, tmp_path: Path) -> None:
-    asked = recipe(model_directory, tmp_path, "450MB", train={"dtype": "fp32"})
+    asked = recipe(model_directory, tmp_path, "480MB", train={"dtype": "fp32"})
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SMALL, asked.model_dump_json()]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
     peak, heavy, measured, warnings = json.loads(said.stdout.splitlines()[-1])
     assert heavy == []
-    assert measured <= peak < 450e6, warnings
+    assert measured <= peak < 480e6, warnings
