@@ -271,7 +271,7 @@ def _streamed(
     )
     decided.notes.append(
         "the model is read from its files twice for every micro-batch, and the backward pass computes every block "
-        "again: expect training to take half as long again or more"
+        "again: training takes several times as long (docs/results/small-memory.md)"
     )
     return micro_batch, True, memory(tokens), tokens
 
