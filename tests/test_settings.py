@@ -17,7 +17,7 @@ from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, QLora
 from tunesmith.objectives import Classify, Regress, Supervised, Tag
 from tunesmith.pipeline.finetune import finetune
-from tunesmith.recipe import EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
+from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
 from tunesmith.recipe_file import check_recipe
 
 BASE: dict[str, Any] = {
@@ -264,6 +264,7 @@ CHANGES: dict[str, Any] = {
     "evaluate.forgetting": ({}, {"evaluate": {"forgetting": "GENERAL"}}),
     "evaluate.samples": ({}, {"evaluate": {"samples": 2}}),
     "gate": ({}, {"gate": {"f1": 0.9}}),
+    "budget.memory": ({}, {"budget": {"memory": "512MB"}}),
     "output": None,
     "seed": ({}, {"seed": 1}),
 }
@@ -298,6 +299,7 @@ def schema_fields() -> set[str]:
         "train.groups[]": [GroupSpec],
         "train.early_stopping": [EarlyStopping],
         "evaluate": [EvaluateSpec],
+        "budget": [BudgetSpec],
     }
     names = {name for name in Recipe.model_fields if name not in nested} | {"evaluate", "train.early_stopping"}
     for prefix, models in nested.items():

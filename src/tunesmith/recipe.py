@@ -193,6 +193,45 @@ class EvaluateSpec(Spec):
         return value
 
 
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def _bytes_of(value: Any) -> int:
+    """Reads `512MB` (millions of bytes), `2GiB` (powers of 1024) or a number of bytes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    found = (
+        re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", value.strip(), re.IGNORECASE)
+        if isinstance(value, str)
+        else None
+    )
+    if found is None or not float(found[1]):
+        raise ValueError(f"{value!r} is not a size such as 512MB or 2GiB")
+    number, unit, binary = float(found[1]), found[2].upper(), bool(found[3])
+    return int(number * (1024 if binary else 1000) ** _UNITS[unit])
+
+
+class BudgetSpec(Spec):
+    """What the job may use."""
+
+    memory: str | int | None = None
+    """The most memory that the whole process may have at any time, as the operating system counts it: `512MB`
+    (millions of bytes), `2GiB`, or a number of bytes. When the job does not fit, the frozen model is read from its
+    files block by block, at every step, and LoRA is trained beside it; see docs/training.md for what that costs. For
+    training on a CPU."""
+
+    @field_validator("memory")
+    @classmethod
+    def _is_a_size(cls, memory: Any) -> Any:
+        if memory is not None:
+            _bytes_of(memory)
+        return memory
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory is None else _bytes_of(self.memory)
+
+
 def _gate_threshold(value: Any) -> float:
     """Reads `+0.02`, `0.02` or `5%` as a number."""
     if isinstance(value, str):
@@ -232,6 +271,8 @@ class Recipe(Spec):
     evaluate: EvaluateSpec | Off = EvaluateSpec()
     """How the result is proven; `off` skips it, and the report says so."""
     gate: Gate = Field(default_factory=dict)
+    budget: BudgetSpec = BudgetSpec()
+    """What the job may use at most."""
     output: str = "runs/{name}"
     """Directory of the run. `{name}` becomes the recipe's file name (`run` for a recipe made in
     Python). An existing run is never overwritten."""
@@ -328,6 +369,8 @@ class Plan(Spec):
     frozen_dtype: Literal["fp32", "bf16", "fp16"]
     packing: bool
     gradient_checkpointing: bool
+    streamed_tokens: int | None = None
+    """Tokens that run through a block at a time when the frozen model is read from its files block by block."""
     steps: int
     epochs: float
     micro_batch: int

@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from tunesmith.data.spec import DataSpec, SourceSpec
 from tunesmith.methods import Method
 from tunesmith.objectives import Objective
-from tunesmith.recipe import EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
+from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
 
 METHODS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Method)[0])
 OBJECTIVES: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Objective)[0])
@@ -29,6 +29,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("train.groups[]", GroupSpec),
     ("train.early_stopping", EarlyStopping),
     ("evaluate", EvaluateSpec),
+    ("budget", BudgetSpec),
 )
 HEAD = """# Recipe reference
 

@@ -88,13 +88,21 @@ class Prepared:
 
 
 def prepare(
-    spec: DataSpec, renderer: RowRenderer, *, model_limit: int, seed: int, wants_test: bool, progress: Progress
+    spec: DataSpec,
+    renderer: RowRenderer,
+    *,
+    model_limit: int,
+    seed: int,
+    wants_test: bool,
+    progress: Progress,
+    alone: bool = False,
 ) -> Prepared:
     """Does everything between files and examples.
 
     Args:
         model_limit: positions that the model has, in tokens.
         wants_test: whether rows are held back for a verdict when no test file is named.
+        alone: start no process that works beside this one; slower on large files.
 
     Raises:
         InputError: for anything wrong with the data or its settings.
@@ -107,7 +115,7 @@ def prepare(
     lost, notes = Losses(), [note for source in sources for note in source.notes]
     train, held = _parted(rows, sources, Held(spec, seed, wants_test, renderer.answers_optional), lost)
     splits = {"train": train, "validation": held.validation, "test": held.test}
-    with inspecting_aside(rows, splits if spec.checks else {}, spec.benchmarks, progress):
+    with inspecting_aside(rows, splits if spec.checks and not alone else {}, spec.benchmarks, progress):
         stored = Stored(rows, tokens_of(rows, renderer, progress))
     refuse_unrendered(train, stored)
     longest = int(stored.lengths(train).max(initial=0))

@@ -118,7 +118,7 @@ def row_nlls(
     order = sorted(range(len(examples)), key=lambda at: len(examples[at]))
     try:
         with torch.no_grad():
-            for group in groups_of_rows(order, examples):
+            for group in groups_of_rows(order, examples, getattr(model, "tokens_at_once", TOKENS_AT_ONCE)):
                 progress("scoring", group[0], len(order))
                 chosen = [order[at] for at in group]
                 batch = pack([examples[at] for at in chosen], "packed" if packed else "padded")
@@ -135,12 +135,12 @@ def row_nlls(
     return sums
 
 
-def groups_of_rows(order: Sequence[int], examples: Sequence[Example]) -> list[list[int]]:
+def groups_of_rows(order: Sequence[int], examples: Sequence[Example], most: int = TOKENS_AT_ONCE) -> list[list[int]]:
     """Positions of ``order`` in groups of bounded size."""
     groups: list[list[int]] = []
     tokens = 0
     for position, at in enumerate(order):
-        if not groups or tokens + len(examples[at]) > TOKENS_AT_ONCE:
+        if not groups or tokens + len(examples[at]) > most:
             groups.append([])
             tokens = 0
         groups[-1].append(position)

@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from tunesmith.batch import NO_PARENT
 from tunesmith.models.projection import compute_dtype
@@ -215,6 +214,9 @@ def _mask(queries: int, keys: int, causal: bool, window: int | None, device: tor
 def use_attention(model: nn.Module, name: str) -> None:
     language_model = cast(Any, model)
     if language_model.config._attn_implementation != name:
+        from transformers import AttentionInterface  # whose module brings all that a model of transformers may need
+
+        AttentionInterface.register(SEGMENTS, segment_attention)
         language_model.set_attn_implementation(name)
 
 
@@ -239,6 +241,3 @@ def as_transformers_runs_it(model: nn.Module) -> Iterator[None]:
 def default_attention(model: nn.Module) -> str:
     """The attention that transformers would choose by itself: `sdpa` where the architecture has it."""
     return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
-
-
-AttentionInterface.register(SEGMENTS, segment_attention)

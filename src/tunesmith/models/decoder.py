@@ -25,7 +25,7 @@ from tunesmith.models import kernels
 from tunesmith.models.attention import as_transformers_runs_it, attend
 from tunesmith.models.head import head_logits
 from tunesmith.models.projection import Gating, Run, compute_dtype, kept_projection, project, project_gated
-from tunesmith.models.row_attention import Ancestor
+from tunesmith.models.row_attention import Ancestor, forget_layouts
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Number of the layer, query ``[tokens, heads, head_dim]``, key and value ``[tokens, key_heads, head_dim]`` with their
@@ -110,13 +110,18 @@ class Decoder:
         if put is not None:
             attend = _with_own(attend, put)
         delta: Tensor | None = None
+        resident = getattr(backbone, "resident", None)  # blocks that come into memory one at a time
+        if resident is not None:
+            forget_layouts()
         for number, block in enumerate(backbone.layers):
             parts = self._kept[number] if self._kept else self._parts(block)
 
             def run(hidden: Tensor, delta: Tensor | None, number: int = number, parts: _Parts = parts) -> Any:
                 return self._block(number, parts, hidden, delta, rotary, attend)
 
-            if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
+            if resident is not None:
+                hidden, delta = resident.run(number, run, hidden if delta is None else hidden + delta)
+            elif getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
                 hidden, delta = cast(Any, checkpoint(run, hidden, delta, use_reentrant=False))
             else:
                 hidden, delta = run(hidden, delta)
@@ -162,7 +167,11 @@ class Decoder:
             own = (None, None) if ancestors is None else tuple(part.to(key.dtype) for part in ancestors[layer])
             return attend(query, key, value, segments, self.scaling, self.windows[layer], cast(Ancestor, own))
 
-        return within
+        def wide(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return within(layer, query.float(), key.float(), value.float()).to(query.dtype)
+
+        # Products in narrow dtypes keep some megabytes for every new length of a row.
+        return wide if getattr(cast(Any, self._model()).model, "resident", None) is not None else within
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[n, vocabulary]`` from ``[n, width]``."""
@@ -221,6 +230,12 @@ def decoder_of(model: nn.Module) -> Decoder | str:
         found = shape_obstacle(model) or Decoder(model)
         _DECODERS[model] = found if isinstance(found, str) else _difference(model, found) or found
     return _DECODERS[model]
+
+
+def decoder_without_comparison(model: nn.Module) -> Decoder:
+    """The decoder of modules that are laid out like transformers' and cannot run by themselves."""
+    _DECODERS[model] = decoder = Decoder(model)
+    return decoder
 
 
 def forget_decoder(model: nn.Module) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any, cast
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.base import InputError
+from tunesmith.models.streamed_head import ROWS_AT_ONCE, FileEmbedding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TINY = 0.01
 """Share of the median length below which a vector cannot have been learned."""
@@ -24,18 +28,28 @@ def untrained_tokens(model: PreTrainedModel, token_ids: Collection[int]) -> list
     Args:
         token_ids: tokens that a template writes.
     """
+    embedding = model.get_input_embeddings()
+    asked = sorted(token for token in token_ids if token < len(cast(torch.Tensor, embedding.weight)))
+    own, lengths, same = dict[int, torch.Tensor](), list[torch.Tensor](), Counter[int]()
     with torch.no_grad():
-        vectors = cast(torch.Tensor, model.get_input_embeddings().weight).detach().float()  # [vocabulary, hidden]
-        lengths = vectors.norm(dim=1)
-        typical = float(lengths.median())
-        found = []
-        for token in sorted(token_ids):
-            if token >= len(vectors):
-                continue
-            same = int((vectors == vectors[token]).all(dim=1).sum())
-            if float(lengths[token]) < TINY * typical or same > 1:
-                found.append(token)
-    return found
+        start = 0
+        for part in _parts(embedding):
+            lengths.append(part.float().norm(dim=1))
+            own |= {token: part[token - start].clone() for token in asked if start <= token < start + len(part)}
+            start += len(part)
+        for part in _parts(embedding):
+            for token, vector in own.items():
+                same[token] += int((part == vector).all(dim=1).sum())
+        found = torch.cat(lengths)
+        typical = float(found.median())
+        return [token for token in asked if float(found[token]) < TINY * typical or same[token] > 1]
+
+
+def _parts(embedding: nn.Module) -> Iterable[torch.Tensor]:
+    """The table some rows at a time, so that it is never there once more in fp32."""
+    if isinstance(embedding, FileEmbedding):
+        return embedding.slices()
+    return cast(torch.Tensor, embedding.weight).detach().split(ROWS_AT_ONCE)
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dict[str, int]:

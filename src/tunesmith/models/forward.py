@@ -18,6 +18,7 @@ from tunesmith.models.attention import SEGMENTS, UnsupportedAttention, use_atten
 from tunesmith.models.decoder import Decoder, decoder_of
 from tunesmith.models.head import has_plain_head, head_logits, target_logps
 from tunesmith.models.projection import compute_dtype, projection_of, rounded_up
+from tunesmith.models.streamed_head import FileHead
 
 
 def next_token_logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor:
@@ -61,7 +62,10 @@ def next_token_logps(
 
 def hidden_logps(model: nn.Module, hidden: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """The same from what the head reads before each target, ``[n, width]``."""
-    head = projection_of(cast(Any, model).get_output_embeddings())
+    layer = cast(Any, model).get_output_embeddings()
+    if isinstance(layer, FileHead):
+        return layer.target_logps(hidden, targets)
+    head = projection_of(layer)
     if head is not None and isinstance(head.weight, Tensor) and head.bias is None and head.update is None:
         logps = target_logps(hidden, head.weight, targets)
         return _smoothed(logps, hidden, head.weight, targets, smoothing) if smoothing else logps
@@ -130,7 +134,9 @@ def _filled_up(model: nn.Module, batch: Batch) -> Batch:
     embeddings = cast(Any, model).get_input_embeddings().weight
     if batch.layout == "padded" or embeddings.device.type != "cpu" or compute_dtype(embeddings) == torch.float32:
         return batch
-    filler = (0, rounded_up(batch.tokens) - batch.tokens)
+    step = getattr(model, "tokens_at_once", None)
+    tokens = rounded_up(batch.tokens) if step is None else -(-batch.tokens // step) * step
+    filler = (0, tokens - batch.tokens)
     return replace(batch, token_ids=F.pad(batch.token_ids, filler), positions=F.pad(batch.positions, filler))
 
 

@@ -78,10 +78,35 @@ def read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, revision=revision)
 
 
-def load_tokenizer(path: str, revision: str | None = None, *, writes: bool = True) -> PreTrainedTokenizerBase:
-    """Raises InputError when there is no tokenizer, or it has no end-of-text token for a model that ``writes``."""
+_SAID_IN_FULL = (
+    "attention_bias attention_dropout head_dim hidden_act hidden_size intermediate_size max_position_embeddings "
+    "mlp_bias num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps tie_word_embeddings vocab_size"
+).split()
+
+
+def read_plain_config(path: str, revision: str | None = None) -> PreTrainedConfig:
+    """The same settings as `read_config` without the class of a family, whose import takes 80 MB of memory.
+
+    For Llama, where the file says everything that the class has a default for; elsewhere the class is asked.
+    """
+    with told_plainly("the model's configuration", path):
+        said, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        whole = said.keys() >= {*_SAID_IN_FULL, "rope_parameters"} and "rope_type" in (said["rope_parameters"] or {})
+        if said.get("model_type") == "llama" and whole:
+            return PreTrainedConfig.from_dict(said)
+    return read_config(path, revision)
+
+
+def load_tokenizer(
+    path: str, revision: str | None = None, config: PreTrainedConfig | None = None, *, writes: bool = True
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, whose configuration is read for it unless it is given.
+
+    Raises InputError when there is no tokenizer, or it has no end-of-text token for a model that ``writes``.
+    """
+    given = {} if config is None else {"config": config}
     with told_plainly("the tokenizer", path):
-        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, revision=revision))
+        tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(path, revision=revision, **given))
     if writes and tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no end-of-text token, so the model could never learn to stop",
@@ -207,6 +232,21 @@ def _from_files(
         cast("nn.Module", model).to(how.device)
     settle_layers(cast("nn.Module", model), how.dtype)
     return model.eval(), sorted({*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))})
+
+
+def weights_directory(path: str, revision: str | None = None) -> Path:
+    """The directory of a model's safetensors files; those of a hub id are fetched.
+
+    Raises:
+        InputError: when they cannot be had.
+    """
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    from huggingface_hub import snapshot_download
+
+    with told_plainly("the model", path):
+        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, config: Any, location: str) -> set[int]:

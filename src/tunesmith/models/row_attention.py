@@ -100,6 +100,12 @@ def layout_of(lengths: tuple[int, ...], tokens: int, heads: int, key_heads: int,
     return Layout(tuple(groups), *slots, starts[-1], heads, key_heads)
 
 
+def forget_layouts() -> None:
+    """Frees what is kept of lengths that were met: a mask each, which is as large as the square of a length."""
+    layout_of.cache_clear()
+    _bias.cache_clear()
+
+
 def _groups(lengths: tuple[int, ...]) -> list[list[int]]:
     """Rows by length, put together while padding wastes little; long ones alone."""
     groups: list[list[int]] = []

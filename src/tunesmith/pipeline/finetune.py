@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from tunesmith.base import InputError, TunesmithError
 from tunesmith.models.decoder import decoder_of
 from tunesmith.models.embeddings import teach_tokens
 from tunesmith.models.forward import packing_obstacle
-from tunesmith.models.load import Loading, load_judge, load_model
+from tunesmith.models.load import Loading, load_judge, load_model, weights_directory
+from tunesmith.models.streamed import load_streamed
 from tunesmith.pipeline.environment import describe_environment
 from tunesmith.pipeline.features import with_features
 from tunesmith.pipeline.lineage import LINEAGE, MANIFEST, describe_lineage, write_manifest
@@ -30,12 +31,16 @@ from tunesmith.pipeline.room import refuse_too_little_room
 from tunesmith.pipeline.sinks import check_sinks, open_sinks
 from tunesmith.pipeline.stopping import Stopping
 from tunesmith.pipeline.training import BLOCKS, Watcher, Work, train_model
-from tunesmith.pipeline.usage import Stopwatch
+from tunesmith.pipeline.usage import Stopwatch, keep_memory_small, process_peak_bytes
 from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Plan, Recipe, Resolved
 from tunesmith.recipe_file import recipe_yaml
 from tunesmith.run import BASE_EVALUATION, DATA, ENVIRONMENT, PLAN, RECIPE, REPORT, TUNED_EVALUATION, Run
+from tunesmith.train.loop import Emit
 from tunesmith.train.parallel import is_main, join_processes, leave_processes, wait_for_all, world_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Watcher", "finetune"]
 
@@ -69,6 +74,8 @@ def finetune(
     watcher = watcher or Watcher()
     # A recipe that was made in Python has no file whose name its run could take.
     recipe = recipe.model_copy(update={"output": recipe.output.replace("{name}", "run")})
+    if recipe.budget.memory is not None:
+        keep_memory_small()
     path = Path(recipe.output)
     run = Run.to_resume(path) if resume else None
     if run is None:
@@ -135,8 +142,14 @@ def _execute(
 
 
 def _loaded(planned: Planned) -> tuple[PreTrainedModel, Planned]:
-    """The model, and what its files settle of a head."""
+    """The base, in memory or read from its files block by block, and what its files settle of a head."""
     spec, dtype, device = planned.recipe.model, DTYPES[planned.plan.frozen_dtype], planned.hardware.device
+    tokens = planned.plan.streamed_tokens
+    if tokens is not None:
+        keep_memory_small()  # once more: reading rows has left holes
+        directory = weights_directory(planned.location, spec.revision)
+        model = load_streamed(directory, planned.config, dtype=dtype, tokens_at_once=tokens)
+        return cast(Any, model), planned
     if planned.judges is None:
         model = load_model(
             planned.location, dtype=dtype, device=device, revision=spec.revision, quantized=spec.quantization
@@ -176,6 +189,9 @@ def _work(work: Work) -> Run:
     stored_evaluation(run, TUNED_EVALUATION, work.proof and partial(work.proof.evaluate, model, progress))
     measured["evaluate_seconds"] = base_seconds + evaluating.seconds
     measured["seconds"] = measured["train_seconds"] + measured["evaluate_seconds"]
+    if recipe.budget.memory_bytes is not None:
+        measured["peak_bytes"] = process_peak_bytes()
+        _tell_of_overdraft(recipe.budget.memory_bytes, measured["peak_bytes"], planned.plan.steps, emit)
     report = written_report(run, planned, work.proof, measured, _notes(run))
     emit({"event": "end", "verdict": report["verdict"], "sentence": report["sentence"], "report": str(run.page)})
     write_page(run, report)
@@ -183,6 +199,12 @@ def _work(work: Work) -> Run:
     run.write(REPORT, report)
     write_manifest(run)
     return run
+
+
+def _tell_of_overdraft(budget: int, peak: int, step: int, emit: Emit) -> None:
+    if peak > budget:
+        text = f"the process had {peak / 1e6:,.0f} MB at its peak, more than budget.memory ({budget / 1e6:,.0f} MB)"
+        emit({"event": "warning", "step": step, "message": text})
 
 
 def _notes(run: Run) -> list[str]:

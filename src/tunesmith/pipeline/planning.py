@@ -18,13 +18,15 @@ from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.evaluation.compare import choose_metrics
 from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
-from tunesmith.models.load import load_tokenizer, locate_model, read_config, stop_token_ids
+from tunesmith.models.load import load_tokenizer, locate_model, read_config, read_plain_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
+from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
 from tunesmith.objectives import TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
+from tunesmith.plan.streaming import may_stream
 from tunesmith.recipe import Plan, Recipe, Resolved, Workload
 from tunesmith.train.parallel import world_size
 
@@ -70,17 +72,17 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         InputError: for anything wrong with model, data or settings.
     """
     location = locate_model(recipe.model.path, progress)
-    config = read_config(location, recipe.model.revision)
+    config = _config(recipe, location)
     objective: TrainingObjective = recipe.objective
     limit = position_limit(config)
-    model = meta_model(config, location, _guessed_head(objective))
+    model = _architecture(recipe, config, location)
     if isinstance(objective, TaskObjective):
         refuse_settings_of_writing(recipe, int(config.get_text_config().num_hidden_layers))
-        tokenizer = load_tokenizer(location, recipe.model.revision, writes=False)
+        tokenizer = load_tokenizer(location, recipe.model.revision, config, writes=False)
         added = add_tokens(tokenizer, recipe.model.add_tokens)
         renderer = label_renderer(objective, recipe.data, tokenizer, model, _stop_ids(tokenizer, config, location))
     else:
-        tokenizer = load_tokenizer(location, recipe.model.revision)
+        tokenizer = load_tokenizer(location, recipe.model.revision, config)
         added = add_tokens(tokenizer, recipe.model.add_tokens)
         renderer = Renderer.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
     prepared = prepare(
@@ -90,6 +92,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         seed=recipe.seed,
         wants_test=recipe.evaluate != "off",
         progress=progress,
+        alone=recipe.budget.memory is not None,
     )
     if isinstance(objective, TaskObjective):
         prepared, objective = with_labels(prepared, objective)
@@ -124,6 +127,18 @@ def _found_in_labels(asked: TrainingObjective, settled: TrainingObjective) -> li
     return found
 
 
+def _config(recipe: Recipe, location: str) -> PreTrainedConfig:
+    read = read_plain_config if recipe.budget.memory is not None and may_stream(recipe) else read_config
+    return read(location, recipe.model.revision)
+
+
+def _architecture(recipe: Recipe, config: PreTrainedConfig, location: str) -> nn.Module:
+    """The modules without weights; under a memory budget without transformers' own, which take memory to import."""
+    if recipe.budget.memory is not None and may_stream(recipe) and streaming_obstacle(config) is None:
+        return StreamedModel(config)
+    return meta_model(config, location, _guessed_head(recipe.objective))
+
+
 def _found_in_data(recipe: Recipe, prepared: Prepared) -> list[Resolved]:
     """What `auto` became by looking at the files themselves."""
     found = []
@@ -149,9 +164,8 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     missing = [source.path for source in source_specs(recipe.data) if not _is_here(source.path)]
     if not missing and _has_tokenizer(location):
         return plan_job(recipe, progress)
-    config = read_config(location, recipe.model.revision)
-    head = _guessed_head(recipe.objective)
-    model: nn.Module = meta_model(config, location, head)
+    config = _config(recipe, location)
+    model = _architecture(recipe, config, location)
     first = vocabulary_rows(model)  # the tokenizer, which would know, is not here
     teach_tokens(model, {token: first + at for at, token in enumerate(recipe.model.add_tokens)})
     workload = _estimated(recipe, position_limit(config), missing)

@@ -6,11 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
 from tunesmith.base import Interrupted, TrainingError, TunesmithError, silent
 from tunesmith.base import Progress as ShowProgress
@@ -23,6 +22,7 @@ from tunesmith.methods.token_rows import trained_token_ids
 from tunesmith.models.decoder import decoder_of
 from tunesmith.models.embeddings import untrained_tokens
 from tunesmith.models.sharding import is_sharded, made_whole, shard, whole
+from tunesmith.models.streamed import parts_in_memory
 from tunesmith.models.task_head import head_modules
 from tunesmith.pipeline import probe
 from tunesmith.pipeline.environment import code_sha256
@@ -30,7 +30,7 @@ from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.proof import Proof
 from tunesmith.pipeline.resuming import record_changes
 from tunesmith.pipeline.stopping import Stopping
-from tunesmith.pipeline.usage import PeakMemory, Stopwatch
+from tunesmith.pipeline.usage import PeakMemory, Stopwatch, keep_memory_small
 from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Plan
 from tunesmith.recipe_file import recipe_yaml
@@ -44,6 +44,9 @@ from tunesmith.train.optim import build_optimizer
 from tunesmith.train.parallel import is_main, wait_for_all, world_size
 from tunesmith.train.precision import Precision
 from tunesmith.train.randomness import random_states_of_all
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCKS = "decoder blocks"
 """Name of what a plan says about them."""
@@ -90,6 +93,9 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
         snapshot = saved.snapshot() if is_main() or is_sharded(model) else None
         if is_main() and snapshot is not None:
             checkpoints.save(now, snapshot, states, run.synced_events())
+        if plan.streamed_tokens is not None:
+            del snapshot
+            keep_memory_small()
         wait_for_all()
 
     def go_back() -> Progress | None:
@@ -123,6 +129,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_disable()
     _take_best(work, checkpoints, progress, saved)
+    saved.optimizer.zero_grad(set_to_none=True)
     made_whole(model)
     if is_main():
         _close_with_solver(work, emit)
@@ -152,6 +159,8 @@ def _adapted(work: Work) -> Saved:
     planned, model = work.planned, work.model
     recipe, plan = planned.recipe, planned.plan
     method = recipe.method
+    if plan.streamed_tokens is not None:
+        keep_memory_small()
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     method.adapt(model)
@@ -161,7 +170,8 @@ def _adapted(work: Work) -> Saved:
         shard(model)
     casts = method.needs_autocast or plan.dtype != plan.frozen_dtype
     precision = Precision(DTYPES[plan.dtype], planned.hardware.device, autocast=casts)
-    optimizer = build_optimizer(model, recipe.train, plan.learning_rate, method.rates(model))
+    rates = method.rates(model)
+    optimizer = build_optimizer(model, recipe.train, plan.learning_rate, rates, small=plan.streamed_tokens is not None)
     average = None if recipe.train.ema == "off" else Average(model, recipe.train.ema)
     return Saved(model, method, optimizer, precision, average)
 
@@ -325,10 +335,12 @@ def _commit_result(work: Work) -> None:
 
 def _refuse_unseen_update(work: Work) -> None:
     """Raises TrainingError when every update of an adapter is too small to change the weights it is added to."""
-    layers = lora_layers(work.model)
     whole = getattr(work.planned.recipe.method, "modules_to_save", []) or head_modules(work.model)
     whole = whole or trained_token_ids(work.model)
-    if layers and not whole and not any(layer.is_seen() for layer in layers.values()):
+    with parts_in_memory(work.model) as parts:
+        found = (layer for part in parts for layer in lora_layers(part).values())
+        seen = next((True for layer in found if layer.is_seen()), False)
+    if lora_layers(work.model) and not whole and not seen:
         raise TrainingError(
             "the adapter is dead: its updates are smaller than what the base's weights can hold",
             fix="raise train.learning_rate or train.steps",

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 
 import psutil
 import torch
+
+OWN_PAGES = 32 * 1024
+"""Bytes from which a piece of memory gets pages of its own under a memory budget."""
 
 
 class PeakMemory:
@@ -42,6 +49,31 @@ class PeakMemory:
         while not self._done.is_set():
             self.peak_bytes = max(self.peak_bytes, process.memory_info().rss)
             self._done.wait(self.every_seconds)
+
+
+def process_peak_bytes() -> int:
+    """The most resident memory that this process ever had, as the operating system counted it."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # which not every system has
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def keep_memory_small() -> None:
+    """Lets memory go back to the operating system when it is freed, where the C library can be told so (glibc).
+
+    Otherwise it keeps freed pieces of up to 32 MB for itself. Costs time: each large piece is new to the process.
+    """
+    threshold, arenas = -3, -8  # M_MMAP_THRESHOLD, M_ARENA_MAX of malloc.h
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(threshold, OWN_PAGES)
+        library.mallopt(arenas, 1)
+        library.malloc_trim(0)
 
 
 class Stopwatch:

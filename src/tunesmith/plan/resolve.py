@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -16,9 +16,17 @@ from tunesmith.methods.token_rows import trained_token_ids
 from tunesmith.models.embeddings import added_tokens
 from tunesmith.models.measure import Shape, shape_of
 from tunesmith.models.quantized import settled_quantization
+from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.plan.hardware import DTYPES, Hardware, multiply_rate, native_dtypes
 from tunesmith.plan.memory import Load, predict_memory
-from tunesmith.recipe import Duration, Parameters, Plan, Recipe, Resolved, Workload
+from tunesmith.plan.streaming import (
+    StreamedLoad,
+    refuse_targets_outside_blocks,
+    refuse_what_cannot_stream,
+    streamed_memory,
+    tokens_at_once,
+)
+from tunesmith.recipe import Duration, Memory, Parameters, Plan, Recipe, Resolved, Workload
 
 DEFAULT_EPOCHS = 3.0
 TOKENS_AT_ONCE = {"cpu": 2048, "mps": 4096, "cuda": 16384}
@@ -81,7 +89,9 @@ def resolve(
     dtype, frozen_dtype = _dtypes(recipe, hardware, decided)
     steps, epochs = _length(recipe, workload, decided)
     fit = _Fit(workload, hardware, dtype, frozen_dtype)
-    micro_batch, checkpointing, memory = _fit(recipe, adapted, shape, fit, decided)
+    micro_batch, checkpointing, memory, streamed_tokens = _fit_or_stream(recipe, adapted, shape, fit, decided)
+    if streamed_tokens is not None:
+        judged = replace(judged, metrics=["perplexity"], why="each token of an answer would read the whole model")
     evaluate_every, checkpoint_every = _intervals(recipe, steps, decided)
     max_new = _longest_answer(recipe, judged, decided)
     decided.settle("data.max_length", recipe.data.max_length, max_length, "the longest row")
@@ -97,6 +107,7 @@ def resolve(
             "rows laid end to end need no padding; tested when the model is loaded",
         ),
         gradient_checkpointing=checkpointing,
+        streamed_tokens=streamed_tokens,
         steps=steps,
         epochs=epochs,
         micro_batch=micro_batch,
@@ -239,17 +250,87 @@ class _Fit:
     dtype: DTYPE
     frozen_dtype: DTYPE
 
+    @property
+    def average(self) -> int:
+        """Tokens of a row."""
+        return max(1, self.workload.tokens // max(1, self.workload.rows))
+
+    def load(self, rows: int) -> tuple[int, int]:
+        """The most tokens that a micro-batch of so many rows is expected to have, and targets among them."""
+        longest = self.workload.longest
+        tokens = min(longest * rows, longest + self.average * (rows - 1) * 5 // 4)
+        return tokens, math.ceil(tokens * self.workload.targets / max(1, self.workload.tokens))
+
+
+def _fit_or_stream(
+    recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decided: Decisions
+) -> tuple[int, bool, Memory, int | None]:
+    """As `_fit`, and tokens at a time when the recipe's budget leaves room for one block of the model only."""
+    budget = recipe.budget.memory_bytes
+    if budget is None:
+        return *_fit(recipe, adapted, shape, fit, decided), None
+    if fit.hardware.device.type != "cpu" or fit.hardware.processes > 1:
+        raise InputError(
+            "a memory budget is kept by one process on a CPU; this job runs on "
+            f"{fit.hardware.name} in {fit.hardware.processes} process{'es' * (fit.hardware.processes > 1)}",
+            where="budget.memory",
+            fix="leave it out; train.micro_batch and model.quantize lower a device's memory",
+        )
+    ordinary = Decisions()
+    micro_batch, checkpointing, memory = _fit(recipe, adapted, shape, fit, ordinary)
+    if memory.peak_bytes <= budget:
+        decided.made += ordinary.made
+        reason = f"the whole job is expected to need {memory.peak_bytes / 1e6:,.0f} MB"
+        decided.made.append(Resolved(name="model in memory", value="whole", reason=reason))
+        return micro_batch, checkpointing, memory, None
+    return _streamed(recipe, adapted, shape, fit, decided)
+
+
+def _streamed(
+    recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decided: Decisions
+) -> tuple[int, bool, Memory, int]:
+    """As `_fit`, for a model of which one block is in memory, and the tokens that run through it at a time."""
+    budget = cast(int, recipe.budget.memory_bytes)
+    refuse_what_cannot_stream(recipe)
+    if not isinstance(adapted, StreamedModel):
+        obstacle = streaming_obstacle(cast(Any, adapted).config)
+        raise InputError(
+            f"{budget / 1e6:,.0f} MB is too little for the whole model, and {obstacle}",
+            where="budget.memory",
+            fix="raise it or leave it out",
+        )
+    refuse_targets_outside_blocks(adapted)
+
+    share = fit.workload.targets / max(1, fit.workload.tokens)
+
+    def memory(tokens: int) -> Memory:
+        load = StreamedLoad(tokens, math.ceil(tokens * share), fit.dtype, fit.frozen_dtype)
+        return streamed_memory(adapted, shape, load)
+
+    batch, longest = recipe.train.batch_size, fit.workload.longest
+    tokens = tokens_at_once(lambda tokens: memory(tokens).peak_bytes, budget, longest, batch * fit.average)
+    why = f"as many rows as {tokens} tokens hold, within budget.memory"
+    micro_batch = decided.settle("train.micro_batch", recipe.train.micro_batch, batch, why)
+    reason = f"block by block: the whole job does not fit into {budget / 1e6:,.0f} MB"
+    decided.made.append(Resolved(name="model in memory", value="one block", reason=reason))
+    decided.settle(
+        "train.gradient_checkpointing", recipe.train.gradient_checkpointing, True, "each block is read and run again"
+    )
+    decided.notes.append(
+        "the model is read from its files twice for every micro-batch, and the backward pass computes every block "
+        "again: training takes several times as long (docs/results/small-memory.md)"
+    )
+    return micro_batch, True, memory(tokens), tokens
+
 
 def _fit(recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decided: Decisions) -> tuple[int, bool, Any]:
     """Micro-batch and checkpointing: the fullest micro-batch that fits, recomputing only when it must."""
-    budget = USABLE_MEMORY * fit.hardware.memory_bytes
-    average = max(1, fit.workload.tokens // max(1, fit.workload.rows))
-    target_share = fit.workload.targets / max(1, fit.workload.tokens)
+    budget = min(USABLE_MEMORY * fit.hardware.memory_bytes, recipe.budget.memory_bytes or math.inf)
+    average = fit.average
     most = max(1, recipe.train.batch_size // fit.hardware.processes)
 
     def memory(rows: int, checkpointing: bool) -> Any:
-        tokens = min(fit.workload.longest * rows, fit.workload.longest + average * (rows - 1) * 5 // 4)
-        load = Load(tokens, math.ceil(tokens * target_share), checkpointing, fit.dtype, fit.hardware.shares_host_memory)
+        load = Load(*fit.load(rows), checkpointing, fit.dtype, fit.hardware.shares_host_memory)
         return predict_memory(adapted, shape, recipe, fit.frozen_dtype, load)
 
     asked_checkpointing = recipe.train.gradient_checkpointing

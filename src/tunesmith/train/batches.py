@@ -70,7 +70,21 @@ class StepBatches:
         # Rows of like length share a micro-batch, which saves padding and cannot change the gradient.
         chosen.sort(key=lambda at: (int(self.rows.lengths[at]), at))
         size = micro_batch or self.plan.micro_batch
+        if self.plan.streamed_tokens is not None:
+            return self._filled(chosen, size, self.plan.streamed_tokens)
         return [chosen[at : at + size] for at in range(0, len(chosen), size)]
+
+    def _filled(self, chosen: list[int], most_rows: int, most_tokens: int) -> list[list[int]]:
+        """Groups with as many tokens as may be, because each of them reads the whole model."""
+        groups, tokens = list[list[int]](), 0
+        for at in chosen:
+            length = int(self.rows.lengths[at])
+            if not groups or len(groups[-1]) == most_rows or tokens + length > most_tokens:
+                groups.append([])
+                tokens = 0
+            groups[-1].append(at)
+            tokens += length
+        return groups
 
 
 def _filler(batch: Batch) -> Batch:

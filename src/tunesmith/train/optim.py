@@ -16,17 +16,24 @@ from tunesmith.methods import trainable_parameters
 from tunesmith.models.quantized import import_bitsandbytes
 from tunesmith.models.sharding import full, is_part, parted_like
 from tunesmith.recipe import Plan, Schedule, TrainSpec
+from tunesmith.train.small_adamw import SmallAdamW
 
 WSD_DECAY_SHARE = 0.2
 
 
 def build_optimizer(
-    model: nn.Module, spec: TrainSpec, learning_rate: float, rates: Mapping[str, float] | None = None
+    model: nn.Module,
+    spec: TrainSpec,
+    learning_rate: float,
+    rates: Mapping[str, float] | None = None,
+    *,
+    small: bool = False,
 ) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over the trainable parameters; vectors are not decayed.
 
     Args:
         rates: factors on the learning rate by the names of parameters, from the method; `spec.groups` multiply them.
+        small: spare the memory that torch's own class takes by being used.
 
     Raises:
         InputError: when an 8-bit variant is asked for and bitsandbytes is missing, paged states on a CPU, or a group
@@ -35,6 +42,8 @@ def build_optimizer(
     named = trainable_parameters(model)
     parameters = list(named.values())
     groups = _groups(named, spec, rates or {})
+    if small:
+        return SmallAdamW(groups, lr=learning_rate)
     sharded = any(map(is_part, parameters))
     if spec.optimizer == "adamw":
         fused = not sharded and all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)
