@@ -98,7 +98,7 @@ WRONG = {
     "method:": ("method", "should be settings, one `key: value` a line, found nothing"),
     "method: {rank: x}": ("method.rank", "should be a whole number, found 'x'"),
     "method: {targets: 5}": ("method.targets", "should be text or a list, `[…]`, found 5"),
-    "objective: dpo": ("objective.kind", "found 'dpo'"),
+    "objective: nothing": ("objective", "unknown kind 'nothing'"),
     "evaluate: fast": ("evaluate", "should be settings, one `key: value` a line or 'off', found 'fast'"),
     "evaluate: {confidence: 95}": ("evaluate.confidence", "should be less than 1, found 95"),
     "evaluate: {metrics: [rougel]}": ("evaluate.metrics.0", "unknown metric 'rougel'; did you mean 'rougeL'?"),

@@ -255,6 +255,7 @@ def test_axolotl_qlora_on_conversations(tmp_path: Path) -> None:
         "dtype": "auto",
         "quantize": "nf4",
         "double_quantization": True,
+        "add_tokens": [],
     }
     assert recipe.method == Lora(rank=64, alpha=16, dropout=0.05, targets="all-linear", rslora=True)
     data = recipe.data

@@ -55,7 +55,7 @@ class Rows(list[Any]):
 
 def step_batches(packed: bool, even: bool = False) -> StepBatches:
     rows: Any = Rows(SimpleNamespace(example=row) for row in random_rows(LENGTHS, weights=(0.5, 1.0, 2.0)))
-    plan: Any = SimpleNamespace(micro_batch=MICRO_BATCH, packing=packed)
+    plan: Any = SimpleNamespace(micro_batch=MICRO_BATCH, packing=packed, streamed_tokens=None)
     order: Any = Straight()
     return StepBatches(rows, order, batch_size=BATCH_SIZE, total_rows=len(LENGTHS), plan=plan, even=even)
 
@@ -142,6 +142,7 @@ def stop_on_one_process(directory: Path) -> None:
         checkpoint_every=None,
         micro_batch=2,
         packing=True,
+        streamed_tokens=None,
     )
     batches, saved = step_batches(True), []
 

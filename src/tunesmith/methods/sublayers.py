@@ -10,11 +10,11 @@ from tunesmith.base import InputError
 from tunesmith.methods.targets import linear_modules
 
 ATTENTION_ENDS = re.compile(
-    r"\.(self_attn\.(o_proj|out_proj|dense)|attn\.(c_proj|out_proj|out_lin|o_proj)|attention\.(dense|out_lin|wo)"
+    r"\.(self_attn\.(o_proj|out_proj|dense)|attn\.(c_proj|out_proj|out_lin|o_proj|Wo)|attention\.(dense|out_lin|wo)"
     r"|attention\.output\.dense|self_attention\.dense|attention\.o_proj)$"
 )
 FEED_FORWARD_ENDS = re.compile(
-    r"\.(mlp\.(down_proj|c_proj|fc2|dense_4h_to_h|fc_out|wo)|feed_forward\.(down_proj|w2|wo)|ffn\.lin2"
+    r"\.(mlp\.(down_proj|c_proj|fc2|dense_4h_to_h|fc_out|wo|Wo)|feed_forward\.(down_proj|w2|wo)|ffn\.lin2"
     r"|layer\.\d+\.output\.dense|layers\.\d+\.fc2|DenseReluDense\.wo)$"
 )
 FEED_FORWARDS = re.compile(r"\.\d+\.(mlp|feed_forward|ffn)$")

@@ -65,7 +65,9 @@ class ThroughPeft(AdaptationMethod):
         from peft import inject_adapter_in_model
 
         refuse_adapted(model)
-        config = _peft_config(self.peft_settings(model), where="method")
+        config = _peft_config(self.peft_settings(model), where="method", task=peft_task(model))
+        if (heads := head_modules(model)) and getattr(config, "target_modules", None) == "all-linear":
+            config.exclude_modules = heads  # PEFT knows to leave them out for rows, and not for words
         freeze(model)
         on_meta = any(parameter.is_meta for parameter in model.parameters())
         try:
@@ -163,7 +165,7 @@ def _present(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return found
 
 
-def _peft_config(settings: dict[str, Any], *, where: str) -> Any:
+def _peft_config(settings: dict[str, Any], *, where: str, task: str = "CAUSAL_LM") -> Any:
     """PEFT's configuration object.
 
     Raises:
@@ -193,7 +195,7 @@ def _peft_config(settings: dict[str, Any], *, where: str) -> Any:
             fix=f"its settings are {', '.join(fields)}",
         )
     try:
-        config: PeftConfig = config_class(task_type="CAUSAL_LM", inference_mode=False, **given)
+        config: PeftConfig = config_class(task_type=task, inference_mode=False, **given)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"PEFT refuses these settings: {error}", where=where) from error
     if config.is_prompt_learning or config.is_adaption_prompt:

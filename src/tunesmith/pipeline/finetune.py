@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.models.decoder import decoder_of

@@ -1,0 +1,241 @@
+"""Every method on the same tasks: text-to-SQL and one-sentence summaries with the demo model, banking77 with MiniLM.
+
+    python bench/methods.py DATA [--encoder DIRECTORY] [--task sql] [--method lora] [--write]
+
+DATA holds `sql_wikisql_mlx`, `sum_scitldr` and `cls_banking77`. Every method gets the same steps and rows. A learning
+rate is chosen for each from three, on validation loss in a shorter run; then each trains with two seeds and is judged
+on the test rows. What is finished stays in `runs/methods`, so that the command goes on where it stopped; `--write` puts
+the table of all that is there into `docs/results/methods.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunesmith.run import Run
+
+WORK = Path("runs/methods")
+OUT = Path("docs/results/methods.md")
+SEEDS = (1, 2)
+ADAPTERS: dict[str, tuple[dict[str, Any], float]] = {
+    "full": ({"kind": "full"}, 1e-4),
+    "full, biases and norms": ({"kind": "full", "weights": [r".*norm.*", r".*bias"]}, 3e-3),
+    "head": ({"kind": "head"}, 1e-3),
+    "lora": ({"kind": "lora"}, 1e-3),
+    "lora, rslora": ({"kind": "lora", "rslora": True}, 3e-4),
+    "lora, LoRA+": ({"kind": "lora", "plus_ratio": 4}, 5e-4),
+    "lora, dora": ({"kind": "lora", "dora": True}, 1e-3),
+    "lora, pissa": ({"kind": "lora", "init": "pissa"}, 3e-4),
+    "qlora": ({"kind": "qlora"}, 1e-3),
+    "adapter, houlsby": ({"kind": "adapter"}, 1e-3),
+    "adapter, pfeiffer": ({"kind": "adapter", "placement": "pfeiffer"}, 1e-3),
+    "adapter, parallel": ({"kind": "adapter", "placement": "parallel"}, 1e-3),
+    "prefix": ({"kind": "prefix"}, 3e-3),
+    "prompt": ({"kind": "prompt"}, 3e-3),
+    "ia3": ({"kind": "ia3"}, 1e-2),
+    "peft, loha": ({"kind": "peft", "type": "loha", "r": 8, "target_modules": "all-linear"}, 1e-3),
+}
+"""Settings of each method, and the middle of its three learning rates."""
+FACTORS = (0.3, 1.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: a recipe without method, and which methods make sense on it."""
+
+    recipe: dict[str, Any]
+    metric: str
+    search_steps: int
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def tasks(data: Path, encoder: str) -> dict[str, Task]:
+    sql, summaries, banking = data / "sql_wikisql_mlx", data / "sum_scitldr", data / "cls_banking77"
+    off = {"checks": False, "duplicates": "keep", "overlap": "keep"}
+    asked = {"evaluate_every": "auto", "checkpoint_every": "auto"}
+    return {
+        "sql": Task(
+            {
+                "model": "demo",
+                "data": {
+                    **off,
+                    "train": str(sql / "train.jsonl"),
+                    "validation": str(sql / "valid.jsonl"),
+                    "test": str(sql / "test.jsonl"),
+                    "answer_after": "\nA: ",
+                },
+                "train": {"steps": 60, "batch_size": 16, **asked},
+                "evaluate": {"rows": 100, "metrics": ["exact_match", "rougeL"], "samples": 0},
+            },
+            "exact_match",
+            20,
+        ),
+        "summaries": Task(
+            {
+                "model": "demo",
+                "data": {
+                    **off,
+                    "train": str(summaries / "train.jsonl"),
+                    "validation": str(summaries / "dev.jsonl"),
+                    "test": str(summaries / "test.jsonl"),
+                    "columns": {"prompt": "Summarise in one sentence: {document}", "completion": "summaries"},
+                    "max_length": 512,
+                    "overlong": "drop",
+                },
+                "train": {"steps": 40, "batch_size": 8, **asked},
+                "evaluate": {"rows": 64, "metrics": ["rougeL"], "max_new_tokens": 48, "samples": 0},
+            },
+            "rougeL",
+            15,
+        ),
+        "banking77": Task(
+            {
+                "model": encoder,
+                "data": {
+                    **off,
+                    "train": str(banking / "train.csv"),
+                    "test": str(banking / "test.csv"),
+                    "validation": 0.05,
+                },
+                "objective": {"kind": "classify"},
+                "train": {"steps": 600, "batch_size": 32, **asked},
+                "evaluate": {"rows": 3080, "samples": 0},
+            },
+            "accuracy",
+            200,
+            {
+                **dict.fromkeys(("prefix", "prompt"), "keeps no head"),
+                "lora, rslora": "as lora",
+                "qlora": "a model of 45 MB",
+            },
+        ),
+    }
+
+
+def finished(name: str, recipe: dict[str, Any]) -> Run:
+    """The run of a recipe, trained now unless it is there."""
+    output = WORK / name
+    if not (output / "report.json").is_file():
+        path = WORK / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**recipe, "output": str(output)}), encoding="utf-8")
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "tunesmith", "train", str(path), "--resume"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        print(f"{name}: exit {done.returncode}, {time.perf_counter() - started:.0f} s", flush=True)
+        if done.returncode not in (0, 3):
+            raise RuntimeError(done.stderr[-800:])
+    return Run.open(output)
+
+
+def slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-").replace("--", "-")
+
+
+def with_method(task: Task, method: dict[str, Any], rate: float, seed: int) -> dict[str, Any]:
+    train = {**task.recipe["train"], "learning_rate": rate}
+    return {**task.recipe, "method": method, "train": train, "seed": seed}
+
+
+def best_rate(name: str, task: Task, method: dict[str, Any], middle: float) -> float:
+    """The rate of the grid with the lowest validation loss in a short run; test rows are not looked at."""
+    losses = {}
+    for factor in FACTORS:
+        rate = middle * factor
+        recipe = with_method(task, method, rate, 0)
+        recipe["train"] = {**recipe["train"], "steps": task.search_steps, "evaluate_every": task.search_steps}
+        recipe["evaluate"] = "off"
+        try:
+            run = finished(f"{name}-rate-{rate:g}", recipe)
+        except RuntimeError as error:  # a rate at which it diverges is an answer too
+            print(f"{name} at {rate:g}: {str(error).strip().splitlines()[-1]}", flush=True)
+            continue
+        found = [event["loss"] for event in run.events() if event["event"] == "validation"]
+        losses[rate] = found[-1] if found and found[-1] is not None else float("inf")
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def size_of(run: Run) -> int:
+    result = run.result
+    return 0 if result is None else sum(path.stat().st_size for path in result.glob("*.safetensors"))
+
+
+def row_of(label: str, rate: float, runs: list[Run]) -> str:
+    reports = [run.report or {} for run in runs]
+    first = [report["metrics"][0] for report in reports]
+    score = " / ".join(f"{entry['tuned']:.3f}" for entry in first)
+    gain = " / ".join(f"{entry['difference']:+.3f} ({entry['low']:+.3f} … {entry['high']:+.3f})" for entry in first)
+    second = [report["metrics"][1] for report in reports if len(report["metrics"]) > 1]
+    beside = " / ".join(f"{entry['tuned']:.3f}" for entry in second)
+    changes = [report["forgetting"].get("change") for report in reports]
+    forgot = " / ".join("–" if change is None else f"{change:+.1%}" for change in changes)
+    peak = max(report["measured"]["peak_bytes"] for report in reports) / 2**30
+    seconds = sum(report["measured"]["train_seconds"] for report in reports) / len(reports)
+    trained = reports[0]["parameters"]["trainable"]
+    cells = [label, f"{rate:.1e}", score, gain, beside, forgot, f"{trained:,}", f"{peak:.2f}", f"{seconds:.0f}"]
+    return f"| {' | '.join(cells)} | {size_of(runs[0]) / 2**20:.1f} |"
+
+
+HEAD = """# Every method on the same tasks
+
+Written by `python bench/methods.py DATA --write`. The same steps, rows and batch for every method; its learning rate is
+the best of three on validation loss in a shorter run; two seeds, side by side. The gain is over the base on the same
+test rows with its 95 % paired bootstrap interval (banking77's base is the best constant answer). Forgetting is the
+change of perplexity on general text. Peak memory is that of the whole process. Two cores without a GPU, bf16.
+"""
+COLUMNS = "method rate score gain second forgetting trained GiB seconds MiB".split()
+
+
+def written(given: dict[str, Task]) -> str:
+    parts = [HEAD]
+    for name, task in given.items():
+        rows = []
+        for label, (_, _) in ADAPTERS.items():
+            found = WORK / f"{name}-{slug(label)}.json"
+            if found.is_file():
+                kept = json.loads(found.read_text())
+                rows.append(row_of(label, kept["rate"], [Run.open(Path(path)) for path in kept["runs"]]))
+        if rows:
+            spec = task.recipe["train"]
+            parts.append(f"## {name}: {task.metric}, {spec['steps']} steps of {spec['batch_size']} rows\n")
+            parts.append(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+            parts.append("\n".join(rows) + "\n")
+            out = [f"{label} ({why})" for label, why in task.left_out.items()]
+            parts.append(f"Left out: {', '.join(out)}.\n" if out else "")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--encoder", default="", help="directory of an encoder, for banking77")
+    parser.add_argument("--task", action="append")
+    parser.add_argument("--method", action="append")
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    known = tasks(given.data, given.encoder)
+    for name in given.task or known:
+        task = known[name]
+        for label in given.method or ADAPTERS:
+            if label in task.left_out or (name == "banking77" and not given.encoder):
+                continue
+            method, middle = ADAPTERS[label]
+            place = f"{name}-{slug(label)}"
+            rate = best_rate(place, task, method, middle)
+            runs = [finished(f"{place}-seed-{seed}", with_method(task, method, rate, seed)) for seed in SEEDS]
+            kept = {"rate": rate, "runs": [str(run.path) for run in runs]}
+            (WORK / f"{place}.json").write_text(json.dumps(kept))
+            print(row_of(label, rate, runs), flush=True)
+    if given.write:
+        OUT.write_text(written(known), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
