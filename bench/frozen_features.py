@@ -17,7 +17,7 @@ from pathlib import Path
 
 SIDES = {
     "features kept": "",
-    "trunk in every step": "from tunesmith.methods import HeadOnly; HeadOnly.trunk_is_frozen = False;",
+    "trunk in every step": "from tunesmith.methods import HeadOnly; HeadOnly.trunk_is_frozen = False; ",
 }
 
 
@@ -26,7 +26,7 @@ def seconds(recipe: dict[str, object], before: str, place: Path, name: str) -> t
     path, out = place / f"{name}.yaml".replace(" ", "-"), place / name.replace(" ", "-")
     path.write_text(json.dumps({**recipe, "output": str(out)}))
     code = (
-        f"{before} import time; from tunesmith.recipe_file import read_recipe; from tunesmith.pipeline.finetune import "
+        f"{before}import time; from tunesmith.recipe_file import read_recipe; from tunesmith.pipeline.finetune import "
         "finetune; from tunesmith.pipeline.training import Watcher; at = {}\n"
         "def plan(plan): at['start'] = time.perf_counter()\n"
         "def event(event):\n    if event['event'] == 'trained' or 'start' not in at: at['end'] = time.perf_counter()\n"

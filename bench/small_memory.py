@@ -29,7 +29,7 @@ def job(directory: Path, data: Path, steps: int, budget: str | None) -> dict[str
         "model": "demo",
         "data": {"train": str(data / "train.jsonl"), "validation": str(data / "validation.jsonl"), "max_length": 192,
                  "overlong": "truncate", "test": str(data / "test.jsonl")},
-        "method": {"kind": "lora", "rank": 4},
+        "method": {"kind": "lora"},
         "train": {"steps": steps, "batch_size": 4, "learning_rate": 1e-3, "evaluate_every": "off"},
         "evaluate": {"rows": 8, "metrics": ["perplexity"], "forgetting": "off"},
         "output": str(directory),
@@ -60,7 +60,7 @@ def page(steps: int, whole: dict[str, Any], streamed: dict[str, Any]) -> str:
     lines = [
         "# Block by block in a small memory",
         "",
-        f"`python bench/small_memory.py --steps {steps}`: SmolLM2-135M, LoRA of rank 4 on all linear layers, 4 rows a "
+        f"`python bench/small_memory.py --steps {steps}`: SmolLM2-135M, LoRA of rank 16 (the default) on all linear layers, 4 rows a "
         "step, one seed. Each job is a process of its own; its peak is the operating system's count from start to end, "
         "judging and checkpoints included.",
         "",

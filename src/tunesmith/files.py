@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import glob
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,15 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def let_go_of_pages(address: int, length: int) -> None:
+    """Takes pages that are mapped from a file, shared or only read, out of the process's memory (Linux).
+
+    They are mapped again when they are touched. Elsewhere nothing happens.
+    """
+    dont_need = 4  # MADV_DONTNEED of mman.h
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        library.madvise(address, length, dont_need)

@@ -82,21 +82,32 @@ def _made_from(rows: RowFile, splits: Mapping[str, np.ndarray], benchmarks: Sequ
 
 @contextmanager
 def inspecting_aside(
-    rows: RowFile, splits: Mapping[str, np.ndarray], benchmarks: Sequence[str], progress: Progress
+    rows: RowFile,
+    splits: Mapping[str, np.ndarray],
+    benchmarks: Sequence[str],
+    progress: Progress,
+    *,
+    first: bool = False,
 ) -> Iterator[None]:
     """Lets another process look through the same rows meanwhile, so that ``inspect`` finds them done.
 
     Python runs one thread at a time; a second process takes the other core. When it fails, `inspect` does the work
     itself and says what is wrong.
+
+    Args:
+        first: whatever the number of rows, and before anything else goes on: what the checks need is then never in this
+            process's memory.
     """
     few = sum(map(len, splits.values())) < WORTH_A_PROCESS or (os.cpu_count() or 1) < 2
-    if few or entry_of(_made_from(rows, splits, benchmarks)).is_dir():
+    if (few and not (first and splits)) or entry_of(_made_from(rows, splits, benchmarks)).is_dir():
         yield
         return
     with TemporaryDirectory(prefix="tunesmith-") as place:
         for name, numbers in splits.items():
             np.save(Path(place) / f"{name}.npy", numbers)
         with running_aside(__name__, str(rows.directory), place, *benchmarks) as wait:
+            if first:
+                wait("checking rows", progress)
             yield
             wait("checking rows", progress)
 

@@ -102,7 +102,8 @@ def prepare(
     Args:
         model_limit: positions that the model has, in tokens.
         wants_test: whether rows are held back for a verdict when no test file is named.
-        alone: start no process that works beside this one; slower on large files.
+        alone: start no process that works beside this one, and leave the checks to one that ends before anything else;
+            slower on large files.
 
     Raises:
         InputError: for anything wrong with the data or its settings.
@@ -115,7 +116,7 @@ def prepare(
     lost, notes = Losses(), [note for source in sources for note in source.notes]
     train, held = _parted(rows, sources, Held(spec, seed, wants_test, renderer.answers_optional), lost)
     splits = {"train": train, "validation": held.validation, "test": held.test}
-    with inspecting_aside(rows, splits if spec.checks and not alone else {}, spec.benchmarks, progress):
+    with inspecting_aside(rows, splits if spec.checks else {}, spec.benchmarks, progress, first=alone):
         stored = Stored(rows, tokens_of(rows, renderer, progress))
     refuse_unrendered(train, stored)
     longest = int(stored.lengths(train).max(initial=0))

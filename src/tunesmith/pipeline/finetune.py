@@ -174,6 +174,8 @@ def _work(work: Work) -> Run:
     def emit(event: dict[str, Any]) -> None:
         for sink in sinks:
             sink(event)
+        if planned.plan.streamed_tokens is not None:
+            keep_memory_small()
 
     evaluating = Stopwatch()
     if is_main():

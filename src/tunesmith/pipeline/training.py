@@ -44,6 +44,7 @@ from tunesmith.train.optim import build_optimizer
 from tunesmith.train.parallel import is_main, wait_for_all, world_size
 from tunesmith.train.precision import Precision
 from tunesmith.train.randomness import random_states_of_all
+from tunesmith.train.small_adamw import SmallAdamW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,6 +90,8 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
     progress = _where_it_stands(work, checkpoints, saved, emit)
 
     def save(now: Progress, best: bool) -> None:
+        if plan.streamed_tokens is not None:
+            saved.optimizer.zero_grad(set_to_none=True)
         states = random_states_of_all(planned.hardware.device)
         snapshot = saved.snapshot() if is_main() or is_sharded(model) else None
         if is_main() and snapshot is not None:
@@ -96,6 +99,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
         if plan.streamed_tokens is not None:
             del snapshot
             keep_memory_small()
+            cast(SmallAdamW, saved.optimizer).let_go()
         wait_for_all()
 
     def go_back() -> Progress | None:

@@ -17,7 +17,7 @@ from tunesmith.objectives import Supervised
 from tunesmith.plan.memory import BYTES
 from tunesmith.recipe import Memory, Recipe
 
-RUNTIME_BYTES = 445 * 10**6
+RUNTIME_BYTES = 362 * 10**6
 """Resident memory of a process that has imported what a streamed job needs, with tokenizer, rows and kernels."""
 STEP = 64
 """Numbers of tokens at a time are multiples of this."""
@@ -97,8 +97,9 @@ def refuse_targets_outside_blocks(adapted: nn.Module) -> None:
 def streamed_memory(adapted: StreamedModel, shape: Shape, load: StreamedLoad) -> Memory:
     """Bytes at the peak.
 
-    In memory are one block, a slice of the head, the adapters with gradients and states, the inputs of every block, and
-    what the backward pass of one block keeps, with as much again for gradients. A checkpoint copies the states.
+    In memory are one block, a slice of the head, the adapters with their gradients, the inputs of every block, and what
+    the backward pass of one block keeps, with as much again for gradients; or, while they are saved, the optimizer's
+    states.
     """
     width = BYTES[load.frozen_dtype]
     trained = sum(parameter.numel() for parameter in trainable_parameters(adapted).values())
@@ -110,8 +111,10 @@ def streamed_memory(adapted: StreamedModel, shape: Shape, load: StreamedLoad) ->
     beside = 2 * shape.intermediate + 3 * shape.hidden + shape.key_value
     block = 2 * (arithmetic * (outputs + beside) + 4 * 4 * shape.hidden)
     head = load.targets * shape.hidden * (4 + 2 * arithmetic) + AT_ONCE * ROWS_AT_ONCE * (arithmetic + 2 * 4)
-    activations = max(load.tokens * (inputs + block) + head, 8 * trained)
-    total = MARGIN * (weights + 4 * trained + 8 * trained + activations + RUNTIME_BYTES)
+    activations = load.tokens * (inputs + block) + head
+    # States lie in a file; while a checkpoint is written they are there twice, and gradients and activations are not.
+    training = max(4 * trained + activations, 16 * trained)
+    total = MARGIN * (weights + training + RUNTIME_BYTES)
     return Memory(
         weights=int(weights),
         gradients=4 * trained,

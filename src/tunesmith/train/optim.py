@@ -140,7 +140,8 @@ def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], di
             for name, inner in value.items():
                 collect(f"{path}/{name}", inner)
         elif isinstance(value, torch.Tensor):
-            tensors[path] = full(value.detach()).cpu().contiguous().clone()
+            found = full(value.detach()).cpu().contiguous()
+            tensors[path] = found if isinstance(optimizer, SmallAdamW) else found.clone()
         else:
             numbers[path] = value
 
