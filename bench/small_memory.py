@@ -60,9 +60,9 @@ def page(steps: int, whole: dict[str, Any], streamed: dict[str, Any]) -> str:
     lines = [
         "# Block by block in a small memory",
         "",
-        f"`python bench/small_memory.py --steps {steps}`: SmolLM2-135M, LoRA of rank 16 (the default) on all linear layers, 4 rows a "
-        "step, one seed. Each job is a process of its own; its peak is the operating system's count from start to end, "
-        "judging and checkpoints included.",
+        f"`python bench/small_memory.py --steps {steps}`: SmolLM2-135M, LoRA of rank 16 (the default) on all linear "
+        "layers, 4 rows a step, one seed. Each job is a process of its own; its peak is the operating system's count "
+        "from start to end, judging and checkpoints included.",
         "",
         "| | in memory | `budget.memory: 512MB` |",
         "|---|---:|---:|",
