@@ -25,6 +25,7 @@ from tunesmith.models.task_head import TaskHead, head_modules, outputs_of, row_f
 from tunesmith.objectives import Classify, Regress, Tag
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.pipeline.loaded import compare_with_base, evaluate, load, load_labeller, load_speaker
+from tunesmith.pipeline.merging import merge_run
 from tunesmith.recipe import EvaluateSpec
 from tunesmith.recipe_file import check_recipe
 from tunesmith.run import TUNED_EVALUATION
@@ -457,3 +458,17 @@ def test_tags_are_read_at_the_last_token_where_tokens_look_back_only() -> None:
     assert Tag(labels=["O", "B-X"]).metrics == ("entity_f1", "word_accuracy")
     assert Tag(labels=["NOUN", "VERB"]).metrics == ("word_accuracy",)
     assert math.isclose(float(Regress(spread=1.0).encoded(["2.5"], 1)), 2.5)
+
+
+@pytest.mark.parametrize("kind", ["classify", "regress", "tag"])
+def test_a_merged_model_judges_as_its_adapter(kind: str, places: Path, tmp_path: Path) -> None:
+    run = run_of(recipe(places, kind, {"kind": "lora"}, train={"steps": 10, "learning_rate": 1e-2}), tmp_path / "run")
+    merged = merge_run(str(run.path), tmp_path / "merged")
+    assert merged.check.passed and merged.check.same_tokens == 1.0
+    texts = ["Ann see red cars 5", "Bob like blue hats 7"]
+    said = [load_labeller(str(path), dtype="fp32") for path in (run.path, tmp_path / "merged")]
+    one, other = ([judged.answer for judged in labeller.say(texts)] for labeller in said if labeller is not None)
+    if kind == "regress":
+        assert [float(value) for value in one] == pytest.approx([float(value) for value in other], abs=1e-4)
+    else:
+        assert one == other

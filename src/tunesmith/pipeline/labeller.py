@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Progress, Source, silent
+from tunesmith.batch import Example
 from tunesmith.data.prepare import prepare
 from tunesmith.data.record import BadRow
 from tunesmith.data.render import Rendered
@@ -58,14 +59,22 @@ class Labeller:
 
     def say(self, texts: Sequence[str], progress: Progress = silent) -> list[Said]:
         """Judges texts; those whose words are labelled are parted at blanks."""
-        rendered = self.renderer.render_many([self._row(text, at) for at, text in enumerate(texts, start=1)])
+        items = self._items(texts)
+        found = dict(outputs_of_rows(self.model, self.objective, items, packed=self._packs(), progress=progress))
+        return [self._said(found[at]) for at in range(len(items))]
+
+    def rendered(self, texts: Sequence[str]) -> list[Example]:
+        """Texts as the model reads them. Raises InputError for one of which nothing is left."""
+        return [item.example for item in self._items(texts)]
+
+    def _items(self, texts: Sequence[str]) -> list[Rendered]:
+        found = self.renderer.render_many([self._row(text, at) for at, text in enumerate(texts, start=1)])
         items: list[Rendered] = []
-        for text, item in zip(texts, rendered, strict=True):
+        for text, item in zip(texts, found, strict=True):
             if isinstance(item, BadRow):
                 raise InputError(str(item), where=repr(text[:40]))
             items.append(item)
-        found = dict(outputs_of_rows(self.model, self.objective, items, packed=self._packs(), progress=progress))
-        return [self._said(found[at]) for at in range(len(items))]
+        return items
 
     def _row(self, text: str, at: int) -> Row:
         if self.objective.words:

@@ -16,6 +16,7 @@ from tunesmith.models.load import load_tokenizer as load_tokenizer
 from tunesmith.models.quantized import in_full
 from tunesmith.models.templates import resolve_template
 from tunesmith.pipeline.loaded import Location, default_dtype, locate, renderer_for
+from tunesmith.pipeline.merging_labels import merge_labels
 from tunesmith.plan.hardware import detect_hardware
 from tunesmith.run import BASE_EVALUATION, Run
 
@@ -46,6 +47,10 @@ def merge_run(path: str, out: Path, *, progress: Progress = silent) -> Merged:
         raise InputError("this exists already; it is not overwritten", where=out, fix="name a new directory")
     progress("loading the model", 0, None)
     trained_over = _trained_over(location)
+    head = location.head
+    if head is not None:
+        check = merge_labels(location, head, _held_out_prompts(path, location), out)
+        return Merged(check, merging_note(trained_over), "answers")
     held = trained_over.quantized if trained_over.bound else None
     device = detect_hardware().device
     model = in_full(load_model(location.base, dtype=default_dtype(), device=device, quantized=held))
@@ -80,10 +85,12 @@ class Merged:
 
     Attributes:
         note: what the reader must know when the base was quantized while the adapter was trained.
+        compared: what `same_tokens` counts.
     """
 
     check: MergeCheck
     note: str | None
+    compared: str = "greedy tokens"
 
     def as_json(self) -> dict[str, Any]:
         return {**self.check.as_json(), "note": self.note}
