@@ -213,8 +213,8 @@ def merge(
         return
     say(f"merged {check.layers} layers into {out}")
     say(
-        f"against the adapter on {check.prompts} held-out prompts: {check.same_tokens:.1%} of {merged.compared} the same, "
-        f"mean KL {check.mean_kl:.2g} nats, largest logit difference {check.largest_logit_difference:.3g}"
+        f"against the adapter on {check.prompts} held-out prompts: {check.same_tokens:.1%} of {merged.compared} the "
+        f"same, mean KL {check.mean_kl:.2g} nats, largest logit difference {check.largest_logit_difference:.3g}"
     )
     say(f"against the base: mean KL {check.differs_from_base:.2g} nats, so it is not the base")
     if merged.note:
