@@ -93,6 +93,9 @@ def test_settings_for_sentences_choose_the_pooling(tmp_path: Path) -> None:
     (path / "1_Pooling").mkdir()
     (path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
     assert load_judge(str(path), HEAD, FP32)[1].pooling == "mean"
+    (path / "1_Pooling" / "config.json").write_text("{")
+    with pytest.raises(InputError, match="settings for sentences"):
+        load_judge(str(path), HEAD, FP32)
 
 
 def test_a_head_of_the_same_size_for_other_labels_is_not_taken_over(tmp_path: Path) -> None:

@@ -150,14 +150,9 @@ def settled_pooling(head: TaskHead, model: nn.Module, location: str, missing: li
         if head.pooling == "pooler" and getattr(cast(Any, model).base_model, "pooler", None) is None:
             raise InputError("this model has no pooler", where="objective.pooling", fix="use cls, mean or last")
         return head.pooling, "as the recipe says"
-    try:
-        modes = json.loads((Path(location) / _SENTENCE_POOLING).read_text(encoding="utf-8"))
-        if modes.get("pooling_mode_mean_tokens"):
-            return "mean", "as the model's own settings for sentences say"
-        if modes.get("pooling_mode_cls_token"):
-            return "cls", "as the model's own settings for sentences say"
-    except (OSError, ValueError):
-        pass
+    said = _pooling_for_sentences(Path(location) / _SENTENCE_POOLING)
+    if said is not None:
+        return said, "as the model's own settings for sentences say"
     if looks_back_only(model):
         return "last", "only the last token has seen the whole row"
     trunk = cast(Any, model).base_model
@@ -166,6 +161,20 @@ def settled_pooling(head: TaskHead, model: nn.Module, location: str, missing: li
             return "mean", "the model's files have no weights for its pooler"
         return "pooler", "the model's own pooler"
     return "cls", "the token that the model puts before every row"
+
+
+def _pooling_for_sentences(path: Path) -> Pooling | None:
+    """What sentence-transformers' settings beside a model say; None without them, or where they say something else."""
+    if not path.is_file():
+        return None
+    try:
+        modes = json.loads(path.read_text(encoding="utf-8"))
+        known: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+        return next((pooling for name, pooling in known.items() if modes.get(name)), None)
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"cannot read the model's settings for sentences: {error}", where=path, fix="name objective.pooling"
+        ) from error
 
 
 def row_features(model: nn.Module, batch: Batch, head: TaskHead) -> Tensor:
