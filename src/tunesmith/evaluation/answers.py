@@ -115,12 +115,12 @@ def row_nlls(
     was_training, attention = model.training, cast(Any, model).config._attn_implementation
     model.eval()
     sums = [0.0] * len(examples)
-    order = sorted(range(len(examples)), key=lambda at: len(examples[at]))
+    done, lengths = 0, [len(example) for example in examples]
     try:
         with torch.no_grad():
-            for group in groups_of_rows(order, examples, getattr(model, "tokens_at_once", TOKENS_AT_ONCE)):
-                progress("scoring", group[0], len(order))
-                chosen = [order[at] for at in group]
+            for chosen in groups_of_rows(lengths, getattr(model, "tokens_at_once", TOKENS_AT_ONCE)):
+                progress("scoring", done, len(examples))
+                done += len(chosen)
                 batch = pack([examples[at] for at in chosen], "packed" if packed else "padded")
                 logps, targets = objective.target_logps(model, batch.to(device))
                 weighted = (logps * batch.tensors["target_weights"].to(device)[targets]).double().cpu()
@@ -131,20 +131,20 @@ def row_nlls(
     finally:
         use_attention(model, attention)  # attention over segments knows no call without them
         model.train(was_training)
-    progress("scoring", len(order), len(order))
+    progress("scoring", len(examples), len(examples))
     return sums
 
 
-def groups_of_rows(order: Sequence[int], examples: Sequence[Example], most: int = TOKENS_AT_ONCE) -> list[list[int]]:
-    """Positions of ``order`` in groups of bounded size."""
+def groups_of_rows(lengths: Sequence[int], most: int = TOKENS_AT_ONCE) -> list[list[int]]:
+    """Numbers of rows, the shortest first, in groups of at most so many tokens (a longer row is a group by itself)."""
     groups: list[list[int]] = []
     tokens = 0
-    for position, at in enumerate(order):
-        if not groups or tokens + len(examples[at]) > most:
+    for at in sorted(range(len(lengths)), key=lambda at: int(lengths[at])):
+        if not groups or tokens + lengths[at] > most:
             groups.append([])
             tokens = 0
-        groups[-1].append(position)
-        tokens += len(examples[at])
+        groups[-1].append(at)
+        tokens += int(lengths[at])
     return groups
 
 

@@ -47,19 +47,19 @@ def outputs_of_rows(
     was_training, attention = model.training, cast(Any, model).config._attn_implementation
     model.eval()
     examples = [row.example for row in rows]
-    order = sorted(range(len(rows)), key=lambda at: len(examples[at]))
+    done = 0
     try:
         with torch.no_grad():
-            for group in groups_of_rows(order, examples):
-                progress("judging rows", group[0], len(order))
-                chosen = [order[at] for at in group]
+            for chosen in groups_of_rows([len(example) for example in examples]):
+                progress("judging rows", done, len(rows))
+                done += len(chosen)
                 batch = pack([examples[at] for at in chosen], "packed" if packed else "padded")
                 outputs = objective.outputs(model, batch.to(device)).cpu()
                 yield from zip(chosen, outputs.split([examples[at].targets for at in chosen]), strict=True)
     finally:
         use_attention(model, attention)
         model.train(was_training)
-    progress("judging rows", len(order), len(order))
+    progress("judging rows", len(rows), len(rows))
 
 
 def _judged(objective: TaskObjective, row: Rendered, outputs: Tensor) -> Judged:

@@ -17,6 +17,7 @@ from tunesmith.batch import Batch, Example, pack
 from tunesmith.data.cache import cached
 from tunesmith.data.render import Rendered
 from tunesmith.data.stored import RenderedRows
+from tunesmith.evaluation.answers import groups_of_rows
 from tunesmith.files import BytesAt, read_json, write_json
 from tunesmith.models.attention import use_default_attention
 from tunesmith.models.forward import hidden_at
@@ -24,7 +25,6 @@ from tunesmith.models.head import has_plain_head
 from tunesmith.objectives.task import FEATURES
 from tunesmith.pipeline.planning import Planned
 
-TOKENS_AT_ONCE = 4096
 _VALUES, _SHAPE = "features.bin", "features.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -106,7 +106,7 @@ class _Build:
         model.eval()
         try:
             with torch.no_grad():
-                for group in _groups(rows.lengths):
+                for group in groups_of_rows(rows.lengths.tolist()):
                     self.progress("reading rows with the frozen model", done, len(rows))
                     examples = [_plain(rows[at].example) for at in group]
                     found = self.read(model, pack(examples, self.layout).to(device)).cpu()
@@ -136,19 +136,6 @@ def _plain(example: Example) -> Example:
         tensors={name: example.tensors[name] for name in names},
         scopes={name: example.scopes[name] for name in names},
     )
-
-
-def _groups(lengths: np.ndarray) -> list[list[int]]:
-    """Rows of like length together, of bounded size."""
-    groups: list[list[int]] = []
-    tokens = 0
-    for at in np.argsort(lengths, kind="stable").tolist():
-        if not groups or tokens + lengths[at] > TOKENS_AT_ONCE:
-            groups.append([])
-            tokens = 0
-        groups[-1].append(at)
-        tokens += int(lengths[at])
-    return groups
 
 
 def _stored(directory: Path) -> Callable[[int, Rendered], dict[str, Tensor]]:

@@ -74,7 +74,7 @@ def close(planned: Planned, model: nn.Module, progress: Progress) -> Figures:
     layer, scale = _layer(model), float(np.sqrt(np.mean(train.features**2)) or 1.0)
     solver = _Ridge(layer) if isinstance(objective, Regress) else _Logistic(layer)
     losses = list[float]()
-    before = _loss(objective, held, layer.weight.detach().double().numpy(), _bias(layer))
+    before = _loss(objective, held, layer.weight.detach().double().cpu().numpy(), _bias(layer))
     for at, penalty in enumerate(PENALTIES):
         progress("solving for the head", at, len(PENALTIES) + 1)
         losses.append(_loss(objective, held, *solver.solved(fitted, penalty, scale)))
@@ -98,7 +98,7 @@ def _layer(model: nn.Module) -> nn.Linear:
 
 
 def _bias(layer: nn.Linear) -> np.ndarray:
-    return np.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().double().numpy()
+    return np.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().double().cpu().numpy()
 
 
 def _gathered(rows: RenderedRows, objective: TaskObjective) -> _Data:
