@@ -20,4 +20,4 @@ def token_logps(model: nn.Module, batch: Batch, smoothing: float = 0.0) -> Targe
     features = batch.tensors.get("features")
     if features is not None:  # the trunk has run already
         return TargetLogps(hidden_logps(model, features, batch.token_ids[chosen], smoothing), chosen)
-    return TargetLogps(next_token_logps(model, batch, chosen - 1, batch.token_ids[chosen], smoothing), chosen)
+    return TargetLogps(next_token_logps(model, batch, batch.before(chosen), batch.token_ids[chosen], smoothing), chosen)
