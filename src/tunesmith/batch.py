@@ -44,7 +44,6 @@ class Example:
         """Number of tokens that are trained on."""
         return int((self.tensors["target_weights"] > 0).sum())
 
-
     def own_segments(self) -> Tensor:
         """Its segments, int64 ``[segments, 3]``."""
         return torch.tensor([[0, len(self), NO_PARENT]]) if self.segments is None else self.segments

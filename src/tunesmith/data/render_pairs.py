@@ -68,9 +68,7 @@ def _pair(row: Row, better: Rendered | BadRow, worse: Rendered | BadRow) -> Rend
     parts = [item.example.token_ids[prompt:] for item in (better, worse)]
     weights = [item.example.tensors["target_weights"][prompt:] for item in (better, worse)]
     lengths = [len(part) for part in parts]
-    segments = torch.tensor(
-        [[0, prompt, NO_PARENT], [prompt, lengths[0], 0], [prompt + lengths[0], lengths[1], 0]]
-    )
+    segments = torch.tensor([[0, prompt, NO_PARENT], [prompt, lengths[0], 0], [prompt + lengths[0], lengths[1], 0]])
     example = Example(
         torch.cat([better.example.token_ids[:prompt], *parts]),
         {"target_weights": torch.cat([torch.zeros(prompt), *weights])},

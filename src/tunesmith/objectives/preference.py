@@ -100,9 +100,10 @@ class Dpo(Pairwise):
     kind: Literal["dpo"] = "dpo"
     """Make the better of two answers likelier than the worse, against what the model said before."""
     variant: Literal["sigmoid", "ipo", "hinge", "robust", "cpo"] = "sigmoid"
-    """The function of the margin: -log sigmoid (DPO); a squared distance from 1/(2β), over answers' means (IPO, Azar et
-    al. 2024, equation 17); a hinge (SLiC, Zhao et al. 2023); DPO corrected for a known share of wrong labels (Chowdhury
-    et al. 2024, equation 10), which is `label_smoothing`; or DPO without a reference (CPO, Xu et al. 2024, equation 3)."""
+    """The function of the margin: -log sigmoid (DPO); a squared distance from 1 / (2 beta), over answers' means (IPO,
+    Azar et al. 2024, equation 17); a hinge (SLiC, Zhao et al. 2023); DPO corrected for a known share of wrong labels
+    (Chowdhury et al. 2024, equation 10), which is `label_smoothing`; or DPO without a reference (CPO, Xu et al. 2024,
+    equation 3)."""
     beta: PositiveFloat = 0.1
     """How much moving away from the reference costs."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
