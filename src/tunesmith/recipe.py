@@ -169,8 +169,9 @@ class EvaluateSpec(Spec):
     """At most this many test rows are answered, drawn with the recipe's seed."""
     metrics: list[str] | Auto = "auto"
     """The first decides the verdict. Known: `exact_match`, `f1`, `rouge1`, `rouge2`, `rougeL`, `bleu`, `chrf`,
-    `accuracy`, `perplexity`. `auto` chooses from the answers: `accuracy` for a few labels, `exact_match` for short
-    answers, `rougeL` for longer text, `perplexity` for raw text; perplexity is always added."""
+    `accuracy`, `perplexity`, and for documents `bits_per_byte`. `auto` chooses from the answers: `accuracy` for a few
+    labels, `exact_match` for short answers, `rougeL` for longer text, `perplexity` for raw text; perplexity is always
+    added."""
     max_new_tokens: PositiveInt | Auto = "auto"
     """Longest generated answer; `auto` is one and a half times the longest reference answer, at least 16 tokens."""
     batch_size: PositiveInt = 16

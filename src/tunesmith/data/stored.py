@@ -67,15 +67,17 @@ class RenderedRows(Sequence[Rendered]):
     def __getitem__(self, at: int | slice) -> Rendered | list[Rendered]:
         if isinstance(at, slice):
             return [self[index] for index in range(*at.indices(len(self)))]
-        item = self.stored.rendered(int(self.numbers[at]))
-        if self.limit is not None and len(item.example) > self.limit:
-            item = cast(Rendered, truncated(item, self.limit))
+        item = self._item(at)
         if self.added is None:
             return item
         more = self.added(at % len(self), item)
         tensors = {**item.example.tensors, **more}
         scopes: dict[str, Scope] = {**item.example.scopes, **dict.fromkeys(more, "target")}
         return replace(item, example=replace(item.example, tensors=tensors, scopes=scopes))
+
+    def _item(self, at: int) -> Rendered:
+        item = self.stored.rendered(int(self.numbers[at]))
+        return cast(Rendered, truncated(item, self.limit)) if self.limit and len(item.example) > self.limit else item
 
     def adding(self, more: Callable[[int, Rendered], dict[str, Tensor]]) -> RenderedRows:
         """The same rows with more tensors."""

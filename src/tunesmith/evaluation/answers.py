@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import Progress, silent
-from tunesmith.batch import Example, pack
+from tunesmith.batch import NO_PARENT, Example, pack
 from tunesmith.data.render import Rendered
 from tunesmith.engine.generate import Sampling, generate
 from tunesmith.models.forward import use_attention
@@ -34,6 +34,7 @@ class Judged:
         finish_reason: `stop` or `length`; None for raw text.
         nll: negative log-likelihood of the first reference, in nats; None when it is not finite.
         targets: tokens that `nll` is summed over.
+        bytes: of the text in UTF-8 that `nll` is about; None where it is about an answer, or a text that was cut.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Judged:
     finish_reason: str | None
     nll: float | None
     targets: int
+    bytes: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,6 +89,7 @@ def judge(
                 finish_reason=said.finish_reason if said else None,
                 nll=nll if math.isfinite(nll) else None,
                 targets=row.example.targets,
+                bytes=len(row.row.text.encode()) if row.row.text and not row.cut_ids else None,
             )
         )
     return judged
@@ -114,25 +117,32 @@ def row_nlls(
     device = next(model.parameters()).device
     was_training, attention = model.training, cast(Any, model).config._attn_implementation
     model.eval()
+    pieces = [(at, piece) for at, example in enumerate(examples) for piece in _pieces(example)]
     sums = [0.0] * len(examples)
-    done, lengths = 0, [len(example) for example in examples]
+    done, lengths = 0, [len(piece) for _, piece in pieces]
     try:
         with torch.no_grad():
             for chosen in groups_of_rows(lengths, getattr(model, "tokens_at_once", TOKENS_AT_ONCE)):
-                progress("scoring", done, len(examples))
+                progress("scoring", done, len(pieces))
                 done += len(chosen)
-                batch = pack([examples[at] for at in chosen], "packed" if packed else "padded")
+                batch = pack([pieces[at][1] for at in chosen], "packed" if packed else "padded")
                 logps, targets = objective.target_logps(model, batch.to(device))
                 weighted = (logps * batch.tensors["target_weights"].to(device)[targets]).double().cpu()
                 row_of_target = torch.searchsorted(batch.segments[:, 0].contiguous(), targets.cpu(), right=True) - 1
                 totals = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, row_of_target, weighted)
                 for at, total in zip(chosen, totals.tolist(), strict=True):
-                    sums[at] = -total
+                    sums[pieces[at][0]] -= total
     finally:
         use_attention(model, attention)  # attention over segments knows no call without them
         model.train(was_training)
-    progress("scoring", len(examples), len(examples))
+    progress("scoring", len(pieces), len(pieces))
     return sums
+
+
+def _pieces(example: Example) -> list[Example]:
+    """The pieces of a document, which see nothing of each other; other rows as they are."""
+    parted = example.segments is not None and bool((example.segments[:, 2] == NO_PARENT).all())
+    return example.apart() if parted else [example]
 
 
 def groups_of_rows(lengths: Sequence[int], most: int = TOKENS_AT_ONCE) -> list[list[int]]:

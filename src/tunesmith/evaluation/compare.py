@@ -9,10 +9,18 @@ from typing import Any, Literal
 
 from tunesmith.base import InputError
 from tunesmith.evaluation.answers import Judged
-from tunesmith.metrics import METRICS, RowStatistics, metric, paired_bootstrap, perplexity_rows
+from tunesmith.metrics import (
+    LIKELIHOODS,
+    METRICS,
+    RowStatistics,
+    bits_per_byte_rows,
+    metric,
+    paired_bootstrap,
+    perplexity_rows,
+)
 from tunesmith.recipe import EvaluateSpec
 
-PERPLEXITY = "perplexity"
+PERPLEXITY, BITS_PER_BYTE = LIKELIHOODS
 NOTABLE_FORGETTING = 0.10
 Verdict = Literal["ship", "dont_ship", "no_difference"]
 
@@ -30,7 +38,7 @@ def choose_metrics(asked: Sequence[str] | str, references: Sequence[str]) -> tup
     if not isinstance(asked, str):
         names = list(dict.fromkeys(asked))
         for name in names:
-            if name != PERPLEXITY:
+            if name not in LIKELIHOODS:
                 _known(name)
         return (names if PERPLEXITY in names else [*names, PERPLEXITY]), "as the recipe says"
     if not references:
@@ -51,7 +59,7 @@ def _known(name: str) -> None:
     try:
         metric(name)
     except InputError as error:
-        raise InputError(error.what, where="evaluate.metrics", fix=f"{error.fix}, {PERPLEXITY}") from error
+        raise InputError(error.what, where="evaluate.metrics", fix=f"{error.fix}, {', '.join(LIKELIHOODS)}") from error
 
 
 def _look_formal(references: Sequence[str]) -> bool:
@@ -69,6 +77,10 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
     if name == PERPLEXITY:
         scored = [row for row in judged if row.nll is not None and row.targets]
         return perplexity_rows([row.nll or 0.0 for row in scored], [row.targets for row in scored]) if scored else None
+    if name == BITS_PER_BYTE:
+        texts = [row for row in judged if row.nll is not None and row.bytes]
+        counts = [row.bytes or 0 for row in texts]
+        return bits_per_byte_rows([row.nll or 0.0 for row in texts], counts) if texts else None
     answered = [row for row in judged if row.answer is not None]
     if not answered:
         return None
@@ -104,7 +116,7 @@ def compare_metrics(
                 "difference": interval.difference,
                 "low": interval.low,
                 "high": interval.high,
-                "better": "lower" if name == PERPLEXITY else METRICS[name].better,
+                "better": "lower" if name in LIKELIHOODS else METRICS[name].better,
                 "n": interval.n,
                 "primary": name == names[0],
             }
@@ -115,7 +127,7 @@ def compare_metrics(
 def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tuple[list[tuple[Judged, Judged]], int]:
     """The rows on which both can be measured, and on how many only the tuned model fails."""
     pairs = list(zip(base, tuned, strict=True))
-    if name != PERPLEXITY:
+    if name not in LIKELIHOODS:
         return pairs, 0
     return [(b, t) for b, t in pairs if None not in (b.nll, t.nll)], sum(
         t.nll is None for b, t in pairs if b.nll is not None
@@ -250,7 +262,7 @@ def best_and_worst(
     name: str, base: Sequence[Judged], tuned: Sequence[Judged], count: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows where the tuned model gained most, and those where it lost most, by the deciding metric."""
-    scored_name = name if name != PERPLEXITY and any(row.answer is not None for row in tuned) else PERPLEXITY
+    scored_name = name if name not in LIKELIHOODS and any(row.answer is not None for row in tuned) else PERPLEXITY
     pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if scored_name == PERPLEXITY or t.answer is not None]
     pairs = [(b, t) for b, t in pairs if scored_name != PERPLEXITY or (None not in (b.nll, t.nll) and t.targets)]
     before, after = metric_rows(scored_name, [b for b, _ in pairs]), metric_rows(scored_name, [t for _, t in pairs])

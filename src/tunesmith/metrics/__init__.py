@@ -4,15 +4,17 @@ from tunesmith.base import InputError, nearest
 from tunesmith.metrics.intervals import Estimate, Interval, bootstrap, paired_bootstrap
 from tunesmith.metrics.labels import BETWEEN, LABEL_METRICS
 from tunesmith.metrics.statistics import RowStatistics, mean_rows
-from tunesmith.metrics.text import TEXT_METRICS, Metric, perplexity_rows
+from tunesmith.metrics.text import TEXT_METRICS, Metric, bits_per_byte_rows, perplexity_rows
 
 __all__ = [
     "BETWEEN",
+    "LIKELIHOODS",
     "METRICS",
     "Estimate",
     "Interval",
     "Metric",
     "RowStatistics",
+    "bits_per_byte_rows",
     "bootstrap",
     "mean_rows",
     "metric",
@@ -22,6 +24,9 @@ __all__ = [
 
 METRICS: dict[str, Metric] = {**TEXT_METRICS, **LABEL_METRICS}
 """Every metric that compares predictions with references, by name."""
+
+LIKELIHOODS = ("perplexity", "bits_per_byte")
+"""Names of those that ask how probable a model finds held-out text, for which nothing is written; lower is better."""
 
 
 def metric(name: str) -> Metric:

@@ -17,6 +17,7 @@ from tunesmith.batch import NO_PARENT, Batch, Example, pack
 from tunesmith.models.attention import SEGMENTS, UnsupportedAttention, use_attention, use_default_attention
 from tunesmith.models.decoder import Decoder, decoder_of
 from tunesmith.models.head import has_plain_head, head_logits, target_logps
+from tunesmith.models.noise import noisy_embeddings
 from tunesmith.models.projection import compute_dtype, projection_of, rounded_up
 from tunesmith.models.streamed_head import FileHead
 
@@ -34,9 +35,8 @@ def next_token_logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tens
     """
     batch, positions = _prompted(model, batch, positions)
     batch = _filled_up(model, batch)
-    hidden = _hidden(model, batch, positions)
-    if hidden is not None:
-        return head_logits(model, hidden)
+    if _reads_hidden(model, batch):
+        return head_logits(model, _states(model, batch, positions))
     return (_packed if _goes_packed(model, batch) else _padded)(model, batch, positions)
 
 
@@ -53,10 +53,12 @@ def next_token_logps(
     """
     batch, positions = _prompted(model, batch, positions)
     batch = _filled_up(model, batch)
-    hidden = _hidden(model, batch, positions)
-    if hidden is not None:
+    if _reads_hidden(model, batch):  # looked at outside, for it may run the model
+        with noisy_embeddings(model, batch):
+            hidden = _states(model, batch, positions)
         return hidden_logps(model, hidden, targets, smoothing)
-    logits = (_packed if _goes_packed(model, batch) else _padded)(model, batch, positions)
+    with noisy_embeddings(model, batch):
+        logits = (_packed if _goes_packed(model, batch) else _padded)(model, batch, positions)
     return -F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
 
 
@@ -88,7 +90,10 @@ def hidden_at(model: nn.Module, batch: Batch, positions: Tensor, layer: int | No
         positions: int64 ``[n]``, indices into the batch, ascending.
     """
     batch, positions = _prompted(model, batch, positions)
-    return _states(model, _filled_up(model, batch), positions, layer)
+    batch = _filled_up(model, batch)
+    decoder_of(model)  # which may run the model when it is asked for the first time
+    with noisy_embeddings(model, batch):
+        return _states(model, batch, positions, layer)
 
 
 def prompt_ids(model: nn.Module) -> list[int]:
@@ -140,9 +145,9 @@ def _filled_up(model: nn.Module, batch: Batch) -> Batch:
     return replace(batch, token_ids=F.pad(batch.token_ids, filler), positions=F.pad(batch.positions, filler))
 
 
-def _hidden(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor | None:
-    """What the head reads at ``positions``, ``[n, width]``; None when the model must be asked for logits."""
-    return _states(model, batch, positions) if _runs_fused(model, batch) or has_plain_head(model) else None
+def _reads_hidden(model: nn.Module, batch: Batch) -> bool:
+    """Whether the head can be asked apart from the trunk; else the model must be asked for logits."""
+    return _runs_fused(model, batch) or has_plain_head(model)
 
 
 def _runs_fused(model: nn.Module, batch: Batch) -> bool:

@@ -7,14 +7,17 @@ from typing import Annotated
 from pydantic import Field
 
 from tunesmith.objectives.objective import TargetLogps, TrainingObjective
-from tunesmith.objectives.supervised import Supervised
+from tunesmith.objectives.pretrain import Pretrain
+from tunesmith.objectives.supervised import NextToken, Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
-Objective = Annotated[Supervised | Classify | Tag | Regress, Field(discriminator="kind")]
+Objective = Annotated[Supervised | Pretrain | Classify | Tag | Regress, Field(discriminator="kind")]
 
 __all__ = [
     "Classify",
+    "NextToken",
     "Objective",
+    "Pretrain",
     "Regress",
     "Supervised",
     "Tag",

@@ -23,7 +23,7 @@ from tunesmith.evaluation.compare import choose_metrics, compare_metrics, metric
 from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.method import read_adapter_config
 from tunesmith.methods.quantized_lora import base_read
-from tunesmith.metrics import bootstrap
+from tunesmith.metrics import LIKELIHOODS, bootstrap
 from tunesmith.models.embeddings import cover_tokens
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import (
@@ -348,7 +348,7 @@ def judged_rows(
         spec.batch_size,
         frozenset(speaker.renderer.stop_ids),
         packing_obstacle(speaker.model) is None,
-        any(name != "perplexity" for name in metrics),
+        any(name not in LIKELIHOODS for name in metrics),
     )
     return judge(speaker.model, speaker.tokenizer, rows, how, progress), metrics
 

@@ -14,15 +14,17 @@ from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.presets import PRESETS
 from tunesmith.data.read import STANDARD_INPUT
 from tunesmith.data.render import Renderer
+from tunesmith.data.render_documents import DocumentRenderer
 from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.evaluation.compare import choose_metrics
+from tunesmith.metrics import LIKELIHOODS
 from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
 from tunesmith.models.load import load_tokenizer, locate_model, read_config, read_plain_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
-from tunesmith.objectives import TaskObjective, TrainingObjective
+from tunesmith.objectives import Pretrain, TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
@@ -84,7 +86,8 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     else:
         tokenizer = load_tokenizer(location, recipe.model.revision, config)
         added = add_tokens(tokenizer, recipe.model.add_tokens)
-        renderer = Renderer.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
+        reads = DocumentRenderer if isinstance(objective, Pretrain) else Renderer
+        renderer = reads.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
     prepared = prepare(
         recipe.data,
         renderer,
@@ -147,7 +150,7 @@ def _found_in_data(recipe: Recipe, prepared: Prepared) -> list[Resolved]:
         if declared.get(source["path"], recipe.data.format) == "auto":
             reason = f"the columns of {source['path']}"
             found.append(Resolved(name="data.format", value=source["format"], reason=reason))
-    if recipe.data.template == "auto" and not isinstance(recipe.objective, TaskObjective):
+    if recipe.data.template == "auto" and not isinstance(recipe.objective, TaskObjective | Pretrain):
         found.append(Resolved(name="data.template", value=prepared.template, reason="what the model was made for"))
     if recipe.data.test == "auto" and prepared.test:
         found.append(Resolved(name="data.test", value=f"{len(prepared.test)} rows", reason=prepared.test_from))
@@ -258,6 +261,8 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
     count = 0 if recipe.evaluate == "off" else min(recipe.evaluate.rows, len(prepared.test))
     if isinstance(objective, TaskObjective):
         return Judged(*chosen_metrics(recipe, objective), count, 0, writes=False)
+    if isinstance(objective, Pretrain):
+        return Judged(*_metrics_of_documents(recipe), count, 0, writes=False)
     rows = prepared.test or prepared.train
     references = [row.row.references[0] for row in rows if row.row.messages]
     metrics, why = choose_metrics(_asked(recipe), references)
@@ -267,7 +272,11 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
             metrics, _ = choose_metrics([*metrics, *gated], references)
         except InputError as error:
             raise InputError(error.what, where=f"gate.{gated[0]}", fix=error.fix) from error
-    if not references and (generated := [name for name in metrics if name != "perplexity"]):
+    if "bits_per_byte" in metrics:
+        raise InputError(
+            "bits per byte are of whole documents", where="evaluate.metrics", fix="use perplexity, or pretrain"
+        )
+    if not references and (generated := [name for name in metrics if name not in LIKELIHOODS]):
         raise InputError(
             f"{generated[0]} needs prompts and answers; these rows are raw text",
             where="evaluate.metrics",
@@ -275,3 +284,22 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
         )
     answers = [len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids]
     return Judged(metrics, why, count, max(answers, default=0))
+
+
+def _metrics_of_documents(recipe: Recipe) -> tuple[list[str], str]:
+    """What documents are judged by, the deciding metric first, and why; settings about answers are refused."""
+    answers = "documents have no answers"
+    if recipe.train.generate_every != "off":
+        raise InputError(answers, where="train.generate_every", fix="remove it")
+    if recipe.evaluate == "off":
+        return [*LIKELIHOODS], "the rows are documents"
+    if recipe.evaluate.max_new_tokens != "auto":
+        raise InputError(answers, where="evaluate.max_new_tokens", fix="remove it")
+    asked = recipe.evaluate.metrics
+    for where, names in (("evaluate.metrics", [] if asked == "auto" else asked), ("gate", [*recipe.gate])):
+        for name in names:
+            if name not in (*LIKELIHOODS, "forgetting"):
+                raise InputError(f"{name} needs answers, and {answers}", where=where, fix="use perplexity")
+    metrics = [*asked] if isinstance(asked, list) else []
+    why = "as the recipe says" if metrics else "the rows are documents"
+    return list(dict.fromkeys([*metrics, *LIKELIHOODS])), why

@@ -16,6 +16,7 @@ from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row
 from tunesmith.evaluation.compare import best_and_worst, compare_forgetting, compare_metrics, judgement
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
 from tunesmith.evaluation.labels import judge_constant, judge_labels
+from tunesmith.metrics import LIKELIHOODS
 from tunesmith.models.measure import position_limit
 from tunesmith.pages.report import report_page
 from tunesmith.pipeline.judging import baseline_of
@@ -44,7 +45,7 @@ class Proof:
             batch_size=spec.batch_size,
             stop_ids=frozenset(planned.prepared.stop_ids),
             packed=planned.plan.packing,
-            generates=any(name != "perplexity" for name in planned.plan.metrics),
+            generates=any(name not in LIKELIHOODS for name in planned.plan.metrics),
         )
 
     def evaluate(self, model: nn.Module, progress: Progress) -> Evaluation:
