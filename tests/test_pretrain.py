@@ -235,13 +235,13 @@ def test_the_likelihood_of_a_document_is_that_of_its_pieces_in_both_layouts(tiny
 # --- whole runs ---
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", [{"kind": "full"}, {"kind": "lora", "modules_to_save": ["embed_tokens"]}])
 def test_a_run_learns_and_its_report_shows_what_general_text_paid(
-    method: str, tiny_model: Path, corpus: Path, tmp_path: Path
+    method: dict[str, Any], tiny_model: Path, corpus: Path, tmp_path: Path
 ) -> None:
     general = tmp_path / "general.txt"
     general.write_text("The quick brown fox jumps over the lazy dog.\n\nAnother passage of text.\n" * 4)
-    train = {"steps": 20, "learning_rate": 0.01 if method == "full" else 0.1, "best": "last"}
+    train = {"steps": 20, "best": "last"}
     run = finetune(
         recipe(tiny_model, corpus, tmp_path / "run", method=method, train=train, evaluate={"forgetting": str(general)})
     )

@@ -113,6 +113,18 @@ class TrainSpec(Spec):
     """Steps over which the rate rises from zero: a fraction of all steps when below 1, else a number of steps."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay (Loshchilov & Hutter 2019); never on biases, norms and other vectors."""
+    kl_to_base: NonNegativeFloat = 0.0
+    """Adds this times KL(base || model) at the tokens that are trained on (`kl_on`), in nats a token: the base's own
+    predictions are soft targets, against forgetting (Li & Hoiem 2016, Learning without Forgetting, equation 2). The
+    base is the model with its adapter off, so it costs one more forward pass and no second model; for `sft` and
+    `pretrain`, with a method that leaves the base as it is."""
+    kl_on: Literal["targets", "replay"] = "targets"
+    """Where: at every token that is trained on, or only at those of `data.replay`, so that the task is learned without
+    hindrance."""
+    l2_to_base: NonNegativeFloat = 0.0
+    """Adds half of this times the squared distance of the trained weights from where they began (Li et al. 2018,
+    L2-SP, equation 2); for LoRA the squared norm of its update of each weight, scale and all. Unlike weight decay,
+    which pulls towards zero. Full fine-tuning keeps a copy of the start in memory."""
     clip: PositiveFloat | Off = 1.0
     """Largest L2 norm of the gradient (Pascanu et al. 2013)."""
     groups: list[GroupSpec] = Field(default_factory=list)

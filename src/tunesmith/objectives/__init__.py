@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tunesmith.objectives.objective import TargetLogps, TrainingObjective
+from tunesmith.objectives.objective import StepObjective, TargetLogps, TrainingObjective
 from tunesmith.objectives.pretrain import Pretrain
 from tunesmith.objectives.supervised import NextToken, Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
@@ -19,6 +19,7 @@ __all__ = [
     "Objective",
     "Pretrain",
     "Regress",
+    "StepObjective",
     "Supervised",
     "Tag",
     "TargetLogps",

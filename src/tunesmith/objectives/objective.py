@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -24,6 +24,19 @@ class TargetLogps(NamedTuple):
 
     logps: Tensor
     chosen: Tensor
+
+
+class StepObjective(Protocol):
+    """What a step needs of an objective, or of something around one; see `TrainingObjective`."""
+
+    @property
+    def terms(self) -> tuple[str, ...]: ...
+
+    def prepare(self, model: nn.Module, window: Sequence[Batch]) -> Sequence[Batch]: ...
+
+    def weights(self, batch: Batch) -> dict[str, Tensor]: ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]: ...
 
 
 class TrainingObjective(Spec):

@@ -6,17 +6,19 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.presets import PRESETS
 from tunesmith.data.read import STANDARD_INPUT
-from tunesmith.data.render import Renderer
+from tunesmith.data.render import Rendered, Renderer
 from tunesmith.data.render_documents import DocumentRenderer
 from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.data.sources import readings, source_specs
+from tunesmith.data.stored import RenderedRows
 from tunesmith.evaluation.compare import choose_metrics
 from tunesmith.metrics import LIKELIHOODS
 from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
@@ -30,6 +32,7 @@ from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.plan.streaming import may_stream
 from tunesmith.recipe import Plan, Recipe, Resolved, Workload
+from tunesmith.train.near_base import REPLAYED, refuse_unreachable_base
 from tunesmith.train.parallel import world_size
 
 ASSUMED_ROWS, ASSUMED_TOKENS = 1000, 512
@@ -100,6 +103,9 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     if isinstance(objective, TaskObjective):
         prepared, objective = with_labels(prepared, objective)
         model = meta_model(config, location, objective.task_head())
+    refuse_unreachable_base(recipe)
+    if recipe.train.kl_on == "replay":
+        prepared = replace(prepared, train=_marked(prepared))
     teach_tokens(model, added)
     workload = _counted(prepared)
     hardware = detect_hardware()
@@ -111,6 +117,16 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         notes.append("train.shard spreads nothing over one process; torchrun starts several")
     plan = plan.model_copy(update={"notes": notes, "resolved": found})
     return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective)
+
+
+def _marked(prepared: Prepared) -> RenderedRows:
+    """Training rows that say of each target whether its row is replayed."""
+    replayed = set(prepared.order.members[-1].tolist())
+
+    def mark(at: int, item: Rendered) -> dict[str, Tensor]:
+        return {REPLAYED: torch.full((item.example.targets,), float(at in replayed))}
+
+    return prepared.train.adding(mark)
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, location: str) -> set[int]:

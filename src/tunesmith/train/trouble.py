@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tunesmith.base import TrainingError
 from tunesmith.batch import Batch
-from tunesmith.objectives import TrainingObjective
+from tunesmith.objectives import StepObjective
 from tunesmith.recipe import Plan
 
 MIB = 2**20
@@ -30,7 +30,7 @@ class StepAbandoned(Exception):
 class Stoppable:
     """An objective that looks, before each micro-batch, whether the run should end."""
 
-    def __init__(self, objective: TrainingObjective, stop: Callable[[], bool]) -> None:
+    def __init__(self, objective: StepObjective, stop: Callable[[], bool]) -> None:
         self._objective, self._stop = objective, stop
         self.terms = objective.terms
 
