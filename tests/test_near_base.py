@@ -185,7 +185,9 @@ def test_penalties_hold_a_run_back_and_it_resumes_to_the_same_bytes(
         if event["event"] == "step" and event["step"] == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    penalty = {"kl_to_base": 5.0, "l2_to_base": 0.1} if method == "lora" else {"l2_to_base": 0.1, "learning_rate": 0.005}
+    penalty = (
+        {"kl_to_base": 5.0, "l2_to_base": 0.1} if method == "lora" else {"l2_to_base": 0.1, "learning_rate": 0.005}
+    )
     free = finetune(recipe(tiny_model, rows_file, tmp_path / "free", method=method))
     held = finetune(recipe(tiny_model, rows_file, tmp_path / "held", method=method, train=penalty))
     asked = recipe(tiny_model, rows_file, tmp_path / "again", method=method, train=penalty)

@@ -71,7 +71,7 @@ def _asked(
     files: Sequence[str], recipe: Path | None, benchmarks: Sequence[str]
 ) -> tuple[DataSpec, Sequence[str], str | None]:
     """The `data` section that is checked, files to compare it with, and the recipe's model."""
-    from tunesmith.data.spec import DataSpec
+    from tunesmith.data.spec import SELF, DataSpec
 
     if recipe is None:
         if not files:
@@ -81,6 +81,8 @@ def _asked(
 
     asked = read_recipe(recipe, [])
     changed: dict[str, Any] = {"benchmarks": [*asked.data.benchmarks, *benchmarks]}
+    if asked.data.replay is not None and asked.data.replay.path == SELF:  # which is written when the run begins
+        changed["replay"] = None
     if files:
         changed |= {"train": files[0], "validation": None, "test": "auto", "replay": None}
     return asked.data.model_copy(update=changed), files[1:], asked.model.path

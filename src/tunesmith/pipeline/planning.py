@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from tunesmith.data.render import Rendered, Renderer
 from tunesmith.data.render_documents import DocumentRenderer
 from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.data.sources import readings, source_specs
+from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import RenderedRows
 from tunesmith.evaluation.compare import choose_metrics
 from tunesmith.metrics import LIKELIHOODS
@@ -28,6 +30,7 @@ from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
 from tunesmith.objectives import Pretrain, TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
+from tunesmith.pipeline.own_answers import Base, are_made, replays_itself, with_own_answers
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.plan.streaming import may_stream
@@ -91,8 +94,9 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         added = add_tokens(tokenizer, recipe.model.add_tokens)
         reads = DocumentRenderer if isinstance(objective, Pretrain) else Renderer
         renderer = reads.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
+    data, said = with_own_answers(recipe, Base(location, config, tokenizer), progress)
     prepared = prepare(
-        recipe.data,
+        data,
         renderer,
         model_limit=limit,
         seed=recipe.seed,
@@ -100,6 +104,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         progress=progress,
         alone=recipe.budget.memory is not None,
     )
+    prepared = _named_as_asked(prepared, recipe, data, said)
     if isinstance(objective, TaskObjective):
         prepared, objective = with_labels(prepared, objective)
         model = meta_model(config, location, objective.task_head())
@@ -117,6 +122,23 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         notes.append("train.shard spreads nothing over one process; torchrun starts several")
     plan = plan.model_copy(update={"notes": notes, "resolved": found})
     return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective)
+
+
+def _named_as_asked(prepared: Prepared, recipe: Recipe, data: DataSpec, said: list[str]) -> Prepared:
+    """The data under the names that the recipe has for them: where the base's own answers are kept is nobody's name."""
+    asked, used = recipe.data.replay, data.replay
+    if asked is None or used is None or asked.path == used.path:
+        return prepared
+
+    def named(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**entry, "path": asked.path if entry["path"] == used.path else entry["path"]} for entry in entries]
+
+    return replace(
+        prepared,
+        sources=named(prepared.sources),
+        mixture=named(prepared.mixture),
+        notes=[note.replace(used.path, asked.path) for note in (*said, *prepared.notes)],
+    )
 
 
 def _marked(prepared: Prepared) -> RenderedRows:
@@ -180,6 +202,8 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         InputError: when the model's configuration cannot be read, or data that is there is wrong.
     """
     location = locate_model(recipe.model.path, progress)
+    if replays_itself(recipe.data):
+        return _without_own_answers(recipe, location, progress)
     missing = [source.path for source in source_specs(recipe.data) if not _is_here(source.path)]
     if not missing and _has_tokenizer(location):
         return plan_job(recipe, progress)
@@ -198,6 +222,25 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     notes = [*plan.notes, f"tokens are estimated: {what}"]
     plan = plan.model_copy(update={"notes": notes})
     return Planned(recipe, plan, location, config, detect_hardware(), None, None, None, recipe.objective)
+
+
+def _without_own_answers(recipe: Recipe, location: str, progress: Progress) -> Planned:
+    """A plan for rows that the base may still have to write: without them until they are there."""
+    if _has_tokenizer(location):
+        config = _config(recipe, location)
+        tokenizer = load_tokenizer(location, recipe.model.revision, config)
+        if are_made(recipe, Base(location, config, tokenizer)):
+            return plan_job(recipe, progress)
+    assert recipe.data.replay is not None
+    data = recipe.data.model_copy(update={"replay": None})
+    without = recipe.model_copy(update={"data": data, "train": recipe.train.model_copy(update={"kl_on": "targets"})})
+    planned = estimate_job(without, progress)
+    share = recipe.data.replay.share
+    note = (
+        f"without replay: the base first answers up to {recipe.data.replay.answers} prompts, and then an epoch has "
+        f"{share / (1 - share):.0%} more rows"
+    )
+    return planned.with_plan(planned.plan.model_copy(update={"notes": [*planned.plan.notes, note]}))
 
 
 def _guessed_head(objective: TrainingObjective) -> TaskHead | None:
