@@ -15,7 +15,7 @@ from task_rows import build_trunk, tag_rows
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, QLora
-from tunesmith.objectives import Classify, Regress, Supervised, Tag
+from tunesmith.objectives import Classify, Pretrain, Regress, Supervised, Tag
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
 from tunesmith.recipe_file import check_recipe
@@ -45,6 +45,8 @@ def judging(kind: str, rows: str, **settings: Any) -> dict[str, Any]:
 
 
 LABELS, NUMBERS, TAGS = judging("classify", "LABELS"), judging("regress", "NUMBERS"), judging("tag", "TAGS")
+DOCUMENTS = {**JUDGED, "data": {"train": "TEXT"}, "objective": {"kind": "pretrain"}}
+OWN = {"path": "self", "answers": 30, "max_new_tokens": 60}
 CLEANING = {"empty": "drop", "overlong": "drop", "max_length": 40}
 
 # For every field: the sections that it is changed in, beside which the same job with the default is run.
@@ -105,6 +107,10 @@ CHANGES: dict[str, Any] = {
         {"data": {"replay": {"path": "MORE", "subset": "x"}}},
     ),
     "data.replay.split": ({"data": {"replay": {"path": "MORE"}}}, {"data": {"replay": {"path": "MORE", "split": "x"}}}),
+    "data.replay.prompts": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "prompts": "MORE"}}}),
+    "data.replay.answers": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "answers": 20}}}),
+    "data.replay.max_new_tokens": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "max_new_tokens": 30}}}),
+    "data.replay.temperature": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "temperature": 0.5}}}),
     "data.stratify": ({"data": {"train": "FIELDS"}}, {"data": {"train": "FIELDS", "stratify": "colour"}}),
     "data.group": ({"data": {"train": "FIELDS"}}, {"data": {"train": "FIELDS", "group": "colour"}}),
     "data.checks": ({"data": {"train": "ODD"}}, {"data": {"train": "ODD", "checks": False}}),
@@ -189,6 +195,13 @@ CHANGES: dict[str, Any] = {
     "method[head].solver": ({**LABELS, **HEAD}, {**LABELS, "method": {"kind": "head", "solver": "gradient"}}),
     "objective.kind": ({}, REFUSED),
     "objective.label_smoothing": ({}, {"objective": {"kind": "sft", "label_smoothing": 0.2}}),
+    "objective.average": ({}, {"objective": {"kind": "sft", "average": "rows"}}),
+    "objective.noise": ({}, {"objective": {"kind": "sft", "noise": 5}}),
+    "objective[pretrain].kind": ({"data": {"train": "TEXT"}}, DOCUMENTS),
+    "objective[pretrain].label_smoothing": (
+        DOCUMENTS,
+        {**DOCUMENTS, "objective": {"kind": "pretrain", "label_smoothing": 0.2}},
+    ),
     "objective[classify].kind": (NUMBERS, judging("classify", "NUMBERS")),
     "objective[classify].labels": (LABELS, judging("classify", "LABELS", labels=["no", "maybe", "yes"])),
     "objective[classify].multi_label": (LABELS, judging("classify", "LABELS", multi_label=True)),
@@ -213,6 +226,12 @@ CHANGES: dict[str, Any] = {
     "train.schedule": ({}, {"train": {"schedule": "wsd"}}),
     "train.warmup": ({}, {"train": {"warmup": 3}}),
     "train.weight_decay": ({}, {"train": {"weight_decay": 0.5}}),
+    "train.kl_to_base": ({}, {"train": {"kl_to_base": 1}}),
+    "train.kl_on": (
+        {"data": {"replay": {"path": "MORE"}}, "train": {"kl_to_base": 1}},
+        {"data": {"replay": {"path": "MORE"}}, "train": {"kl_to_base": 1, "kl_on": "replay"}},
+    ),
+    "train.l2_to_base": ({}, {"train": {"l2_to_base": 1}}),
     "train.clip": ({}, {"train": {"clip": 0.001}}),
     # bitsandbytes keeps states of fewer than 4,096 weights in 32 bits.
     "train.optimizer": (
@@ -295,6 +314,7 @@ def schema_fields() -> set[str]:
         "objective[tag]": [Tag],
         "objective[regress]": [Regress],
         "objective": [Supervised],
+        "objective[pretrain]": [Pretrain],
         "train": [TrainSpec],
         "train.groups[]": [GroupSpec],
         "train.early_stopping": [EarlyStopping],

@@ -109,6 +109,12 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         prepared, objective = with_labels(prepared, objective)
         model = meta_model(config, location, objective.task_head())
     refuse_unreachable_base(recipe)
+    if recipe.method.trunk_is_frozen and getattr(objective, "noise", 0.0):
+        raise InputError(
+            "the frozen trunk is read once, and there is no step in which noise could reach it",
+            where="objective.noise",
+            fix="remove it, or use another method",
+        )
     if recipe.train.kl_on == "replay":
         prepared = replace(prepared, train=_marked(prepared))
     teach_tokens(model, added)
