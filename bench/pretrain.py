@@ -1,6 +1,6 @@
 """Continued pretraining of the demo model on documents about Python (PEPs), and what general text pays for it.
 
-    python bench/pretrain.py DATA [--steps 24] [--block 512] [--only full] [--write]
+    python bench/pretrain.py DATA [--steps 24] [--block 512] [--only full] [--short] [--write]
 
 DATA holds `corpus_peps` (documents) and `instruct_llms_from_scratch` (general rows, from whose answers the replayed
 text is made). Every way gets the same steps; held out are whole documents. What is finished stays in `runs/pretrain`,
@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from methods import slug
+from tunesmith.data.general_text import general_text
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.recipe_file import check_recipe
 from tunesmith.run import Run
 
 WORK, OUT = Path("runs/pretrain"), Path("docs/results/pretrain.md")
 LONGEST = 16_000
-"""Characters of a document. Longer ones are left out of this short comparison, whole."""
+"""Characters of a document. Longer ones are left out of this comparison, whole."""
+SHORT, SHORT_GENERAL = 7_000, 20_000
+"""Characters of a document, and of all general text, in the short version."""
 
 
 def ways(general: str) -> dict[str, dict[str, Any]]:
@@ -36,15 +39,16 @@ def ways(general: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def texts(data: Path) -> dict[str, Path]:
-    """Files of documents for this comparison."""
+def texts(data: Path, longest: int) -> dict[str, Path]:
+    """Files of documents for this comparison, all of the corpus up to a length, in one file; and of general rows."""
     WORK.mkdir(parents=True, exist_ok=True)
-    found = {}
-    for name in ("train", "valid"):
-        rows = [json.loads(line) for line in (data / "corpus_peps" / f"{name}.jsonl").read_text().splitlines()]
-        found[name] = WORK / f"{name}.jsonl"
-        kept = [{"text": row["text"]} for row in rows if len(row["text"]) <= LONGEST]
-        found[name].write_text("".join(json.dumps(row) + "\n" for row in kept))
+    found = {"peps": WORK / f"peps-{longest}.jsonl", "measured": WORK / "measured.jsonl"}
+    files = [data / "corpus_peps" / f"{name}.jsonl" for name in ("train", "valid")]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    kept = [{"text": row["text"]} for row in rows if len(row["text"]) <= longest]
+    found["peps"].write_text("".join(json.dumps(row) + "\n" for row in kept))
+    _, passages = general_text(SHORT_GENERAL)
+    found["measured"].write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
     rows = json.loads((data / "instruct_llms_from_scratch" / "instruction-data.json").read_text())
     pages = [rows[at : at + 20] for at in range(0, len(rows), 20)]
     said = ["\n\n".join(f"{r['instruction']} {r['input']}\n{r['output']}" for r in page) for page in pages]
@@ -54,20 +58,20 @@ def texts(data: Path) -> dict[str, Path]:
 
 
 def finished(name: str, files: dict[str, Path], way: dict[str, Any], given: Any) -> Run:
-    output = WORK / f"{slug(name)}-{given.steps}-{given.block}"
+    output = WORK / f"{slug(name)}-{given.steps}-{given.block}{'-short' * given.short}"
     recipe = {
         "model": "demo",
         "objective": "pretrain",
         "data": {
-            "train": str(files["train"]),
-            "test": str(files["valid"]),
+            "train": str(files["peps"]),
+            "test": 0.2,
             "max_length": given.block,
             "checks": False,
             **way.get("data", {}),
         },
         "method": way["method"],
         "train": {"steps": given.steps, "batch_size": 8, "checkpoint_every": "off", **way["train"]},
-        "evaluate": {"samples": 0},
+        "evaluate": {"samples": 0, **({"forgetting": str(files["measured"])} if given.short else {})},
         "output": str(output),
     }
     run = finetune(check_recipe(recipe, "bench"), resume=True)
@@ -111,9 +115,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--block", type=int, default=512)
     parser.add_argument("--only", action="append")
+    parser.add_argument("--short", action="store_true", help="short documents and less general text: minutes")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
-    files = texts(given.data)
+    longest = SHORT if given.short else LONGEST
+    files = texts(given.data, longest)
     known = ways(str(files["general"]))
     runs = {name: finished(name, files, known[name], given) for name in given.only or known}
     if given.write:
@@ -121,8 +127,8 @@ def main() -> None:
         data = (first.report or {})["data"]
         targets = sum(event["targets"] for event in first.events() if event["event"] == "step")
         head = HEAD.format(
-            arguments="".join(f"--{key} {getattr(given, key)} " for key in ("steps", "block")),
-            longest=LONGEST,
+            arguments=f"--steps {given.steps} --block {given.block} {'--short ' * given.short}",
+            longest=longest,
             documents=data["rows_used"],
             blocks=data["blocks"]["count"],
             full=data["blocks"]["full"],

@@ -336,3 +336,28 @@ def test_sft_on_raw_text_stays_as_it_was(tmp_path: Path, corpus: Path) -> None:
     report = run.report
     assert report is not None and report["data"]["blocks"] is None
     assert [entry["name"] for entry in report["metrics"]] == ["perplexity"]
+
+
+def test_a_finished_run_is_judged_on_other_documents(tiny_model: Path, corpus: Path, tmp_path: Path) -> None:
+    from tunesmith.pipeline.loaded import compare_with_base
+    from tunesmith.recipe import EvaluateSpec
+
+    run = finetune(recipe(tiny_model, corpus, tmp_path / "run", method="full", train={"best": "last"}))
+    assert run.report is not None
+    again = write_jsonl(tmp_path / "again.jsonl", documents(12))
+    [found] = compare_with_base(str(run.path), [DataSpec(train=str(again))], EvaluateSpec(resamples=20))
+    entries = {entry["name"]: entry for entry in found["metrics"]}
+    assert entries.keys() == {"perplexity", "bits_per_byte"} and entries["perplexity"]["n"] == 12
+    assert entries["perplexity"]["difference"] < 0
+    chat = write_jsonl(tmp_path / "chat.jsonl", colour_rows(4))
+    [found] = compare_with_base(str(run.path), [DataSpec(train=str(chat))], EvaluateSpec(resamples=20, rows=2))
+    assert "bits_per_byte" not in {entry["name"] for entry in found["metrics"]}
+
+
+def test_blocks_are_shown(tiny_model: Path, corpus: Path, tmp_path: Path) -> None:
+    from tunesmith.cli.show import described, first_or_worst
+
+    found = prepared(corpus, tiny_model)
+    for worst in (None, "longest", "most-cut", "fewest-targets"):
+        chosen = first_or_worst(found.train, 3, worst)
+        assert [described(found.train[at], AutoTokenizer.from_pretrained(tiny_model)) for at in chosen]

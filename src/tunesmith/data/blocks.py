@@ -139,6 +139,10 @@ class Blocks(RenderedRows):
         return len(self._laid.ends)
 
     @property
+    def uncut(self) -> np.ndarray:
+        return self.lengths
+
+    @property
     def fill(self) -> float:
         """Share of the blocks' room that is used."""
         return float(self.lengths.sum() / (self.block * max(1, len(self))))

@@ -79,6 +79,11 @@ class RenderedRows(Sequence[Rendered]):
         item = self.stored.rendered(int(self.numbers[at]))
         return cast(Rendered, truncated(item, self.limit)) if self.limit and len(item.example) > self.limit else item
 
+    @property
+    def uncut(self) -> np.ndarray:
+        """int64 ``[rows]``, tokens of each before cutting."""
+        return self.stored.lengths(self.numbers)
+
     def adding(self, more: Callable[[int, Rendered], dict[str, Tensor]]) -> RenderedRows:
         """The same rows with more tensors."""
         found, before = copy(self), self.added
