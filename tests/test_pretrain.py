@@ -147,6 +147,7 @@ def test_sources_keep_their_shares_of_blocks(tiny_model: Path, corpus: Path, tmp
     task = found.mixture[0]["places"]
     assert len(replayed) == round(task / 3) and len(epoch) == task + len(replayed)
     assert task == found.mixture[0]["rows"]  # all of it, once
+    assert isinstance(found.train, Blocks)
     for at in range(len(found.train)):
         documents_of = found.train._documents.numbers[found.train._laid.of(at)["row"]]
         assert len(set(found.train.stored.rows.index["source"][documents_of])) == 1

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tunesmith.objectives.objective import StepObjective, TargetLogps, TrainingObjective
+from tunesmith.objectives.objective import AroundObjective, StepObjective, TargetLogps, TrainingObjective
 from tunesmith.objectives.pretrain import Pretrain
 from tunesmith.objectives.supervised import NextToken, Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
@@ -14,6 +14,7 @@ from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 Objective = Annotated[Supervised | Pretrain | Classify | Tag | Regress, Field(discriminator="kind")]
 
 __all__ = [
+    "AroundObjective",
     "Classify",
     "NextToken",
     "Objective",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -24,19 +24,6 @@ class TargetLogps(NamedTuple):
 
     logps: Tensor
     chosen: Tensor
-
-
-class StepObjective(Protocol):
-    """What a step needs of an objective, or of something around one; see `TrainingObjective`."""
-
-    @property
-    def terms(self) -> tuple[str, ...]: ...
-
-    def prepare(self, model: nn.Module, window: Sequence[Batch]) -> Sequence[Batch]: ...
-
-    def weights(self, batch: Batch) -> dict[str, Tensor]: ...
-
-    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]: ...
 
 
 class TrainingObjective(Spec):
@@ -66,3 +53,28 @@ class TrainingObjective(Spec):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The sum of each term over this batch: fp32 scalars with gradient."""
+
+
+class AroundObjective:
+    """Something around an objective, which passes on what it does not change.
+
+    Attributes:
+        terms: as `TrainingObjective.terms`.
+    """
+
+    def __init__(self, objective: StepObjective) -> None:
+        self.objective = objective
+        self.terms: tuple[str, ...] = objective.terms
+
+    def prepare(self, model: nn.Module, window: Sequence[Batch]) -> Sequence[Batch]:
+        return self.objective.prepare(model, window)
+
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        return self.objective.weights(batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return self.objective.loss(model, batch)
+
+
+StepObjective = TrainingObjective | AroundObjective
+"""What a step minimises."""

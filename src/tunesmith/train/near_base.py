@@ -5,7 +5,6 @@ Both are terms of their own, each divided by its own weights, so that they do no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from tunesmith.models.forward import hidden_at
 from tunesmith.models.head import divergences, has_plain_head
 from tunesmith.models.noise import NOISE
 from tunesmith.models.projection import projection_of
-from tunesmith.objectives import NextToken, StepObjective
+from tunesmith.objectives import AroundObjective, NextToken, StepObjective
 from tunesmith.recipe import Recipe, TrainSpec
 
 NO_SHARD = "leave train.shard out, or remove the penalty"
@@ -85,7 +84,7 @@ def refuse_other_heads(model: nn.Module) -> None:
         )
 
 
-class NearBase:
+class NearBase(AroundObjective):
     """An objective with a penalty for leaving the base.
 
     - KL (`train.kl_to_base`): KL(base || model) at the targets, in the mean over them: the old model's answers are soft
@@ -100,15 +99,13 @@ class NearBase:
     """
 
     def __init__(self, objective: StepObjective, model: nn.Module, spec: TrainSpec) -> None:
-        self._objective, self._kl, self._l2, self._on = objective, spec.kl_to_base, spec.l2_to_base, spec.kl_on
+        super().__init__(objective)
+        self._kl, self._l2, self._on = spec.kl_to_base, spec.l2_to_base, spec.kl_on
         self.terms = (*objective.terms, *((KL,) if self._kl else ()), *((L2,) if self._l2 else ()))
         self._start = _Start(model) if self._l2 else None
 
-    def prepare(self, model: nn.Module, window: Sequence[Batch]) -> Sequence[Batch]:
-        return self._objective.prepare(model, window)
-
     def weights(self, batch: Batch) -> dict[str, Tensor]:
-        found = self._objective.weights(batch)
+        found = super().weights(batch)
         if self._kl:
             found = {**found, KL: self._counted(batch).double().sum()}
         if self._l2:
@@ -121,9 +118,9 @@ class NearBase:
         if self._start is not None:
             further[L2] = self._l2 / 2 * self._start.squared_distance(model)
         if counted is None:
-            return {**self._objective.loss(model, batch), **further}
+            return {**super().loss(model, batch), **further}
         if not counted.any():
-            return {**self._objective.loss(model, batch), **further, KL: counted.sum()}
+            return {**super().loss(model, batch), **further, KL: counted.sum()}
         chosen = torch.nonzero(batch.tensors["target_weights"] > 0).squeeze(1)
         places = batch.before(chosen)
         other = _states_of_base(model, batch, places)
@@ -135,7 +132,7 @@ class NearBase:
         )
         at = torch.nonzero(counted).squeeze(1)
         found = (divergences(hidden[at], other[at], _head(model)) * counted[at]).sum()
-        return {**self._objective.loss(model, read), **further, KL: self._kl * found}
+        return {**super().loss(model, read), **further, KL: self._kl * found}
 
     def _counted(self, batch: Batch) -> Tensor:
         """What the divergence at each target counts, fp32 ``[targets]``."""
