@@ -17,7 +17,7 @@ from test_near_base import recipe
 from tiny import random_rows, tiny
 from tunesmith.base import InputError, silent
 from tunesmith.batch import Batch, pack
-from tunesmith.evaluation.answers import row_nlls
+from tunesmith.evaluation.answers import mean_nll, row_nlls
 from tunesmith.methods import Full, Lora, Prefix, Prompt
 from tunesmith.models.forward import hidden_at, next_token_logps
 from tunesmith.models.noise import NOISE
@@ -94,7 +94,7 @@ def test_splitting_a_step_changes_nothing(method: Any, average: Any) -> None:
 
 
 def test_steps_and_rows_get_different_noise() -> None:
-    objective, model = Supervised(noise=5.0), tiny()
+    objective, model = Supervised(noise=5.0), tiny().train()
     torch.manual_seed(0)
     drawn = [objective.prepare(model, [pack(ROWS)])[0].tensors[NOISE] for _ in range(2)]
     assert len({float(value) for tensor in drawn for value in tensor[:, 0]}) == 8
@@ -107,6 +107,8 @@ def test_there_is_none_while_a_model_is_judged() -> None:
     assert row_nlls(model, ROWS, packed=True, progress=silent, objective=Supervised(noise=5.0)) == row_nlls(
         model, ROWS, packed=True, progress=silent
     )
+    noisy, plain = (mean_nll(model, ROWS, packed=True, objective=Supervised(noise=noise)) for noise in (5.0, 0.0))
+    assert noisy == plain
     assert Supervised().prepare(model, [pack(ROWS)])[0].tensors.keys() == {"target_weights"}
 
 

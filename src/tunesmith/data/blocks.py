@@ -147,7 +147,7 @@ class Blocks(RenderedRows):
         """Share of the blocks' room that is used."""
         return float(self.lengths.sum() / (self.block * max(1, len(self))))
 
-    def _item(self, at: int) -> Rendered:
+    def _own(self, at: int) -> Rendered:
         if not -len(self) <= at < len(self):
             raise IndexError(at)
         pieces = self._laid.of(at % len(self))

@@ -170,6 +170,10 @@ def _advice(stream: RowStream, refused: Collection[str]) -> str:
         )
     if stream.format == "preference":
         return preference_advice(stream.columns)
+    if stream.format == "rated":
+        return "use an objective over preferences, such as objective.kind: dpo, or map one answer in data.columns"
+    if stream.format == "unpaired":
+        return "use objective.kind: kto, or declare data.format: prompt-completion to imitate all completions"
     if stream.format == "token-labels":
         return "use objective.kind: tag, or map columns to a prompt and a completion in data.columns"
     return "map columns to what it needs in data.columns: {text: …, label: …}, or {tokens: …, labels: …} for words"

@@ -26,7 +26,7 @@ class DocumentRenderer(Renderer):
     """
 
     in_blocks: ClassVar[bool] = True
-    unused = tuple(dict.fromkeys(name for name, _, _ in LAYOUTS if name != "text"))
+    unused = tuple(dict.fromkeys([*(name for name, _, _ in LAYOUTS if name != "text"), "openassistant"]))
 
     @property
     def name(self) -> str:

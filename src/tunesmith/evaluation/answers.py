@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import Progress, silent
-from tunesmith.batch import NO_PARENT, Example, pack
+from tunesmith.batch import NO_PARENT, Batch, Example, pack
 from tunesmith.data.render import Rendered
 from tunesmith.engine.generate import Sampling, generate
 from tunesmith.models.forward import use_attention
@@ -35,6 +35,8 @@ class Judged:
         nll: negative log-likelihood of the first reference, in nats; None when it is not finite.
         targets: tokens that `nll` is summed over.
         bytes: of the text in UTF-8 that `nll` is about; None where it is about an answer, or a text that was cut.
+        margin: how much likelier a token of the better answer is than one of the worse, in nats on average; of a single
+            answer its mean log-likelihood, or minus that of a bad one. None where nothing is compared.
     """
 
     source: str
@@ -45,6 +47,7 @@ class Judged:
     nll: float | None
     targets: int
     bytes: int | None = None
+    margin: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,11 +78,11 @@ def judge(
         progress=progress,
     )
     answers = dict(zip(asked, generations, strict=True))
-    likelihoods = row_nlls(model, [row.example for row in rows], packed=how.packed, progress=progress)
+    likelihoods = answer_nlls(model, [row.example for row in rows], packed=how.packed, progress=progress)
     judged = []
     for at, row in enumerate(rows):
         said = answers.get(at)
-        nll = likelihoods[at]
+        nll, targets = likelihoods[at][0]
         judged.append(
             Judged(
                 source=str(row.row.source),
@@ -88,11 +91,24 @@ def judge(
                 answer=cast(str, tokenizer.decode(said.token_ids, skip_special_tokens=True)) if said else None,
                 finish_reason=said.finish_reason if said else None,
                 nll=nll if math.isfinite(nll) else None,
-                targets=row.example.targets,
+                targets=targets,
                 bytes=len(row.row.text.encode()) if row.row.text and not row.cut_ids else None,
+                margin=_margin(row, likelihoods[at]),
             )
         )
     return judged
+
+
+def _margin(row: Rendered, answers: Sequence[tuple[float, int]]) -> float | None:
+    """How far a token of the better answer is likelier than one of the worse; of a single answer as `Judged` says."""
+    means = [-nll / max(1, targets) for nll, targets in answers]
+    if len(means) > 1:
+        found = means[0] - means[1]
+    elif row.row.desirable is not None:
+        found = means[0] if row.row.desirable else -means[0]
+    else:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def prompt_text(row: Rendered) -> str:
@@ -114,29 +130,67 @@ def row_nlls(
     objective: TrainingObjective = WRITING,
 ) -> list[float]:
     """Negative log-likelihood of each row's targets, in nats, in the order given."""
+    found = answer_nlls(model, examples, packed=packed, progress=progress, objective=objective)
+    return [sum(nll for nll, _ in answers) for answers in found]
+
+
+def answer_nlls(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    packed: bool,
+    progress: Progress,
+    objective: TrainingObjective = WRITING,
+) -> list[list[tuple[float, int]]]:
+    """For every row, and each answer that it holds, the negative log-likelihood of its targets and their number."""
+    pieces = [_pieces(example) for example in examples]
+    flat = [piece for row in pieces for piece in row]
+    found: list[list[tuple[float, int]]] = [[] for _ in flat]
+    for chosen, batch in batches_to_score(model, flat, packed=packed, progress=progress):
+        logps, targets = objective.target_logps(model, batch)
+        weighted = (logps * batch.tensors["target_weights"][targets]).double().cpu()
+        counts = [_targets_of_answers(flat[at]) for at in chosen]
+        parts = iter(weighted.split([count for row in counts for count in row]))
+        for at, row in zip(chosen, counts, strict=True):
+            found[at] = [(-float(next(parts).sum()), count) for count in row]
+    of_pieces = iter(found)
+    return [_joined([next(of_pieces) for _ in row]) for row in pieces]
+
+
+def _joined(of_pieces: list[list[tuple[float, int]]]) -> list[tuple[float, int]]:
+    """What is found of a row, from what is found of its pieces."""
+    if len(of_pieces) == 1:
+        return of_pieces[0]
+    return [(sum(nll for piece in of_pieces for nll, _ in piece), sum(n for piece in of_pieces for _, n in piece))]
+
+
+def _targets_of_answers(example: Example) -> list[int]:
+    """Targets of each answer of a row, of which there are several where they share their prompt."""
+    if example.segments is None:
+        return [example.targets]
+    weights = example.tensors["target_weights"]
+    return [int((weights[start : start + length] > 0).sum()) for start, length, _ in example.segments[1:].tolist()]
+
+
+def batches_to_score(
+    model: nn.Module, examples: Sequence[Example], *, packed: bool, progress: Progress
+) -> Iterator[tuple[list[int], Batch]]:
+    """Numbers of the rows of each batch, and the batch on the model's device, which is in evaluation mode and keeps no
+    gradient meanwhile; all is put back at the end."""
     device = next(model.parameters()).device
     was_training, attention = model.training, cast(Any, model).config._attn_implementation
     model.eval()
-    pieces = [(at, piece) for at, example in enumerate(examples) for piece in _pieces(example)]
-    sums = [0.0] * len(examples)
-    done, lengths = 0, [len(piece) for _, piece in pieces]
+    done, lengths = 0, [len(example) for example in examples]
     try:
         with torch.no_grad():
             for chosen in groups_of_rows(lengths, getattr(model, "tokens_at_once", TOKENS_AT_ONCE)):
-                progress("scoring", done, len(pieces))
+                progress("scoring", done, len(examples))
                 done += len(chosen)
-                batch = pack([pieces[at][1] for at in chosen], "packed" if packed else "padded")
-                logps, targets = objective.target_logps(model, batch.to(device))
-                weighted = (logps * batch.tensors["target_weights"].to(device)[targets]).double().cpu()
-                row_of_target = torch.searchsorted(batch.segments[:, 0].contiguous(), targets.cpu(), right=True) - 1
-                totals = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, row_of_target, weighted)
-                for at, total in zip(chosen, totals.tolist(), strict=True):
-                    sums[pieces[at][0]] -= total
+                yield chosen, pack([examples[at] for at in chosen], "packed" if packed else "padded").to(device)
     finally:
         use_attention(model, attention)  # attention over segments knows no call without them
         model.train(was_training)
-    progress("scoring", len(pieces), len(pieces))
-    return sums
+    progress("scoring", len(examples), len(examples))
 
 
 def _pieces(example: Example) -> list[Example]:
@@ -166,9 +220,15 @@ def mean_nll(
     progress: Progress = silent,
     objective: TrainingObjective = WRITING,
 ) -> float:
-    """Average negative log-likelihood per target: the validation loss."""
-    total = sum(row_nlls(model, examples, packed=packed, progress=progress, objective=objective))
-    return total / max(1, sum(example.targets for example in examples))
+    """The validation loss: for most objectives the average negative log-likelihood per target."""
+    sums, divisors = dict[str, float](), dict[str, float]()
+    flat = [piece for example in examples for piece in _pieces(example)]
+    for _, batch in batches_to_score(model, flat, packed=packed, progress=progress):
+        (prepared,) = objective.prepare(model, [batch])
+        for total, found in zip((sums, divisors), objective.measured(model, prepared), strict=True):
+            for name, value in found.items():
+                total[name] = total.get(name, 0.0) + float(value)
+    return sum(sums[name] / max(1e-12, divisors[name]) for name in sums)
 
 
 Evaluation = dict[str, Any]

@@ -12,15 +12,18 @@ from tunesmith.evaluation.answers import Judged
 from tunesmith.metrics import (
     LIKELIHOODS,
     METRICS,
+    OF_DOCUMENTS,
     RowStatistics,
     bits_per_byte_rows,
+    mean_rows,
     metric,
     paired_bootstrap,
     perplexity_rows,
 )
 from tunesmith.recipe import EvaluateSpec
 
-PERPLEXITY, BITS_PER_BYTE = LIKELIHOODS
+PERPLEXITY, BITS_PER_BYTE = OF_DOCUMENTS
+PREFERENCE_ACCURACY, MARGIN = "preference_accuracy", "margin"
 NOTABLE_FORGETTING = 0.10
 Verdict = Literal["ship", "dont_ship", "no_difference"]
 
@@ -81,10 +84,20 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
         texts = [row for row in judged if row.nll is not None and row.bytes]
         counts = [row.bytes or 0 for row in texts]
         return bits_per_byte_rows([row.nll or 0.0 for row in texts], counts) if texts else None
+    if name in (PREFERENCE_ACCURACY, MARGIN):
+        margins = [row.margin for row in judged if row.margin is not None]
+        if name == PREFERENCE_ACCURACY:
+            margins = [float(margin > 0) for margin in margins]
+        return mean_rows(margins) if margins else None
     answered = [row for row in judged if row.answer is not None]
     if not answered:
         return None
     return metric(name).rows([row.answer or "" for row in answered], [row.references for row in answered])
+
+
+def better_way(name: str) -> str:
+    """`higher` or `lower`."""
+    return LIKELIHOODS.get(name) or METRICS[name].better
 
 
 def compare_metrics(
@@ -116,7 +129,7 @@ def compare_metrics(
                 "difference": interval.difference,
                 "low": interval.low,
                 "high": interval.high,
-                "better": "lower" if name in LIKELIHOODS else METRICS[name].better,
+                "better": better_way(name),
                 "n": interval.n,
                 "primary": name == names[0],
             }
@@ -127,7 +140,11 @@ def compare_metrics(
 def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tuple[list[tuple[Judged, Judged]], int]:
     """The rows on which both can be measured, and on how many only the tuned model fails."""
     pairs = list(zip(base, tuned, strict=True))
-    if name not in LIKELIHOODS:
+    if name in (PREFERENCE_ACCURACY, MARGIN):
+        return [(b, t) for b, t in pairs if None not in (b.margin, t.margin)], sum(
+            t.margin is None for b, t in pairs if b.margin is not None
+        )
+    if name not in OF_DOCUMENTS:
         return pairs, 0
     return [(b, t) for b, t in pairs if None not in (b.nll, t.nll)], sum(
         t.nll is None for b, t in pairs if b.nll is not None
@@ -262,13 +279,15 @@ def best_and_worst(
     name: str, base: Sequence[Judged], tuned: Sequence[Judged], count: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows where the tuned model gained most, and those where it lost most, by the deciding metric."""
-    scored_name = name if name not in LIKELIHOODS and any(row.answer is not None for row in tuned) else PERPLEXITY
-    pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if scored_name == PERPLEXITY or t.answer is not None]
-    pairs = [(b, t) for b, t in pairs if scored_name != PERPLEXITY or (None not in (b.nll, t.nll) and t.targets)]
+    written = any(row.answer is not None for row in tuned)
+    scored_name = name if written or name in (PREFERENCE_ACCURACY, MARGIN) else PERPLEXITY
+    pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if scored_name in LIKELIHOODS or t.answer is not None]
+    if scored_name in LIKELIHOODS:
+        pairs = [(b, t) for b, t in _comparable(scored_name, base, tuned)[0] if t.targets]
     before, after = metric_rows(scored_name, [b for b, _ in pairs]), metric_rows(scored_name, [t for _, t in pairs])
     if before is None or after is None:
         return {"best": [], "worst": []}
-    sign = -1 if scored_name == PERPLEXITY or METRICS[scored_name].better == "lower" else 1
+    sign = -1 if better_way(scored_name) == "lower" else 1
     rows = list(zip(pairs, before.per_row().tolist(), after.per_row().tolist(), strict=True))
     rows.sort(key=lambda row: (sign * (row[2] - row[1]), sign * row[2]), reverse=True)
     shown = [

@@ -10,6 +10,7 @@ __all__ = [
     "BETWEEN",
     "LIKELIHOODS",
     "METRICS",
+    "OF_DOCUMENTS",
     "Estimate",
     "Interval",
     "Metric",
@@ -25,8 +26,11 @@ __all__ = [
 METRICS: dict[str, Metric] = {**TEXT_METRICS, **LABEL_METRICS}
 """Every metric that compares predictions with references, by name."""
 
-LIKELIHOODS = ("perplexity", "bits_per_byte")
-"""Names of those that ask how probable a model finds held-out text, for which nothing is written; lower is better."""
+OF_DOCUMENTS = ("perplexity", "bits_per_byte")
+"""Names of the metrics of held-out text."""
+
+LIKELIHOODS = {**dict.fromkeys(OF_DOCUMENTS, "lower"), "preference_accuracy": "higher", "margin": "higher"}
+"""Metrics of what the model finds likely, not of what it writes, and which way they improve."""
 
 
 def metric(name: str) -> Metric:

@@ -6,20 +6,30 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tunesmith.objectives.kto import Kto
 from tunesmith.objectives.objective import AroundObjective, StepObjective, TargetLogps, TrainingObjective
+from tunesmith.objectives.preference import Dpo, Orpo, Pairwise, Preference, SimPo
 from tunesmith.objectives.pretrain import Pretrain
 from tunesmith.objectives.supervised import NextToken, Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
-Objective = Annotated[Supervised | Pretrain | Classify | Tag | Regress, Field(discriminator="kind")]
+Objective = Annotated[
+    Supervised | Pretrain | Dpo | SimPo | Orpo | Kto | Classify | Tag | Regress, Field(discriminator="kind")
+]
 
 __all__ = [
     "AroundObjective",
     "Classify",
+    "Dpo",
+    "Kto",
     "NextToken",
     "Objective",
+    "Orpo",
+    "Pairwise",
+    "Preference",
     "Pretrain",
     "Regress",
+    "SimPo",
     "StepObjective",
     "Supervised",
     "Tag",

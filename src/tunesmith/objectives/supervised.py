@@ -53,7 +53,7 @@ class Supervised(NextToken):
     and step from the run's seed, and never while a model is judged."""
 
     def prepare(self, model: nn.Module, window: Sequence[Batch]) -> Sequence[Batch]:
-        if not self.noise:
+        if not self.noise or not model.training:
             return window
         # One number a step: what noise a row gets depends on it and on the row's tokens, not on how rows are split.
         seed = int(torch.randint(2**62, ()))

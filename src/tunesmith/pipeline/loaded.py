@@ -26,7 +26,7 @@ from tunesmith.evaluation.compare import choose_metrics, compare_metrics, metric
 from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.method import read_adapter_config
 from tunesmith.methods.quantized_lora import base_read
-from tunesmith.metrics import LIKELIHOODS, bootstrap
+from tunesmith.metrics import LIKELIHOODS, OF_DOCUMENTS, bootstrap
 from tunesmith.models.embeddings import cover_tokens
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import (
@@ -374,8 +374,8 @@ def judged_documents(
     data = data.model_copy(update={"max_length": "auto" if recipe is None else recipe.data.max_length})
     held = data.model_copy(update={"validation": data.train, "overlap": "keep"})
     found = prepare(held, renderer, model_limit=limit, seed=0, wants_test=False, progress=progress)
-    metrics = list(LIKELIHOODS) if isinstance(spec.metrics, str) else list(spec.metrics)
-    if wrong := [name for name in metrics if name not in LIKELIHOODS]:
+    metrics = list(OF_DOCUMENTS) if isinstance(spec.metrics, str) else list(spec.metrics)
+    if wrong := [name for name in metrics if name not in OF_DOCUMENTS]:
         raise InputError(f"{wrong[0]} needs answers, and documents have none", where="--metric", fix="use perplexity")
     packed = packing_obstacle(speaker.model) is None
     how = Judging(0, spec.batch_size, frozenset(), packed, generates=False)

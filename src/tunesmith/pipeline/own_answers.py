@@ -28,7 +28,7 @@ from tunesmith.engine.generate import Sampling, generate
 from tunesmith.files import file_sha256, read_json, write_json, write_lines
 from tunesmith.models.load import load_model, stop_token_ids, weights_directory
 from tunesmith.models.templates import PLAIN, resolve_template
-from tunesmith.objectives import Pretrain
+from tunesmith.objectives import NextToken, Pretrain
 from tunesmith.plan.hardware import DTYPES, detect_hardware, native_dtypes
 from tunesmith.recipe import Recipe
 
@@ -168,6 +168,12 @@ def _asked(recipe: Recipe, base: Base) -> _Asked:
             "the base answers with the whole model in memory",
             where="data.replay.path",
             fix="replay a file of general rows, or leave budget.memory out",
+        )
+    if not isinstance(recipe.objective, NextToken):
+        raise InputError(
+            f"the base's own answers are no rows for objective.kind: {recipe.objective.kind}",
+            where="data.replay.path",
+            fix="name a file; self is for sft and pretrain",
         )
     documents = isinstance(recipe.objective, Pretrain)
     template = resolve_template(PLAIN if documents else recipe.data.template, base.tokenizer)

@@ -18,19 +18,21 @@ from tunesmith.data.read import STANDARD_INPUT
 from tunesmith.data.render import Rendered, Renderer
 from tunesmith.data.render_documents import DocumentRenderer
 from tunesmith.data.render_labelled import LabelRenderer
+from tunesmith.data.render_pairs import PairRenderer
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import RenderedRows
-from tunesmith.evaluation.compare import choose_metrics
-from tunesmith.metrics import LIKELIHOODS
+from tunesmith.evaluation.compare import MARGIN, PREFERENCE_ACCURACY, choose_metrics
+from tunesmith.metrics import LIKELIHOODS, OF_DOCUMENTS
 from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
 from tunesmith.models.load import load_tokenizer, locate_model, read_config, read_plain_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
-from tunesmith.objectives import Pretrain, TaskObjective, TrainingObjective
+from tunesmith.objectives import Pairwise, Preference, Pretrain, TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
 from tunesmith.pipeline.own_answers import Base, are_made, replays_itself, with_own_answers
+from tunesmith.pipeline.preference_rows import preference_renderer, with_partners
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.plan.streaming import may_stream
@@ -59,7 +61,7 @@ class Planned:
     config: PreTrainedConfig
     hardware: Hardware
     tokenizer: PreTrainedTokenizerBase | None
-    renderer: Renderer | LabelRenderer | None
+    renderer: Renderer | LabelRenderer | PairRenderer | None
     prepared: Prepared | None
     objective: TrainingObjective
     head_is_new: bool = False
@@ -92,8 +94,12 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     else:
         tokenizer = load_tokenizer(location, recipe.model.revision, config)
         added = add_tokens(tokenizer, recipe.model.add_tokens)
-        reads = DocumentRenderer if isinstance(objective, Pretrain) else Renderer
-        renderer = reads.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
+        stop_ids = stop_token_ids(tokenizer, config, location)
+        if isinstance(objective, Preference):
+            renderer = preference_renderer(objective, recipe.data, tokenizer, stop_ids)
+        else:
+            reads = DocumentRenderer if isinstance(objective, Pretrain) else Renderer
+            renderer = reads.of(recipe.data, tokenizer, stop_ids)
     data, said = with_own_answers(recipe, Base(location, config, tokenizer), progress)
     prepared = prepare(
         data,
@@ -117,6 +123,8 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         )
     if recipe.train.kl_on == "replay":
         prepared = replace(prepared, train=_marked(prepared))
+    if isinstance(objective, Preference):
+        prepared = with_partners(prepared, objective, limit)
     teach_tokens(model, added)
     workload = _counted(prepared)
     hardware = detect_hardware()
@@ -330,7 +338,10 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
         return Judged(*_metrics_of_documents(recipe), count, 0, writes=False)
     rows = prepared.test or prepared.train
     references = [row.row.references[0] for row in rows if row.row.messages]
-    metrics, why = choose_metrics(_asked(recipe), references)
+    asked = _asked(recipe)
+    if isinstance(objective, Preference) and asked == "auto":
+        asked = [PREFERENCE_ACCURACY, MARGIN] if isinstance(objective, Pairwise) else [MARGIN]
+    metrics, why = choose_metrics(asked, references)
     gated = [name for name in recipe.gate if name not in (*metrics, "forgetting")]
     if gated:
         try:
@@ -357,14 +368,14 @@ def _metrics_of_documents(recipe: Recipe) -> tuple[list[str], str]:
     if recipe.train.generate_every != "off":
         raise InputError(answers, where="train.generate_every", fix="remove it")
     if recipe.evaluate == "off":
-        return [*LIKELIHOODS], "the rows are documents"
+        return [*OF_DOCUMENTS], "the rows are documents"
     if recipe.evaluate.max_new_tokens != "auto":
         raise InputError(answers, where="evaluate.max_new_tokens", fix="remove it")
     asked = recipe.evaluate.metrics
     for where, names in (("evaluate.metrics", [] if asked == "auto" else asked), ("gate", [*recipe.gate])):
         for name in names:
-            if name not in (*LIKELIHOODS, "forgetting"):
+            if name not in (*OF_DOCUMENTS, "forgetting"):
                 raise InputError(f"{name} needs answers, and {answers}", where=where, fix="use perplexity")
     metrics = [*asked] if isinstance(asked, list) else []
     why = "as the recipe says" if metrics else "the rows are documents"
-    return list(dict.fromkeys([*metrics, *LIKELIHOODS])), why
+    return list(dict.fromkeys([*metrics, *OF_DOCUMENTS])), why
