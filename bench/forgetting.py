@@ -56,7 +56,7 @@ def mitigations(general: str) -> dict[str, dict[str, Any]]:
 def base_recipe(data: Path, given: Any) -> dict[str, Any]:
     sql = data / "sql_wikisql_mlx"
     return {
-        "model": "demo",
+        "model": given.model,
         "data": {
             "train": str(sql / "train.jsonl"),
             "test": str(sql / "test.jsonl"),
@@ -163,6 +163,7 @@ with 95 % paired bootstrap intervals. One seed ({seed}), two shared cores withou
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default="demo")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
