@@ -10,11 +10,11 @@ from typing import Any, Literal
 from tunesmith.base import InputError
 from tunesmith.evaluation.answers import Judged
 from tunesmith.metrics import (
-    LIKELIHOODS,
     METRICS,
     OF_DOCUMENTS,
     RowStatistics,
     bits_per_byte_rows,
+    calibration_rows,
     mean_rows,
     metric,
     paired_bootstrap,
@@ -23,7 +23,11 @@ from tunesmith.metrics import (
 from tunesmith.recipe import EvaluateSpec
 
 PERPLEXITY, BITS_PER_BYTE = OF_DOCUMENTS
-PREFERENCE_ACCURACY, MARGIN = "preference_accuracy", "margin"
+PREFERENCE_ACCURACY, MARGIN, CALIBRATION_ERROR = "preference_accuracy", "margin", "calibration_error"
+COMPARED = {PREFERENCE_ACCURACY: "higher", MARGIN: "higher", CALIBRATION_ERROR: "lower"}
+"""Metrics of how two answers compare, and which way they improve."""
+LIKELIHOODS = {**dict.fromkeys(OF_DOCUMENTS, "lower"), **COMPARED}
+"""Metrics of what the model finds likely, not of what it writes, and which way they improve."""
 NOTABLE_FORGETTING = 0.10
 Verdict = Literal["ship", "dont_ship", "no_difference"]
 
@@ -84,10 +88,12 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
         texts = [row for row in judged if row.nll is not None and row.bytes]
         counts = [row.bytes or 0 for row in texts]
         return bits_per_byte_rows([row.nll or 0.0 for row in texts], counts) if texts else None
-    if name in (PREFERENCE_ACCURACY, MARGIN):
+    if name in COMPARED:
         margins = [row.margin for row in judged if row.margin is not None]
         if name == PREFERENCE_ACCURACY:
-            margins = [float(margin > 0) for margin in margins]
+            margins = [float(margin > 0) + 0.5 * (margin == 0) for margin in margins]
+        if name == CALIBRATION_ERROR:
+            return calibration_rows(margins) if margins else None
         return mean_rows(margins) if margins else None
     answered = [row for row in judged if row.answer is not None]
     if not answered:
@@ -140,7 +146,7 @@ def compare_metrics(
 def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tuple[list[tuple[Judged, Judged]], int]:
     """The rows on which both can be measured, and on how many only the tuned model fails."""
     pairs = list(zip(base, tuned, strict=True))
-    if name in (PREFERENCE_ACCURACY, MARGIN):
+    if name in COMPARED:
         return [(b, t) for b, t in pairs if None not in (b.margin, t.margin)], sum(
             t.margin is None for b, t in pairs if b.margin is not None
         )
@@ -280,7 +286,7 @@ def best_and_worst(
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows where the tuned model gained most, and those where it lost most, by the deciding metric."""
     written = any(row.answer is not None for row in tuned)
-    scored_name = name if written or name in (PREFERENCE_ACCURACY, MARGIN) else PERPLEXITY
+    scored_name = name if written or name in COMPARED else PERPLEXITY
     pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if scored_name in LIKELIHOODS or t.answer is not None]
     if scored_name in LIKELIHOODS:
         pairs = [(b, t) for b, t in _comparable(scored_name, base, tuned)[0] if t.targets]

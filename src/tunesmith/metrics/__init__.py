@@ -3,12 +3,11 @@
 from tunesmith.base import InputError, nearest
 from tunesmith.metrics.intervals import Estimate, Interval, bootstrap, paired_bootstrap
 from tunesmith.metrics.labels import BETWEEN, LABEL_METRICS
-from tunesmith.metrics.statistics import RowStatistics, mean_rows
+from tunesmith.metrics.statistics import RowStatistics, calibration_rows, mean_rows
 from tunesmith.metrics.text import TEXT_METRICS, Metric, bits_per_byte_rows, perplexity_rows
 
 __all__ = [
     "BETWEEN",
-    "LIKELIHOODS",
     "METRICS",
     "OF_DOCUMENTS",
     "Estimate",
@@ -17,6 +16,7 @@ __all__ = [
     "RowStatistics",
     "bits_per_byte_rows",
     "bootstrap",
+    "calibration_rows",
     "mean_rows",
     "metric",
     "paired_bootstrap",
@@ -28,9 +28,6 @@ METRICS: dict[str, Metric] = {**TEXT_METRICS, **LABEL_METRICS}
 
 OF_DOCUMENTS = ("perplexity", "bits_per_byte")
 """Names of the metrics of held-out text."""
-
-LIKELIHOODS = {**dict.fromkeys(OF_DOCUMENTS, "lower"), "preference_accuracy": "higher", "margin": "higher"}
-"""Metrics of what the model finds likely, not of what it writes, and which way they improve."""
 
 
 def metric(name: str) -> Metric:

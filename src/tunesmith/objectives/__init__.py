@@ -10,11 +10,12 @@ from tunesmith.objectives.kto import Kto
 from tunesmith.objectives.objective import AroundObjective, StepObjective, TargetLogps, TrainingObjective
 from tunesmith.objectives.preference import Dpo, Orpo, Pairwise, Preference, SimPo
 from tunesmith.objectives.pretrain import Pretrain
+from tunesmith.objectives.reward import Reward
 from tunesmith.objectives.supervised import NextToken, Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
 Objective = Annotated[
-    Supervised | Pretrain | Dpo | SimPo | Orpo | Kto | Classify | Tag | Regress, Field(discriminator="kind")
+    Supervised | Pretrain | Dpo | SimPo | Orpo | Kto | Reward | Classify | Tag | Regress, Field(discriminator="kind")
 ]
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Preference",
     "Pretrain",
     "Regress",
+    "Reward",
     "SimPo",
     "StepObjective",
     "Supervised",

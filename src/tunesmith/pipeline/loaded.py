@@ -22,11 +22,11 @@ from tunesmith.data.sources import held_out_spec, readings
 from tunesmith.data.spec import DataSpec
 from tunesmith.engine.generate import Generation, Sampling, generate
 from tunesmith.evaluation.answers import Judged, Judging, judge
-from tunesmith.evaluation.compare import choose_metrics, compare_metrics, metric_rows
+from tunesmith.evaluation.compare import LIKELIHOODS, choose_metrics, compare_metrics, metric_rows
 from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.method import read_adapter_config
 from tunesmith.methods.quantized_lora import base_read
-from tunesmith.metrics import LIKELIHOODS, OF_DOCUMENTS, bootstrap
+from tunesmith.metrics import OF_DOCUMENTS, bootstrap
 from tunesmith.models.embeddings import cover_tokens
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import (

@@ -22,17 +22,17 @@ from tunesmith.data.render_pairs import PairRenderer
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import RenderedRows
-from tunesmith.evaluation.compare import MARGIN, PREFERENCE_ACCURACY, choose_metrics
-from tunesmith.metrics import LIKELIHOODS, OF_DOCUMENTS
+from tunesmith.evaluation.compare import LIKELIHOODS, MARGIN, PREFERENCE_ACCURACY, choose_metrics
+from tunesmith.metrics import OF_DOCUMENTS
 from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
 from tunesmith.models.load import load_tokenizer, locate_model, read_config, read_plain_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
-from tunesmith.objectives import Pairwise, Preference, Pretrain, TaskObjective, TrainingObjective
+from tunesmith.objectives import Pairwise, Preference, Pretrain, Reward, TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
 from tunesmith.pipeline.own_answers import Base, are_made, replays_itself, with_own_answers
-from tunesmith.pipeline.preference_rows import preference_renderer, with_partners
+from tunesmith.pipeline.preference_rows import preference_renderer, refuse_encoder, with_partners
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.plan.streaming import may_stream
@@ -90,7 +90,12 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         refuse_settings_of_writing(recipe, int(config.get_text_config().num_hidden_layers))
         tokenizer = load_tokenizer(location, recipe.model.revision, config, writes=False)
         added = add_tokens(tokenizer, recipe.model.add_tokens)
-        renderer = label_renderer(objective, recipe.data, tokenizer, model, _stop_ids(tokenizer, config, location))
+        stop_ids = _stop_ids(tokenizer, config, location)
+        if isinstance(objective, Reward):
+            refuse_encoder(model)
+            renderer = preference_renderer(objective, recipe.data, tokenizer, stop_ids)
+        else:
+            renderer = label_renderer(objective, recipe.data, tokenizer, model, stop_ids)
     else:
         tokenizer = load_tokenizer(location, recipe.model.revision, config)
         added = add_tokens(tokenizer, recipe.model.add_tokens)

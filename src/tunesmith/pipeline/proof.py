@@ -13,10 +13,9 @@ from torch import nn
 
 from tunesmith.base import InputError, Progress
 from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row_nlls
-from tunesmith.evaluation.compare import best_and_worst, compare_forgetting, compare_metrics, judgement
+from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_forgetting, compare_metrics, judgement
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
 from tunesmith.evaluation.labels import judge_constant, judge_labels
-from tunesmith.metrics import LIKELIHOODS
 from tunesmith.models.measure import position_limit
 from tunesmith.pages.report import report_page
 from tunesmith.pipeline.judging import baseline_of
