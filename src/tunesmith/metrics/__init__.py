@@ -26,7 +26,7 @@ __all__ = [
 METRICS: dict[str, Metric] = {**TEXT_METRICS, **LABEL_METRICS}
 """Every metric that compares predictions with references, by name."""
 
-OF_DOCUMENTS = ("perplexity", "bits_per_byte")
+OF_DOCUMENTS: tuple[str, str] = ("perplexity", "bits_per_byte")
 """Names of the metrics of held-out text."""
 
 
