@@ -6,14 +6,16 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tunesmith.objectives.distill import Distill
 from tunesmith.objectives.objective import TargetLogps, TrainingObjective
 from tunesmith.objectives.supervised import Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
-Objective = Annotated[Supervised | Classify | Tag | Regress, Field(discriminator="kind")]
+Objective = Annotated[Supervised | Distill | Classify | Tag | Regress, Field(discriminator="kind")]
 
 __all__ = [
     "Classify",
+    "Distill",
     "Objective",
     "Regress",
     "Supervised",
