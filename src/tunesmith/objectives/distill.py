@@ -11,11 +11,12 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from torch import Tensor, nn
 
 from tunesmith.batch import Batch
+from tunesmith.models.forward import likeliest_next
 from tunesmith.objectives.logps import TargetOutcomes, token_logps, token_outcomes
 from tunesmith.objectives.objective import TargetLogps, TrainingObjective
 
 TEACHER_TOKENS, TEACHER_LOGPS = "teacher_tokens", "teacher_logps"
-"""Names of the tensors with what the teacher finds likeliest at each target: int64 ``[targets, k]``, and fp32
+"""Names of the tensors with what the teacher finds likeliest at each target: int32 ``[targets, k]``, and fp32
 ``[targets, k + 1]`` in nats at the objective's temperature, with all other tokens together in the last column."""
 WRITTEN = "written_weights"
 """Name of the tensor, one entry a token, that takes the place of ``target_weights`` in the cross-entropy: zero where an
@@ -119,6 +120,16 @@ class Distill(TrainingObjective):
             "nll": -(1 - self.weight) * (found.logps * written).sum(),
         }
 
+    def says(self, teacher: nn.Module, batch: Batch, student_rows: int) -> dict[str, Tensor]:
+        """What a teacher says of the targets of a batch: the tensors that `loss` reads; no gradient.
+
+        Args:
+            student_rows: rows of the student's vocabulary.
+        """
+        chosen = torch.nonzero(batch.tensors["target_weights"] > 0).squeeze(1)
+        tokens, logps = likeliest_next(teacher, batch, batch.before(chosen), self.top_k, self.temperature, student_rows)
+        return {TEACHER_TOKENS: tokens.int(), TEACHER_LOGPS: logps}
+
     @property
     def _scale(self) -> float:
         return self.weight * self.temperature**2
@@ -128,7 +139,7 @@ class Distill(TrainingObjective):
         if self.weight == 0:
             logps, chosen = token_logps(model, batch)
             return TargetOutcomes(logps[:, None], logps, chosen), torch.zeros_like(logps)
-        found = token_outcomes(model, batch, batch.tensors[TEACHER_TOKENS], self.temperature)
+        found = token_outcomes(model, batch, batch.tensors[TEACHER_TOKENS].long(), self.temperature)
         return found, self.compare(batch.tensors[TEACHER_LOGPS], found.outcomes)
 
     def compare(self, teacher: Tensor, student: Tensor) -> Tensor:
