@@ -13,7 +13,8 @@ from conftest import build_model, colour_rows, write_jsonl
 from tunesmith.base import InputError, Interrupted
 from tunesmith.data.render import Renderer
 from tunesmith.methods import Full
-from tunesmith.objectives.distill import TEACHER_LOGPS, TEACHER_TOKENS
+from tunesmith.models.load import load_model
+from tunesmith.objectives.distill import TEACHER_LOGPS, TEACHER_TOKENS, WRITTEN
 from tunesmith.pipeline import distilling
 from tunesmith.pipeline.distilling import with_teacher
 from tunesmith.pipeline.finetune import finetune
@@ -21,6 +22,8 @@ from tunesmith.pipeline.planning import Planned, plan_job
 from tunesmith.pipeline.training import Watcher
 from tunesmith.recipe_file import check_recipe
 from tunesmith.run import Run
+from tunesmith.train.batches import StepBatches
+from tunesmith.train.on_policy import OnPolicyBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPT = "Answer in capitals, and with one colour only."
@@ -142,8 +145,8 @@ def test_packed_and_padded_rows_give_the_same_losses(places: dict[str, Path], tm
 
 @pytest.mark.parametrize(
     "objective",
-    [{}, {"answers": "teacher"}, {"weight": 0.5, "teacher_prompt": PROMPT}],
-    ids=["rows", "answers", "prompt"],
+    [{}, {"answers": "teacher"}, {"weight": 0.5, "teacher_prompt": PROMPT, "on_policy": 0.6, "max_new_tokens": 5}],
+    ids=["rows", "answers", "own"],
 )
 def test_a_resumed_run_gives_the_same_bytes(places: dict[str, Path], tmp_path: Path, objective: dict[str, Any]) -> None:
     values = recipe(places, of_teacher(places, **objective), train={"checkpoint_every": 2}, evaluate="off")
@@ -275,6 +278,52 @@ def test_a_note_says_when_the_teacher_knows_another_template(places: dict[str, P
     assert not [note for note in plan_of(recipe(places, of_teacher(places))).plan.notes if "template" in note]
     values = recipe(places, of_teacher(places), data={"template": "zephyr"})
     assert any("chat template is another one" in note for note in plan_of(values).plan.notes)
+
+
+def test_the_student_answers_in_a_share_of_the_steps(places: dict[str, Path]) -> None:
+    values = recipe(places, of_teacher(places, on_policy=0.5, max_new_tokens=5, weight=0.5, teacher_prompt=PROMPT))
+    planned = with_teacher(plan_of(values), lambda *_: None)
+    assert planned.prepared is not None and planned.teacher is not None and planned.tokenizer is not None
+    assert isinstance(planned.renderer, Renderer)
+    written = StepBatches.of_job(planned.recipe, planned.plan, planned.prepared.train, planned.prepared.order)
+    student: Any = load_model(planned.location, dtype=torch.float32, device=torch.device("cpu")).train()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    batches = distilling.with_own_answers(planned, student, written)
+    assert isinstance(batches, OnPolicyBatches)
+    own = [step for step in range(1, 101) if batches.is_own(step)]
+    assert 30 < len(own) < 70
+    other = next(step for step in range(1, 7) if step not in own)
+    assert WRITTEN not in batches(other)[0].tensors
+    first = next(step for step in range(1, 7) if step in own)
+    found, again = batches(first), batches(first, 1)
+    assert student.training and torch.equal(torch.get_rng_state(), before)
+    assert torch.cat([b.token_ids for b in found]).tolist() == torch.cat([b.token_ids for b in again]).tolist()
+    rows = [planned.prepared.train[at] for group in written.groups(first, 1) for at in group]
+    teacher: Any = planned.teacher.load(planned.tokenizer, planned.plan, lambda *_: None)
+    for batch, row in zip(again, rows, strict=True):
+        asked = batch.tensors["target_weights"] > 0
+        prompt, answer = batch.token_ids[~asked].tolist(), batch.token_ids[asked]
+        assert prompt == list(row.prompt_ids) and 1 <= len(answer) <= 6
+        assert not batch.tensors[WRITTEN].any()
+        behind = planned.teacher.reads(row, planned.renderer).prompt_ids
+        with torch.no_grad():
+            logits = teacher(input_ids=torch.tensor([[*behind, *answer.tolist()]])).logits[0, len(behind) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, batch.tensors[TEACHER_TOKENS].long())
+        assert torch.allclose(batch.tensors[TEACHER_LOGPS][:, :-1], expected, atol=1e-4)
+
+
+def test_learning_from_its_own_answers_moves_the_student(places: dict[str, Path], tmp_path: Path) -> None:
+    values = recipe(places, of_teacher(places, on_policy=1, top_k=64), train={"steps": 20, "evaluate_every": 10})
+    run = job({**values, "method": {"kind": "full"}}, tmp_path / "run")
+    held_out = losses(run, "validation")
+    assert held_out[-1] < 0.85 * losses(run, "step")[0]
+    assert any("stays in memory" in note for note in run.read("plan.json")["notes"])
+
+
+def test_spread_weights_cannot_answer(places: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="cannot answer between steps"):
+        plan_of(recipe(places, of_teacher(places, on_policy=0.5), train={"shard": True}))
 
 
 def wrong_teachers(places: dict[str, Path], root: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.base import InputError, Progress
+from tunesmith.base import InputError, Progress, silent
+from tunesmith.batch import Example, pack
 from tunesmith.data.cache import cached
 from tunesmith.data.record import BadRow
 from tunesmith.data.render import Rendered, Renderer
@@ -32,6 +34,10 @@ from tunesmith.pipeline.by_target import Reading, identity_of, kept_by_target
 from tunesmith.pipeline.lineage import teacher_files
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.teacher import Teacher
+from tunesmith.train.batches import StepBatches
+from tunesmith.train.loop import MicroBatches
+from tunesmith.train.on_policy import Answering, OnPolicyBatches
+from tunesmith.train.randomness import seeded
 
 _KEPT = "kept.json"
 LEAST_ANSWER, LONGER = 16, 1.5
@@ -58,6 +64,37 @@ def with_teacher(planned: Planned, progress: Progress) -> Planned:
     notes = [*planned.plan.notes, *(note for note in lesson.notes if note not in planned.plan.notes)]
     planned = planned.with_plan(planned.plan.model_copy(update={"notes": notes}))
     return replace(planned, prepared=replace(prepared, **parts))
+
+
+def with_own_answers(planned: Planned, student: nn.Module, written: StepBatches) -> MicroBatches:
+    """The batches of a job, in a share of which the student answers itself, where the objective says so.
+
+    The teacher stays in memory with what is returned.
+    """
+    objective, teacher = planned.objective, planned.teacher
+    if teacher is None or not isinstance(objective, Distill) or not objective.on_policy:
+        return written
+    lesson = Lesson(planned, objective, teacher, silent)
+    with seeded(0):  # a resumed run loads it too, behind the random states of its checkpoint
+        model = lesson.model()
+    layout: Any = "padded" if packing_obstacle(model) else "packed"
+    device = next(model.parameters()).device
+
+    def says(rows: Sequence[Example]) -> dict[str, Tensor]:
+        return objective.says(model, pack(rows, layout).to(device), lesson.student_rows)
+
+    temperature = 1.0 if objective.sample_temperature == "auto" else objective.sample_temperature
+    how = Answering(
+        objective.on_policy,
+        Sampling(longest_answer(planned), temperature),
+        frozenset(lesson.renderer.stop_ids),
+        planned.recipe.seed,
+    )
+
+    def prompt(row: Rendered) -> Sequence[int]:
+        return teacher.reads(row, lesson.renderer).prompt_ids
+
+    return OnPolicyBatches(written, student, how, says=says, prompt=prompt)
 
 
 def longest_answer(planned: Planned) -> int:
@@ -176,8 +213,7 @@ class Lesson:
 
     def _write(self, directory: Path, rows: RenderedRows, sampling: Sampling) -> None:
         items = [self.teacher.reads(item, self.renderer) for item in rows]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.planned.recipe.seed)
+        with seeded(self.planned.recipe.seed):
             said = generate(
                 self.model(),
                 [item.prompt_ids for item in items],
