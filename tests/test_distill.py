@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from steps import assert_same, gradients, split
 from tiny import VOCABULARY, random_rows, reference_logits, shake, tiny
 from tunesmith.batch import Batch, Example, pack
-from tunesmith.methods import Full, HeadOnly, Lora
+from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Prefix, Prompt
 from tunesmith.models import outcomes
 from tunesmith.models.forward import hidden_at, likeliest_next, next_token_outcomes
 from tunesmith.objectives.distill import TEACHER_LOGPS, TEACHER_TOKENS, WRITTEN, Distill
+from tunesmith.train.precision import Precision
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LENGTHS = (9, 4, 14, 6, 3)
@@ -251,6 +252,39 @@ def test_a_frozen_trunk_gives_the_head_what_it_would_read() -> None:
     found, result = gradients(model, objective, [pack([with_features(row) for row in rows])])
     assert result.loss == pytest.approx(through.loss, rel=1e-5)
     assert_same(found, expected, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Prompt(tokens=3), Prefix(tokens=3, init="random"), Ia3(), Adapter(size=4)],
+    ids=lambda method: method.kind,
+)
+def test_it_meets_other_methods(method: Any) -> None:
+    objective, (rows, teacher) = distill(weight=0.5, top_k=8), rows_and_teacher()
+    rows, model = taught(objective, rows, teacher), student(method)
+    packed, result = gradients(model, objective, split(rows, [[0, 1, 2, 3, 4]], "packed"))
+    padded, again = gradients(model, objective, split(rows, [[0, 1], [2, 3, 4]], "padded"))
+    assert_same(padded, packed, tolerance=1e-3)
+    assert again.loss == pytest.approx(result.loss, rel=1e-4)
+
+
+def test_recomputing_blocks_changes_nothing() -> None:
+    objective, (rows, teacher) = distill(weight=0.5, top_k=8), rows_and_teacher()
+    rows, model = taught(objective, rows, teacher), student(Lora(rank=4))
+    plain, _ = gradients(model, objective, [pack(rows)])
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # pyright: ignore
+    recomputed, _ = gradients(model, objective, [pack(rows)])
+    assert_same(recomputed, plain, tolerance=1e-4)
+
+
+def test_bf16_is_near_fp32() -> None:
+    objective, (rows, teacher) = distill(weight=0.5, top_k=8), rows_and_teacher()
+    rows = taught(objective, rows, teacher)
+    exact, wide = gradients(student(Lora(rank=4)), objective, [pack(rows)])
+    model = student(Lora(rank=4), dtype=torch.bfloat16)
+    _, narrow = gradients(model, objective, [pack(rows)], precision=Precision(torch.bfloat16, torch.device("cpu")))
+    assert narrow.loss == pytest.approx(wide.loss, rel=0.05) and exact
 
 
 def test_validation_measures_the_loss_that_is_trained() -> None:
