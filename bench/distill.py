@@ -153,9 +153,9 @@ def table_of_students() -> list[str]:
         "",
         f"The student is the demo model without every second block (81 M of 135 M weights), all of it trained for "
         f"{TRAIN['steps']} steps of {TRAIN['batch_size']} rows at {TRAIN['learning_rate']:g}. The teacher is the demo "
-        "model, tuned on the same rows with LoRA. KL is KL(teacher || student) in nats a token of the {ROWS['valid']} validation "
-        "rows' answers, over the teacher's 64 likeliest tokens and the rest; the other columns are the test rows, with "
-        "the 95 % paired interval of the gain over the untrained student.",
+        "model, tuned on the same rows with LoRA. KL is KL(teacher || student) in nats a token of the answers of "
+        f"{ROWS['valid']} validation rows, over the teacher's 64 likeliest tokens and the rest; the other columns are "
+        f"{ROWS['test']} test rows, with the 95 % paired interval of the gain over the untrained student.",
         "",
         "| trained on | KL to the teacher | rougeL | gain | exact match | perplexity | seconds |",
         "|---|---|---|---|---|---|---|",

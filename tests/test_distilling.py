@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,44 @@ def test_raw_text_can_be_learned_from_a_teacher(places: dict[str, Path], tmp_pat
 def test_a_prompt_that_does_not_fit_is_refused(places: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="256 positions"):
         plan_of(recipe(places, of_teacher(places, teacher_prompt=PROMPT * 20)))
+
+
+def test_a_prompt_that_the_template_refuses_is_told_with_the_row(places: dict[str, Path], tmp_path: Path) -> None:
+    template = tmp_path / "no-system.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    values = recipe(places, of_teacher(places, teacher_prompt=PROMPT), data={"template": str(template)})
+    with pytest.raises(InputError, match="behind the teacher's prompt: the chat template refuses") as error:
+        plan_of(values)
+    assert "rows.jsonl:" in str(error.value.where)
+
+
+def test_an_answer_that_becomes_other_tokens_cannot_be_compared(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan_of(recipe(places, of_teacher(places, teacher_prompt=PROMPT)))
+    assert planned.prepared is not None and planned.teacher is not None and isinstance(planned.renderer, Renderer)
+    item, other = planned.prepared.train[0], planned.prepared.train[1]
+    monkeypatch.setattr(planned.renderer, "render", lambda row: other)
+    with pytest.raises(InputError, match="becomes other tokens"):
+        planned.teacher.reads(item, planned.renderer)
+
+
+def test_a_prompt_without_room_for_an_answer(places: dict[str, Path]) -> None:
+    planned = plan_of(recipe(places, of_teacher(places, answers="teacher")))
+    assert planned.teacher is not None
+    narrow = replace(planned, teacher=replace(planned.teacher, positions=9))
+    with pytest.raises(InputError, match="no room for an answer"):
+        with_teacher(narrow, lambda *_: None)
+
+
+def test_a_budget_counts_one_model(places: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="a teacher is another one") as error:
+        plan_of({**recipe(places, of_teacher(places)), "budget": {"memory": "8GB"}})
+    assert error.value.where == "budget.memory"
 
 
 def test_new_tokens_are_unknown_to_the_base_that_teaches_itself(places: dict[str, Path]) -> None:

@@ -38,7 +38,8 @@ class Teacher:
         prompt: system text that it alone reads.
         positions: tokens that it can read at once.
         template: its own chat template; None when it has none.
-        revision, quantized: of the base that teaches itself.
+        revision: of its weights, where they come from a hub.
+        quantized: how the base that teaches itself is held.
     """
 
     name: str
@@ -83,9 +84,7 @@ class Teacher:
         try:
             found = renderer.render(prompted_row(item.row, self.prompt))
         except BadRow as error:
-            raise InputError(
-                f"behind the teacher's prompt: {error}", where=place, fix="choose another template"
-            ) from error
+            raise InputError(f"behind the teacher's prompt: {error}", where=place, fix=choose_template()) from error
         example, own = found.example, _targets(item.example)
         places = torch.nonzero(example.tensors["target_weights"] > 0).squeeze(1)[: len(own)]
         if not torch.equal(example.token_ids[places], own):
@@ -137,7 +136,8 @@ def find_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, progress: P
         key, quantized, revision = "model.add_tokens", spec.quantization, spec.revision
     else:
         location, teacher_tokenizer, config = _there(objective.teacher, progress)
-        key, quantized, revision = TEACHER, None, None
+        key, quantized = TEACHER, None
+        revision = None if location.recipe is None else location.recipe.model.revision
     _refuse_other_tokens(tokenizer, teacher_tokenizer, key)
     template = teacher_tokenizer.chat_template
     return Teacher(
@@ -197,6 +197,12 @@ def refuse_unfit_rows(teacher: Teacher, recipe: Recipe, prepared: Prepared, rend
             "a student whose weights are spread over processes cannot answer between steps",
             where="objective.on_policy",
             fix="set train.shard: false, or on_policy: 0",
+        )
+    if recipe.budget.memory is not None:
+        raise InputError(
+            "a budget counts one model, and a teacher is another one",
+            where="budget.memory",
+            fix="leave it out; the teacher runs before the student is loaded",
         )
     if teacher.prompt is not None:
         teacher.reads(prepared.train[0], renderer)  # what is wrong with the prompt is wrong with the first row
