@@ -20,6 +20,7 @@ from tunesmith.models.embeddings import cover_tokens
 from tunesmith.models.load import load_model, load_tokenizer, locate_model, read_config
 from tunesmith.models.measure import position_limit
 from tunesmith.models.quantized import Quantization
+from tunesmith.models.templates import choose_template
 from tunesmith.objectives import Distill
 from tunesmith.pipeline.loaded import Location, load, locate
 from tunesmith.plan.hardware import DTYPES, detect_hardware
