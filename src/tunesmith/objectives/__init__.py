@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tunesmith.objectives.distill import Distill
 from tunesmith.objectives.kto import Kto
 from tunesmith.objectives.objective import TargetLogps, TrainingObjective
 from tunesmith.objectives.preference import Dpo, Orpo, Pairwise, Preference, SimPo
@@ -14,11 +15,12 @@ from tunesmith.objectives.supervised import Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
 Objective = Annotated[
-    Supervised | Dpo | SimPo | Orpo | Kto | Reward | Classify | Tag | Regress, Field(discriminator="kind")
+    Supervised | Dpo | SimPo | Orpo | Kto | Reward | Distill | Classify | Tag | Regress, Field(discriminator="kind")
 ]
 
 __all__ = [
     "Classify",
+    "Distill",
     "Dpo",
     "Kto",
     "Objective",
