@@ -55,6 +55,28 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: naming the file, the line and the key, and the nearest valid one.
     """
+    values, lines = read_values(path, overrides)
+    if "stages" in values:
+        raise InputError(
+            "this recipe has stages, and a recipe of one job is asked for",
+            where=place_of("stages", str(path), lines),
+            fix="name the recipe of one stage: that of a run in OUTPUT/stages, or a file of its own",
+        )
+    recipe = check_recipe(values, str(path), lines)
+    return recipe.model_copy(update={"output": named_after(recipe.output, path)})
+
+
+def named_after(output: str, path: str | Path) -> str:
+    """An output directory with the recipe's file name in it."""
+    return output.replace("{name}", Path(path).stem)
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, int]]:
+    """The values of a recipe with ``key=value`` overrides, unchecked, and the line of every key.
+
+    Raises:
+        InputError: for a file that cannot be read, malformed YAML, or an override that fits nowhere.
+    """
     file = Path(path)
     try:
         content = file.read_bytes()
@@ -74,8 +96,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values, lines = parse_yaml(text, str(path))
     for override in overrides:
         _override(values, override, lines)
-    recipe = check_recipe(values, str(path), lines)
-    return recipe.model_copy(update={"output": recipe.output.replace("{name}", file.stem)})
+    return values, lines
 
 
 def parse_yaml(text: str, shown: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -117,7 +138,7 @@ def check_recipe(values: dict[str, Any], shown: str, lines: dict[str, int] | Non
         raise _explained(error, shown, lines or {}) from None
 
     def refuse(key: str, what: str, fix: str) -> NoReturn:
-        raise InputError(what, where=_place(key, shown, lines or {}), fix=fix)
+        raise InputError(what, where=place_of(key, shown, lines or {}), fix=fix)
 
     _refuse_odd_numbers(values, recipe, "", refuse)
     _refuse_contradictions(recipe, refuse)
@@ -127,7 +148,11 @@ def check_recipe(values: dict[str, Any], shown: str, lines: dict[str, int] | Non
 
 def recipe_yaml(recipe: Recipe) -> str:
     """The recipe with every setting written out, as it is stored with a run."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return plain_yaml(recipe.model_dump(mode="json"))
+
+
+def plain_yaml(values: dict[str, Any]) -> str:
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -180,7 +205,8 @@ def _override(values: dict[str, Any], override: str, lines: dict[str, int]) -> N
     *parents, leaf = name.split(".")
     for depth, parent in enumerate(parents):
         inner = _item(place, parent, where)
-        if depth == 0 and isinstance(inner, str) and parent in SHORT_FORMS:
+        top = depth == (2 if parents[0] == "stages" else 0)
+        if top and isinstance(inner, str) and parent in SHORT_FORMS:
             inner = {SHORT_FORMS[parent]: inner}
         if inner is None or inner is False or inner == "off":
             inner = {}
@@ -211,7 +237,7 @@ def _set_item(place: Any, key: str, value: Any) -> None:
     place[int(key) if isinstance(place, list) else key] = value
 
 
-def _place(key: str, shown: str, lines: dict[str, int]) -> str:
+def place_of(key: str, shown: str, lines: dict[str, int]) -> str:
     """Where a key stands: file and line, the command line, or just the file for one that is missing."""
     parts = key.split(".")
     known = (name for name in (".".join(parts[:n]) for n in range(len(parts), 0, -1)) if name in lines)
@@ -226,7 +252,7 @@ def _explained(error: ValidationError, shown: str, lines: dict[str, int]) -> Inp
     details = error.errors()
     first = max(details, key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
     path, model = _real_path(first)
-    where = _place(".".join(path), shown, lines)
+    where = place_of(".".join(path), shown, lines)
     if first["type"] in ("extra_forbidden", "invalid_key") and model is not None:
         known = list(model.model_fields)
         return InputError(

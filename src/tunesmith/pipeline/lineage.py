@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import try_to_load_from_cache
 
@@ -17,9 +17,11 @@ from tunesmith.files import ASIDE, file_sha256, read_json
 from tunesmith.models.load import DEMO
 from tunesmith.pipeline.fingerprints import fingerprints
 from tunesmith.pipeline.origin import dependency_versions, tunesmith_origin
-from tunesmith.pipeline.planning import Planned
 from tunesmith.recipe import Recipe
-from tunesmith.run import HELD, LOCK, PLAN, RECIPE, RESULTS, Run
+from tunesmith.run import HELD, LOCK, MERGED, PLAN, RECIPE, RESULTS, Run
+
+if TYPE_CHECKING:
+    from tunesmith.pipeline.planning import Planned
 
 LINEAGE, MANIFEST = "lineage.json", "manifest.json"
 CHECKPOINTS, TRACKERS = "checkpoints", ("tensorboard", "wandb")
@@ -95,7 +97,7 @@ def write_manifest(run: Run) -> None:
     """Writes `manifest.json`: size and SHA-256 of every file of a finished run.
 
     Left out are checkpoints, which have manifests of their own, the lock, the folders of trackers, what is not
-    committed yet, and other runs inside this one.
+    committed yet, other runs inside this one, and what later ones started from.
     """
     run.write(MANIFEST, {"files": fingerprints(run.path, manifest_files(run.path), "hashing the run", silent)})
 
@@ -110,7 +112,7 @@ def manifest_files(directory: Path) -> list[str]:
             name
             for name in folders
             if ASIDE not in name
-            and not (top and name in (CHECKPOINTS, *TRACKERS))
+            and not (top and (name in (CHECKPOINTS, *TRACKERS) or name.startswith(MERGED)))
             and not (here / name / RECIPE).is_file()
         ]
         for name in files:
@@ -216,7 +218,11 @@ def run_of_base(base: Path) -> Path | None:
 
 def _run_around(result: Path) -> Path | None:
     run = Path(os.path.abspath(result)).parent
-    is_run = result.name in RESULTS and (run / RECIPE).is_file() and (run / PLAN).is_file()
+    is_run = (
+        (result.name in RESULTS or result.name.startswith(MERGED))
+        and (run / RECIPE).is_file()
+        and (run / PLAN).is_file()
+    )
     return run if is_run else None
 
 

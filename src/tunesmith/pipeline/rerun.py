@@ -14,7 +14,7 @@ from tunesmith.evaluation.answers import Judged
 from tunesmith.evaluation.compare import compare_metrics, judgement
 from tunesmith.pipeline.finetune import Watcher, finetune
 from tunesmith.pipeline.lineage import repeated_runs, write_manifest
-from tunesmith.pipeline.loaded import run_recipe
+from tunesmith.pipeline.locating import run_recipe
 from tunesmith.pipeline.resuming import changed_keys
 from tunesmith.recipe import EvaluateSpec, Recipe
 from tunesmith.recipe_file import read_recipe
