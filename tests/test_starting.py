@@ -146,7 +146,7 @@ def test_an_adapter_of_peft_is_trained_on(tiny_model: Path, place: Path, tmp_pat
         AutoModelForCausalLM.from_pretrained(tiny_model),
         LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
     )
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
     run = past_run(tmp_path / "theirs", place, "over theirs")
     merged = tmp_path / "theirs" / "merged-fp32"
     assert locate(str(run.path)).base == str(merged)

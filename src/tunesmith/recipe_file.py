@@ -19,12 +19,7 @@ from tunesmith.base import InputError, Spec, nearest
 from tunesmith.metrics import METRICS
 from tunesmith.models.quantized import FOUR_BIT
 from tunesmith.recipe import Recipe
-
-COMMAND_LINE = "command line"
-FROM_COMMAND_LINE = 0
-"""Stands for a line in the table of lines, which are counted from 1."""
-
-SHORT_FORMS = {"model": "path", "method": "kind", "objective": "kind"}
+from tunesmith.recipe_overrides import COMMAND_LINE, FROM_COMMAND_LINE, apply_override
 
 PLAIN_WORDS = {
     "model_type": "should be settings, one `key: value` a line",
@@ -95,7 +90,7 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
         ) from error
     values, lines = parse_yaml(text, str(path))
     for override in overrides:
-        _override(values, override, lines)
+        apply_override(values, override, lines)
     return values, lines
 
 
@@ -187,54 +182,6 @@ def _collect_lines(node: Any, prefix: str, lines: dict[str, int], shown: str, se
         for index, value in enumerate(node.value):
             lines[f"{prefix}{index}"] = value.start_mark.line + 1
             _collect_lines(value, f"{prefix}{index}.", lines, shown, seen)
-
-
-def _override(values: dict[str, Any], override: str, lines: dict[str, int]) -> None:
-    name, equals, text = override.partition("=")
-    name = name.strip()
-    if not equals or not all(name.split(".")):
-        raise InputError(f"{override!r} is not key=value", where=COMMAND_LINE, fix="for example train.steps=100")
-    where = f"{COMMAND_LINE} {name}"
-    try:
-        value = yaml.safe_load(text)
-        if isinstance(value, dict) and not text.lstrip().startswith("{"):
-            value = text  # a marker such as "Answer: " is meant as text, not as a mapping
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"the value is not YAML: {text!r}", where=where, fix="put it into quotes") from error
-    place: Any = values
-    *parents, leaf = name.split(".")
-    for depth, parent in enumerate(parents):
-        inner = _item(place, parent, where)
-        top = depth == (2 if parents[0] == "stages" else 0)
-        if top and isinstance(inner, str) and parent in SHORT_FORMS:
-            inner = {SHORT_FORMS[parent]: inner}
-        if inner is None or inner is False or inner == "off":
-            inner = {}
-        if not isinstance(inner, (dict, list)):
-            raise InputError(f"{parent!r} holds a value, not settings", where=where, fix=f"set {parent} itself")
-        lines.setdefault(".".join(parents[: depth + 1]), FROM_COMMAND_LINE)
-        inner = inner.copy()
-        _set_item(place, parent, inner)
-        place = inner
-    _item(place, leaf, where)
-    _set_item(place, leaf, value)
-    for known in [known for known in lines if known.startswith(f"{name}.")]:
-        del lines[known]
-    lines[name] = FROM_COMMAND_LINE
-
-
-def _item(place: Any, key: str, where: str) -> Any:
-    if isinstance(place, dict):
-        return place.get(key)
-    if not key.isdigit() or int(key) >= len(place):
-        raise InputError(
-            f"there is no item {key} in this list", where=where, fix=f"it has the items 0 to {len(place) - 1}"
-        )
-    return place[int(key)]
-
-
-def _set_item(place: Any, key: str, value: Any) -> None:
-    place[int(key) if isinstance(place, list) else key] = value
 
 
 def place_of(key: str, shown: str, lines: dict[str, int]) -> str:

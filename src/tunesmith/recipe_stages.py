@@ -14,7 +14,6 @@ from typing import Any
 from tunesmith.base import InputError, nearest
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import (
-    SHORT_FORMS,
     check_recipe,
     named_after,
     place_of,
@@ -22,6 +21,7 @@ from tunesmith.recipe_file import (
     read_recipe,
     read_values,
 )
+from tunesmith.recipe_overrides import SHORT_FORMS
 
 STAGES = "stages"
 NAME = re.compile("[a-z0-9][a-z0-9-]*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,12 @@ class Chain:
             **{name: summary[name] for name in ("state", "steps", "model", "method", "verdict")},
             **{name: report[name] for name in kept if name in report},
         }
+
+
+def chain_of(run: Run) -> Path | None:
+    """Directory of the chain that a run is a stage of."""
+    above = Path(os.path.abspath(run.path)).parent.parent
+    return above if Chain.is_here(above) else None
 
 
 def gate_said_no(run: Run) -> bool:

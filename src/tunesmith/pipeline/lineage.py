@@ -129,6 +129,7 @@ def _base(planned: Planned, progress: Progress) -> dict[str, Any]:
         "name": spec.path,
         "from": DEMO if spec.path == DEMO and not Path(DEMO).exists() else here,
         "location": str(directory) if directory else planned.location,
+        "within": _within(spec.path, directory),
         "revision": spec.revision,
         "commit": commit,
         "files": {},
@@ -145,6 +146,12 @@ def _base(planned: Planned, progress: Progress) -> dict[str, Any]:
             where=error.filename or directory,
             fix="check its permissions and the disk it is on",
         ) from error
+
+
+def _within(named: str, directory: Path | None) -> str:
+    """Where the weights are below what the recipe names, when that is a run or an adapter; else `.`."""
+    place = os.path.expanduser(named)
+    return _relative(str(directory), os.path.abspath(place)) if directory and os.path.isdir(place) else "."
 
 
 def _directory_of_base(location: str, revision: str | None) -> tuple[Path | None, str | None]:
