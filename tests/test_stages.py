@@ -267,6 +267,16 @@ def test_a_killed_chain_goes_on_to_the_same_bytes(
     assert results(tmp_path / "killed") == results(chain.path)
 
 
+def test_several_processes_go_through_all_stages(tiny_model: Path, place: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, {**values_of(place, tiny_model), "output": str(tmp_path / "two")})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tunesmith"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([*launch, "train", str(path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    first, second = (stage.run for stage in Chain.open(tmp_path / "two").stages)
+    assert_starts_where_that_ended(second, first)
+
+
 def test_a_stop_within_a_stage_is_gone_on_from(tiny_model: Path, place: Path, tmp_path: Path) -> None:
     recipe = staged(tmp_path, values_of(place, tiny_model, "stopped"))
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import build_model
+from conftest import build_model, colour_rows, write_jsonl
 from past_runs import past_run, recipe_for
 from tunesmith.base import InputError
 from tunesmith.pipeline.lineage import read_lineage
@@ -163,6 +163,24 @@ def test_a_quantized_base_is_said_to_be_started_from_nearly(first: Run, place: P
     pytest.importorskip("bitsandbytes")
     run = past_run(first.path, place, "quantized", method={"kind": "qlora", "rank": 4})
     assert any("starts close to where that one ended" in note for note in run.read("plan.json")["notes"])
+
+
+def test_a_head_goes_on_too_and_a_model_that_writes_can_learn_to_judge(
+    first: Run, tiny_model: Path, place: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": row["prompt"], "label": "yes" if at % 3 else "no"} for at, row in enumerate(colour_rows(36))]
+    judging = {
+        "data": {"train": str(write_jsonl(tmp_path / "labels.jsonl", rows)), "test": 0.3},
+        "objective": "classify",
+        "evaluate": {"max_new_tokens": "auto", "forgetting": "auto"},
+        "train": {"learning_rate": 0.05, "steps": 6},
+    }
+    over_writer = past_run(first.path, place, "judge", **judging)
+    assert locate(str(over_writer.path)).base == str(first.path / "merged-fp32")
+    again = past_run(over_writer.path, place, "judge again", **judging)
+    found, expected = rows_of(again, BASE_EVALUATION), rows_of(over_writer, TUNED_EVALUATION)
+    assert [row["answer"] for row in found] == [row["answer"] for row in expected]
+    assert [row["nll"] for row in found] == pytest.approx([row["nll"] for row in expected], rel=1e-4)
 
 
 def test_rerun_starts_from_the_same(first: Run, second: Run) -> None:

@@ -328,9 +328,9 @@ def recipe_main(
         typer.echo(recipe_reference())
         raise typer.Exit(0)
     if schema:
-        from tunesmith.recipe import Recipe
+        from tunesmith.recipe_reference import recipe_schema
 
-        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+        typer.echo(json.dumps(recipe_schema(), indent=2))
         raise typer.Exit(0)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -92,11 +92,12 @@ def finetune(
         planned = plan_job(recipe, watcher.progress)
         if run is not None:
             planned = planned.with_plan(resumed_plan(run, planned, forced))
-        join_processes(planned.hardware.device)
+        joined = join_processes(planned.hardware.device)
         try:
             return _execute(planned, run, watcher, parent, tuple(forced))
         finally:
-            leave_processes()
+            if joined:
+                leave_processes()
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from tunesmith.pipeline.finetune import finetune
 from tunesmith.pipeline.planning import Planned, estimate_job, plan_job
 from tunesmith.pipeline.resuming import changed_between, changed_keys, refuse_changes
 from tunesmith.pipeline.training import Watcher
+from tunesmith.plan.hardware import detect_hardware
 from tunesmith.recipe import Plan, Recipe
 from tunesmith.recipe_stages import Stage, StagedRecipe
 from tunesmith.run import RECIPE, Run
-from tunesmith.train.parallel import is_main
+from tunesmith.train.parallel import is_main, join_processes, leave_processes, wait_for_all
 
 PlanJob = Callable[[Recipe, Progress], Planned]
 Announce = Callable[[int, Stage], None]
@@ -119,6 +120,7 @@ def finetune_stages(
             # What is wrong with the last stage is told before the first one has trained for hours.
             plan_stages(recipe, watcher.progress, plan_job)
             Chain.create(recipe)
+    joined = join_processes(detect_hardware().device)  # once for all stages
     try:
         for number, stage in enumerate(recipe.stages, 1):
             announce(number, stage)
@@ -130,12 +132,16 @@ def finetune_stages(
             )
             if is_main():
                 Chain.open(path).write_report()
+            wait_for_all()
             if gate_said_no(run):
                 break
     except BaseException:
         if not begun and is_main() and not any(one.begun for one in Chain.open(path).stages):
             remove_directory(path)
         raise
+    finally:
+        if joined:
+            leave_processes()
     return Chain.open(path)
 
 

@@ -22,6 +22,7 @@ from tunesmith.methods.method import read_adapter_config
 from tunesmith.methods.prefix import PEFT_TYPE as PREFIX
 from tunesmith.methods.prompt import PEFT_TYPE as PROMPT
 from tunesmith.models.load import read_config
+from tunesmith.pages.page import size
 from tunesmith.pipeline.locating import Location, locate, merged_directory
 from tunesmith.plan.memory import BYTES
 from tunesmith.recipe import Plan, Recipe, Resolved
@@ -88,9 +89,7 @@ def with_start_told(plan: Plan, recipe: Recipe, start: Location) -> Plan:
     if start.adapter is None:
         return plan
     directory = merged_directory(start.adapter, plan.frozen_dtype)
-    reason = (
-        f"{recipe.model.path} is an adapter: it is merged once into a copy of its base, {_size(plan) / 1e6:,.0f} MB"
-    )
+    reason = f"{recipe.model.path} is an adapter: it is merged once into a copy of its base, {size(_bytes(plan))}"
     found = Resolved(name="model.path", value=str(directory), reason=reason)
     notes = list(plan.notes)
     if recipe.model.quantization is not None:
@@ -101,7 +100,7 @@ def with_start_told(plan: Plan, recipe: Recipe, start: Location) -> Plan:
     return plan.model_copy(update={"resolved": [*plan.resolved, found], "notes": notes})
 
 
-def _size(plan: Plan) -> int:
+def _bytes(plan: Plan) -> int:
     """Bytes of the merged copy."""
     return plan.parameters.total * BYTES[plan.frozen_dtype]
 
@@ -129,7 +128,7 @@ def _merge(planned: Planned, adapter: Path, merged: Path, progress: Progress) ->
     from tunesmith.pipeline.merging import merge_run  # not above: it imports transformers' models
     from tunesmith.plan.hardware import DTYPES
 
-    needed, free = _size(planned.plan), shutil.disk_usage(merged.parent).free
+    needed, free = _bytes(planned.plan), shutil.disk_usage(merged.parent).free
     if free < needed:
         raise InputError(
             f"the adapter and its base take {needed / 1e6:,.1f} MB when they are merged, and the disk has "
@@ -164,7 +163,8 @@ def _refuse_changed(adapter: Path, merged: Path) -> None:
         raise InputError(
             "this is not what Tunesmith merged", where=merged, fix="move it away, and it is made again"
         ) from error
-    if made_from != file_sha256(adapter / WEIGHTS):
+    weights = adapter / WEIGHTS
+    if not weights.is_file() or made_from != file_sha256(weights):
         raise InputError(
             f"the adapter in {adapter} has changed since it was merged here",
             where=merged,
