@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import build_model, colour_rows, write_jsonl
+from conftest import build_model, build_tokenizer, colour_rows, write_jsonl
 from past_runs import past_run, recipe_for
 from tunesmith.base import InputError
 from tunesmith.pipeline.lineage import read_lineage
@@ -181,6 +181,18 @@ def test_a_head_goes_on_too_and_a_model_that_writes_can_learn_to_judge(
     found, expected = rows_of(again, BASE_EVALUATION), rows_of(over_writer, TUNED_EVALUATION)
     assert [row["answer"] for row in found] == [row["answer"] for row in expected]
     assert [row["nll"] for row in found] == pytest.approx([row["nll"] for row in expected], rel=1e-4)
+
+
+def test_raw_text_on_a_base_without_a_template_then_answers(place: Path, tmp_path: Path) -> None:
+    base = build_model(tmp_path / "base")
+    build_tokenizer(base, chat_template=None)
+    text = write_jsonl(
+        tmp_path / "text.jsonl", [{"text": f"{row['prompt']} {row['completion']}"} for row in colour_rows(40)]
+    )
+    read = past_run(base, place, "read", data={"train": str(text), "test": 0.2})
+    answers = past_run(read.path, place, "answers", data={"template": "chatml"})
+    assert Path(locate(str(answers.path)).base) == read.path / "merged-fp32"
+    assert json.loads((read.path / "merged-fp32" / "merge.json").read_text())["passed"]
 
 
 def test_rerun_starts_from_the_same(first: Run, second: Run) -> None:

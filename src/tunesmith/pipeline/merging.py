@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from tunesmith.base import InputError, Progress, TunesmithError, silent
 from tunesmith.compose.merge import MergeCheck, merge_and_check
+from tunesmith.data.render import Renderer
 from tunesmith.files import new_directory, write_json
 from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.quantized_lora import Base, base_read
-from tunesmith.models.load import load_model
-from tunesmith.models.load import load_tokenizer as load_tokenizer
+from tunesmith.models.load import Loading, load_model, load_tokenizer
 from tunesmith.models.quantized import in_full
 from tunesmith.models.templates import resolve_template
 from tunesmith.pipeline.loaded import default_dtype, renderer_for
@@ -67,14 +68,13 @@ def merge_run(
     if head is not None:
         check = merge_labels(location, head, _held_out_prompts(location), out)
         return Merged(check, merging_note(trained_over), "answers")
-    held = trained_over.quantized if trained_over.bound else None
-    device, dtype = device or detect_hardware().device, dtype or default_dtype()
-    model = in_full(load_model(location.base, dtype=dtype, device=device, revision=location.revision, quantized=held))
-    load_adapter(model, location.adapter)
-    tokenizer = load_tokenizer(location.tokenizer)
-    plain = location.recipe is not None and location.recipe.data.template == "plain"
-    template = resolve_template("plain" if plain else "auto", tokenizer)
-    renderer = renderer_for(location.base, model, tokenizer, template)
+    how = Loading(
+        dtype or default_dtype(),
+        device or detect_hardware().device,
+        location.revision,
+        trained_over.quantized if trained_over.bound else None,
+    )
+    model, renderer = _adapted(location, how)
     prompts = [renderer.prompt_ids([{"role": "user", "content": text}]) for text in _held_out_prompts(location)]
     progress("merging and comparing", 0, None)
     check = merge_and_check(model, prompts, renderer.stop_ids)
@@ -89,9 +89,22 @@ def merge_run(
         model.generation_config.eos_token_id = sorted(renderer.stop_ids)
     with new_directory(out) as directory:
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        renderer.tokenizer.save_pretrained(directory)
         write_json(directory / "merge.json", {**check.as_json(), **location.merged_from(), **_said_of(trained_over)})
     return Merged(check, merging_note(trained_over))
+
+
+def _adapted(location: Location, how: Loading) -> tuple[PreTrainedModel, Renderer]:
+    """The model with its adapter beside weights that are whole, and the renderer of its prompts."""
+    assert location.adapter is not None
+    model = in_full(
+        load_model(location.base, dtype=how.dtype, device=how.device, revision=how.revision, quantized=how.quantized)
+    )
+    load_adapter(model, location.adapter)
+    tokenizer = load_tokenizer(location.tokenizer)
+    plain = location.recipe is not None and location.recipe.data.template == "plain"
+    template = resolve_template("plain" if plain else "auto", tokenizer)
+    return model, renderer_for(location.base, model, tokenizer, template)
 
 
 @dataclass(frozen=True)
