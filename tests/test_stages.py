@@ -220,6 +220,23 @@ def test_full_tuning_then_lora_copies_no_base(tiny_model: Path, place: Path, tmp
     assert not list(done.path.rglob("merged-*"))
 
 
+def test_preferences_are_compared_with_the_stage_before(tiny_model: Path, place: Path, tmp_path: Path) -> None:
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["prompt"][4:]} for row in colour_rows(32)
+    ]
+    values = values_of(place, tiny_model, "preferences")
+    del values["stages"]["more"]
+    values["stages"]["dpo"] = {
+        "model": "stages.sft",
+        "objective": "dpo",
+        "data": {"train": str(write_jsonl(tmp_path / "pairs.jsonl", pairs)), "test": 0.25},
+    }
+    done = finetune_stages(staged(tmp_path, values))
+    steps = [event for event in done.stages[1].run.events() if event["event"] == "step"]
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=2e-3), "log 2: policy and reference are one at the start"
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
 def test_the_same_recipe_makes_the_same_bytes_and_a_chain_is_never_overwritten(
     chain: Chain, tiny_model: Path, place: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from conftest import build_model, build_tokenizer, colour_rows, write_jsonl
 from past_runs import past_run, recipe_for
 from tunesmith.base import InputError
+from tunesmith.methods.adapted import without_adapter
 from tunesmith.pipeline.lineage import read_lineage
 from tunesmith.pipeline.loaded import compare_with_base, load
 from tunesmith.pipeline.locating import locate, run_recipe
@@ -61,6 +62,14 @@ def test_a_job_over_a_run_starts_where_that_one_ended(first: Run, second: Run) -
     assert_starts_where_that_ended(second, first)
     begun = rows_of(first, BASE_EVALUATION)[0]["nll"]
     assert rows_of(second, BASE_EVALUATION)[0]["nll"] != pytest.approx(begun, rel=1e-3), "the raw base is elsewhere"
+
+
+def test_the_reference_of_a_job_is_the_model_as_it_began(first: Run, second: Run, tiny_model: Path) -> None:
+    model = load(second.path, dtype="fp32")
+    with without_adapter(model):
+        reference = logits(model)
+    assert torch.allclose(reference, logits(load(first.path, dtype="fp32")), atol=1e-4)
+    assert not torch.allclose(reference, logits(load(tiny_model, dtype="fp32")), atol=1e-2), "never the raw base"
 
 
 def test_peft_loads_the_second_adapter_over_the_base_that_it_names(second: Run) -> None:
