@@ -235,6 +235,11 @@ def test_preferences_are_compared_with_the_stage_before(tiny_model: Path, place:
     steps = [event for event in done.stages[1].run.events() if event["event"] == "step"]
     assert steps[0]["loss"] == pytest.approx(0.6931, abs=2e-3), "log 2: policy and reference are one at the start"
     assert steps[-1]["loss"] < steps[0]["loss"]
+    values["stages"]["dpo"] |= {"objective": "reward", "evaluate": {"max_new_tokens": "auto"}}
+    again = staged(tmp_path, values, f"output={tmp_path / 'judged'}")
+    judged = finetune_stages(again)
+    assert judged.stages[1].run.report is not None
+    assert Path(locate(str(judged.path)).base) == judged.stages[0].run.path / "merged-fp32"
 
 
 def test_the_same_recipe_makes_the_same_bytes_and_a_chain_is_never_overwritten(

@@ -182,7 +182,7 @@ def test_a_head_goes_on_too_and_a_model_that_writes_can_learn_to_judge(
         "data": {"train": str(write_jsonl(tmp_path / "labels.jsonl", rows)), "test": 0.3},
         "objective": "classify",
         "evaluate": {"max_new_tokens": "auto", "forgetting": "auto"},
-        "train": {"learning_rate": 0.05, "steps": 6},
+        "train": {"learning_rate": 0.005, "steps": 6},
     }
     over_writer = past_run(first.path, place, "judge", **judging)
     assert locate(str(over_writer.path)).base == str(first.path / "merged-fp32")

@@ -9,10 +9,13 @@ from pydantic import Field
 from tunesmith.objectives.kto import Kto
 from tunesmith.objectives.objective import TargetLogps, TrainingObjective
 from tunesmith.objectives.preference import Dpo, Orpo, Pairwise, Preference, SimPo
+from tunesmith.objectives.reward import Reward
 from tunesmith.objectives.supervised import Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
-Objective = Annotated[Supervised | Dpo | SimPo | Orpo | Kto | Classify | Tag | Regress, Field(discriminator="kind")]
+Objective = Annotated[
+    Supervised | Dpo | SimPo | Orpo | Kto | Reward | Classify | Tag | Regress, Field(discriminator="kind")
+]
 
 __all__ = [
     "Classify",
@@ -23,6 +26,7 @@ __all__ = [
     "Pairwise",
     "Preference",
     "Regress",
+    "Reward",
     "SimPo",
     "Supervised",
     "Tag",

@@ -23,10 +23,10 @@ from tunesmith.models.load import load_tokenizer, read_config, read_plain_config
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
-from tunesmith.objectives import Pairwise, Preference, TaskObjective, TrainingObjective
+from tunesmith.objectives import Pairwise, Preference, Reward, TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
 from tunesmith.pipeline.locating import Location
-from tunesmith.pipeline.preference_rows import preference_renderer, with_partners
+from tunesmith.pipeline.preference_rows import preference_renderer, refuse_encoder, with_partners
 from tunesmith.pipeline.starting import merged_config, start_of, with_start_told
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
@@ -89,7 +89,12 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     model = _architecture(recipe, config, location)
     if isinstance(objective, TaskObjective):
         refuse_settings_of_writing(recipe, int(config.get_text_config().num_hidden_layers))
-        renderer = label_renderer(objective, recipe.data, tokenizer, model, _stop_ids(tokenizer, config, location))
+        stop_ids = _stop_ids(tokenizer, config, location)
+        if isinstance(objective, Reward):
+            refuse_encoder(model)
+            renderer = preference_renderer(objective, recipe.data, tokenizer, stop_ids)
+        else:
+            renderer = label_renderer(objective, recipe.data, tokenizer, model, stop_ids)
     else:
         stop_ids = stop_token_ids(tokenizer, config, location)
         if isinstance(objective, Preference):
