@@ -7,17 +7,27 @@ from typing import Annotated
 from pydantic import Field
 
 from tunesmith.objectives.distill import Distill
+from tunesmith.objectives.kto import Kto
 from tunesmith.objectives.objective import TargetLogps, TrainingObjective
+from tunesmith.objectives.preference import Dpo, Orpo, Pairwise, Preference, SimPo
 from tunesmith.objectives.supervised import Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
-Objective = Annotated[Supervised | Distill | Classify | Tag | Regress, Field(discriminator="kind")]
+Objective = Annotated[
+    Supervised | Dpo | SimPo | Orpo | Kto | Distill | Classify | Tag | Regress, Field(discriminator="kind")
+]
 
 __all__ = [
     "Classify",
     "Distill",
+    "Dpo",
+    "Kto",
     "Objective",
+    "Orpo",
+    "Pairwise",
+    "Preference",
     "Regress",
+    "SimPo",
     "Supervised",
     "Tag",
     "TargetLogps",

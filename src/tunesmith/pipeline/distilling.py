@@ -30,9 +30,9 @@ from tunesmith.files import read_json, write_json
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.measure import position_limit
 from tunesmith.objectives import Distill
-from tunesmith.pipeline.by_target import Reading, identity_of, kept_by_target
 from tunesmith.pipeline.lineage import teacher_files
 from tunesmith.pipeline.planning import Planned
+from tunesmith.pipeline.target_tensors import Reading, identity_of_rows, kept_by_target
 from tunesmith.pipeline.teacher import Teacher
 from tunesmith.train.batches import StepBatches
 from tunesmith.train.loop import MicroBatches
@@ -199,7 +199,7 @@ class Lesson:
         }
         sampling = Sampling(asked["longest"], temperature)
         directory = cached(
-            {"answers": {**self.identity, **asked}, **identity_of(rows)},
+            {"answers": {**self.identity, **asked}, **identity_of_rows(rows)},
             lambda directory: self._write(directory, rows, sampling),
         )
         kept: dict[str, int] = read_json(directory / _KEPT)

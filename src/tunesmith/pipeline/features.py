@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any, cast
 
 import torch
@@ -17,8 +16,8 @@ from tunesmith.models.attention import use_default_attention
 from tunesmith.models.forward import hidden_at
 from tunesmith.models.head import has_plain_head
 from tunesmith.objectives.task import FEATURES
-from tunesmith.pipeline.by_target import Reading, kept_by_target
 from tunesmith.pipeline.planning import Planned
+from tunesmith.pipeline.target_tensors import Reading, kept_by_target, weights_sha256
 
 
 def with_features(planned: Planned, model: nn.Module, progress: Progress) -> Planned:
@@ -39,7 +38,8 @@ def with_features(planned: Planned, model: nn.Module, progress: Progress) -> Pla
     reading = Reading(
         lambda: model, _reader(planned), lambda _: planned.plan.packing, "reading rows with the frozen model", progress
     )
-    made_from, parts = {"trunk": _sha256(model), "read": _said(planned)}, {}
+    trunk = weights_sha256(cast(Any, model).base_model, cast(Any, model).config)
+    made_from, parts = {"trunk": trunk, "read": _said(planned)}, {}
     for name in ("train", "validation", "test"):
         rows: RenderedRows = getattr(prepared, name)
         if not len(rows) or (name == "test" and planned.judges is None):
@@ -67,13 +67,3 @@ def _reader(planned: Planned) -> Callable[[nn.Module, Batch], dict[str, Tensor]]
         return {FEATURES: hidden_at(model, batch, chosen - 1)}
 
     return before_targets
-
-
-def _sha256(model: nn.Module) -> str:
-    """Hash of every weight behind the inputs and before the head, and of what else decides what they compute."""
-    trunk = cast(Any, model).base_model
-    digest = sha256(cast(Any, model).config.to_json_string().encode())
-    for name, tensor in trunk.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -20,7 +20,7 @@ from tunesmith.data.stored import RenderedRows
 from tunesmith.evaluation.answers import groups_of_rows
 from tunesmith.files import BytesAt, read_json, write_json
 
-_SHAPES = "tensors.json"
+_KINDS = "tensors.json"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 _DTYPES["int32"] = torch.int32
 
@@ -31,7 +31,7 @@ class Reading:
 
     Attributes:
         model: gives the model, which is asked for only when something must be computed.
-        tensors: named tensors with one entry a target of the batch, of any width.
+        tensors: named tensors with one entry a target of the batch, ``[targets]`` or ``[targets, width]``.
         packed: whether rows are laid end to end for this model.
         label: what the progress is called.
         example: the row as the model reads it, from its place and itself; its targets are those of the row, in order.
@@ -54,13 +54,23 @@ def kept_by_target(made_from: dict[str, Any], rows: RenderedRows, reading: Readi
     Raises:
         InputError: when they cannot be kept on disk.
     """
-    return rows.adding(_stored(cached({**made_from, **identity_of(rows)}, _Build(rows, reading))))
+    return rows.adding(_stored(cached({**made_from, **identity_of_rows(rows)}, _Build(rows, reading))))
 
 
-def identity_of(rows: RenderedRows) -> dict[str, Any]:
-    """Which rows these are, and how they are cut, as JSON values."""
+def identity_of_rows(rows: RenderedRows) -> dict[str, Any]:
+    """What decides which tokens rows have, as JSON values."""
     numbers = sha256(rows.numbers.astype("<i8").tobytes()).hexdigest()
-    return {"tokens": rows.stored.rows.identity, "rows": numbers, "limit": rows.limit}
+    return {"tokens": rows.stored.rows.identity, "rows": numbers, "limit": rows.limit, "partners": rows.partners}
+
+
+def weights_sha256(model: nn.Module, config: Any) -> str:
+    """Hash of every weight of a model, or of a part of it, and of what else decides what they compute."""
+    digest = sha256(config.to_json_string().encode())
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Build:
@@ -70,7 +80,7 @@ class _Build:
         self.rows, self.reading = rows, reading
         self.ends = np.concatenate([[0], np.cumsum(rows.targets)])
         self.files: dict[str, np.memmap] = {}
-        self.dtypes: dict[str, str] = {}
+        self.kinds: dict[str, list[Any]] = {}
 
     def __call__(self, directory: Path) -> None:
         rows, reading, model = self.rows, self.reading, self.reading.model()
@@ -92,15 +102,14 @@ class _Build:
             model.train(training)
         for file in self.files.values():
             file.flush()
-        shapes = {name: [self.dtypes[name], int(file.shape[1])] for name, file in self.files.items()}
-        write_json(directory / _SHAPES, {"tensors": shapes, "ends": self.ends.tolist()})
+        write_json(directory / _KINDS, {"tensors": self.kinds, "ends": self.ends.tolist()})
 
     def _write(self, directory: Path, name: str, tensor: Tensor, group: list[int]) -> None:
         values = tensor.view(torch.uint8).reshape(len(tensor), -1).numpy()  # [targets, bytes]
         if name not in self.files:
             shape = (int(self.ends[-1]), values.shape[1])
             self.files[name] = np.memmap(directory / f"{name}.bin", np.uint8, "w+", shape=shape)
-            self.dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+            self.kinds[name] = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape[1:]), values.shape[1]]
         start = 0
         for at in group:
             count = int(self.rows.targets[at])
@@ -118,20 +127,20 @@ def _plain(example: Example) -> Example:
 
 
 def _stored(directory: Path) -> Callable[[int, Rendered], dict[str, Tensor]]:
-    """Reads the tensors of a row, each ``[targets, width]`` in its dtype."""
-    found = read_json(directory / _SHAPES)
+    """Reads the tensors of a row, in their dtypes."""
+    found = read_json(directory / _KINDS)
     ends: list[int] = found["ends"]
     files = {
-        name: (BytesAt(directory / f"{name}.bin"), _DTYPES[dtype], size)
-        for name, (dtype, size) in found["tensors"].items()
+        name: (BytesAt(directory / f"{name}.bin"), _DTYPES[dtype], shape, size)
+        for name, (dtype, shape, size) in found["tensors"].items()
     }
 
     def read(at: int, item: Rendered) -> dict[str, Tensor]:
         start, end = ends[at], ends[at + 1]
         tensors = {}
-        for name, (file, dtype, size) in files.items():
+        for name, (file, dtype, shape, size) in files.items():
             values = bytearray(file.read(start * size, (end - start) * size))
-            tensors[name] = torch.frombuffer(values, dtype=dtype).view(end - start, -1)
+            tensors[name] = torch.frombuffer(values, dtype=dtype).view(end - start, *shape)
         return tensors
 
     return read
