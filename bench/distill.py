@@ -66,8 +66,8 @@ class Size:
 
 QUICK = Size(160, 24, 24, 20, 8)
 WAYS: dict[str, dict[str, Any]] = {
-    "the rows' answers alone": {"kind": "sft"},
     "forward KL": {"divergence": "forward-kl"},
+    "the rows' answers alone": {"kind": "sft"},
     "the teacher's answers alone": {"answers": "teacher", "weight": 0},
     "half forward KL, half the rows' answers": {"weight": 0.5},
     "reverse KL": {"divergence": "reverse-kl"},
