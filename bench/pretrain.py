@@ -102,7 +102,7 @@ Written by `python bench/pretrain.py DATA {arguments}--write`: SmolLM2-135M-Inst
 Proposals of up to {longest:,} characters ({documents} documents, {blocks} blocks of {block} tokens, {full:.1%} full),
 {steps} steps of 8 blocks, {tokens:,} target tokens. Held out are {held} whole documents. Replay is text of general
 questions and answers, a quarter of an epoch's blocks. General text is the language reference that Python carries.
-Differences have 95 % paired bootstrap intervals over documents or passages. One seed, two shared cores without a GPU. That
+Differences have 95 % paired bootstrap intervals over documents or passages. One seed, two cores without a GPU. That
 general text is about Python as the documents are: where it gains, `evaluate.forgetting` with other text would say more.
 
 | way | rate | perplexity per token | bits per byte | perplexity of general text | seconds |

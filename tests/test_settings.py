@@ -15,7 +15,7 @@ from task_rows import build_trunk, tag_rows
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, QLora
-from tunesmith.objectives import Classify, Pretrain, Regress, Supervised, Tag
+from tunesmith.objectives import Classify, Distill, Pretrain, Regress, Supervised, Tag
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
 from tunesmith.recipe_file import check_recipe
@@ -54,6 +54,13 @@ DPO = preferring("dpo")
 LABELS, NUMBERS, TAGS = judging("classify", "LABELS"), judging("regress", "NUMBERS"), judging("tag", "TAGS")
 DOCUMENTS = {**JUDGED, "data": {"train": "TEXT"}, "objective": {"kind": "pretrain"}}
 OWN = {"path": "self", "answers": 30, "max_new_tokens": 60}
+
+
+def distilled(**settings: Any) -> dict[str, Any]:
+    """A job that learns from a teacher."""
+    return {"objective": {"kind": "distill", "teacher": "OTHER", **settings}}
+
+
 CLEANING = {"empty": "drop", "overlong": "drop", "max_length": 40}
 
 # For every field: the sections that it is changed in, beside which the same job with the default is run.
@@ -249,6 +256,18 @@ CHANGES: dict[str, Any] = {
     "objective[regress].head_rate": (NUMBERS, judging("regress", "NUMBERS", head_rate=3)),
     "objective[regress].layer": (NUMBERS, judging("regress", "NUMBERS", layer=1)),
     "objective[regress].spread": (NUMBERS, judging("regress", "NUMBERS", spread=20)),
+    "objective[distill].kind": ({}, distilled()),
+    "objective[distill].teacher": (distilled(), distilled(teacher="MODEL")),
+    "objective[distill].teacher_prompt": (distilled(), distilled(teacher_prompt="Be brief.")),
+    "objective[distill].answers": (distilled(), distilled(answers="teacher")),
+    "objective[distill].on_policy": (distilled(), distilled(on_policy=1)),
+    "objective[distill].sample_temperature": (distilled(on_policy=1), distilled(on_policy=1, sample_temperature=0)),
+    "objective[distill].max_new_tokens": (distilled(on_policy=1), distilled(on_policy=1, max_new_tokens=3)),
+    "objective[distill].divergence": (distilled(), distilled(divergence="reverse-kl")),
+    "objective[distill].beta": (distilled(divergence="jsd"), distilled(divergence="jsd", beta=0.2)),
+    "objective[distill].temperature": (distilled(), distilled(temperature=2)),
+    "objective[distill].weight": (distilled(), distilled(weight=0.5)),
+    "objective[distill].top_k": (distilled(), distilled(top_k=3)),
     "train.epochs": ({}, {"train": {"epochs": 0.2}}),
     "train.steps": ({}, {"train": {"steps": 3}}),
     "train.batch_size": ({}, {"train": {"batch_size": 6}}),
@@ -346,6 +365,12 @@ def schema_fields() -> set[str]:
         "objective[regress]": [Regress],
         "objective": [Supervised],
         "objective[pretrain]": [Pretrain],
+        "objective[dpo]": [Dpo],
+        "objective[simpo]": [SimPo],
+        "objective[orpo]": [Orpo],
+        "objective[kto]": [Kto],
+        "objective[reward]": [Reward],
+        "objective[distill]": [Distill],
         "train": [TrainSpec],
         "train.groups[]": [GroupSpec],
         "train.early_stopping": [EarlyStopping],

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tunesmith.objectives.distill import Distill
 from tunesmith.objectives.kto import Kto
 from tunesmith.objectives.objective import AroundObjective, StepObjective, TargetLogps, TrainingObjective
 from tunesmith.objectives.preference import Dpo, Orpo, Pairwise, Preference, SimPo
@@ -15,12 +16,14 @@ from tunesmith.objectives.supervised import NextToken, Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
 Objective = Annotated[
-    Supervised | Pretrain | Dpo | SimPo | Orpo | Kto | Reward | Classify | Tag | Regress, Field(discriminator="kind")
+    Supervised | Pretrain | Dpo | SimPo | Orpo | Kto | Reward | Distill | Classify | Tag | Regress,
+    Field(discriminator="kind"),
 ]
 
 __all__ = [
     "AroundObjective",
     "Classify",
+    "Distill",
     "Dpo",
     "Kto",
     "NextToken",

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import try_to_load_from_cache
 
@@ -14,12 +14,16 @@ from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.read import STANDARD_INPUT, Reading, content_hash
 from tunesmith.data.sources import readings
 from tunesmith.files import ASIDE, file_sha256, read_json
-from tunesmith.models.load import DEMO
-from tunesmith.pipeline.fingerprints import fingerprints
+from tunesmith.models.load import DEMO, weights_directory
+from tunesmith.pipeline.fingerprints import Fingerprint, fingerprints
 from tunesmith.pipeline.origin import dependency_versions, tunesmith_origin
 from tunesmith.pipeline.planning import Planned
+from tunesmith.pipeline.teacher import Teacher
 from tunesmith.recipe import Recipe
-from tunesmith.run import HELD, LOCK, PLAN, RECIPE, RESULTS, Run
+from tunesmith.run import HELD, LOCK, MERGED, PLAN, RECIPE, RESULTS, Run
+
+if TYPE_CHECKING:
+    from tunesmith.pipeline.planning import Planned
 
 LINEAGE, MANIFEST = "lineage.json", "manifest.json"
 CHECKPOINTS, TRACKERS = "checkpoints", ("tensorboard", "wandb")
@@ -29,8 +33,9 @@ BESIDE_WEIGHTS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+    "adapter_config.json",
 )  # fmt: skip
-"""What transformers reads beside the weights to build a model and its tokenizer."""
+"""What transformers and PEFT read beside the weights to build a model and its tokenizer."""
 
 
 def describe_lineage(path: Path, planned: Planned, parent: Path | None, progress: Progress = silent) -> dict[str, Any]:
@@ -47,6 +52,7 @@ def describe_lineage(path: Path, planned: Planned, parent: Path | None, progress
     base = _base(planned, progress)
     return {
         "base": base,
+        **_teacher(planned, progress),
         "data": _data(planned.recipe, planned.prepared.sources),
         "texts": _texts(planned.recipe),
         "parents": _parents(path, base["location"], parent),
@@ -95,7 +101,7 @@ def write_manifest(run: Run) -> None:
     """Writes `manifest.json`: size and SHA-256 of every file of a finished run.
 
     Left out are checkpoints, which have manifests of their own, the lock, the folders of trackers, what is not
-    committed yet, and other runs inside this one.
+    committed yet, other runs inside this one, and what later ones started from.
     """
     run.write(MANIFEST, {"files": fingerprints(run.path, manifest_files(run.path), "hashing the run", silent)})
 
@@ -110,7 +116,7 @@ def manifest_files(directory: Path) -> list[str]:
             name
             for name in folders
             if ASIDE not in name
-            and not (top and name in (CHECKPOINTS, *TRACKERS))
+            and not (top and (name in (CHECKPOINTS, *TRACKERS) or name.startswith(MERGED)))
             and not (here / name / RECIPE).is_file()
         ]
         for name in files:
@@ -121,22 +127,49 @@ def manifest_files(directory: Path) -> list[str]:
 
 def _base(planned: Planned, progress: Progress) -> dict[str, Any]:
     spec = planned.recipe.model
-    directory, commit = _directory_of_base(planned.location, spec.revision)
+    directory, commit = directory_of_model(planned.location, spec.revision)
     here = "directory" if Path(planned.location).is_dir() else "hub"
-    found: dict[str, Any] = {
+    return {
         "name": spec.path,
         "from": DEMO if spec.path == DEMO and not Path(DEMO).exists() else here,
         "location": str(directory) if directory else planned.location,
+        "within": _within(spec.path, directory),
         "revision": spec.revision,
         "commit": commit,
-        "files": {},
+        "files": {} if directory is None else model_files(directory, "hashing the base", progress),
     }
-    if directory is None:
-        return found
+
+
+def _teacher(planned: Planned, progress: Progress) -> dict[str, Any]:
+    """What a student learned from, where that is another model than its base."""
+    teacher = planned.teacher
+    if teacher is None or teacher.itself:
+        return {}
+    return {"teacher": {"name": teacher.name, "files": teacher_files(teacher, progress)}}
+
+
+def teacher_files(teacher: Teacher, progress: Progress) -> list[dict[str, Fingerprint]]:
+    """Fingerprints of a teacher's files: those of its weights, and of the adapter on them if there is one.
+
+    Raises:
+        InputError: when one cannot be read, or the weights are not on this machine.
+    """
+    directory, _ = directory_of_model(teacher.location.base, teacher.revision)
+    directory = directory or weights_directory(teacher.location.base, teacher.revision)
+    parts = [directory, *([] if teacher.location.adapter is None else [teacher.location.adapter])]
+    return [model_files(part, "hashing the teacher", progress) for part in parts]
+
+
+def model_files(directory: Path, label: str, progress: Progress) -> dict[str, Fingerprint]:
+    """Fingerprints of the files that make a model and its tokenizer, or an adapter.
+
+    Raises:
+        InputError: when one cannot be read.
+    """
     names = {path.name for pattern in WEIGHTS for path in directory.glob(pattern)}
     names |= {name for name in BESIDE_WEIGHTS if (directory / name).is_file()}
     try:
-        return {**found, "files": fingerprints(directory, sorted(names), "hashing the base", progress)}
+        return fingerprints(directory, sorted(names), label, progress)
     except OSError as error:
         raise InputError(
             f"a file of the model cannot be read: {error.strerror}",
@@ -145,7 +178,13 @@ def _base(planned: Planned, progress: Progress) -> dict[str, Any]:
         ) from error
 
 
-def _directory_of_base(location: str, revision: str | None) -> tuple[Path | None, str | None]:
+def _within(named: str, directory: Path | None) -> str:
+    """Where the weights are below what the recipe names, when that is a run or an adapter; else `.`."""
+    place = os.path.expanduser(named)
+    return _relative(str(directory), os.path.abspath(place)) if directory and os.path.isdir(place) else "."
+
+
+def directory_of_model(location: str, revision: str | None) -> tuple[Path | None, str | None]:
     """The directory that the weights are read from, and the hub's commit when it is a snapshot of the hub's cache."""
     directory = Path(os.path.abspath(location))
     if not directory.is_dir():
@@ -216,7 +255,11 @@ def run_of_base(base: Path) -> Path | None:
 
 def _run_around(result: Path) -> Path | None:
     run = Path(os.path.abspath(result)).parent
-    is_run = result.name in RESULTS and (run / RECIPE).is_file() and (run / PLAN).is_file()
+    is_run = (
+        (result.name in RESULTS or result.name.startswith(MERGED))
+        and (run / RECIPE).is_file()
+        and (run / PLAN).is_file()
+    )
     return run if is_run else None
 
 

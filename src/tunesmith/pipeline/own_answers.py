@@ -29,6 +29,7 @@ from tunesmith.files import file_sha256, read_json, write_json, write_lines
 from tunesmith.models.load import load_model, stop_token_ids, weights_directory
 from tunesmith.models.templates import PLAIN, resolve_template
 from tunesmith.objectives import NextToken, Pretrain
+from tunesmith.pipeline.locating import Location
 from tunesmith.plan.hardware import DTYPES, detect_hardware, native_dtypes
 from tunesmith.recipe import Recipe
 
@@ -44,11 +45,17 @@ class Base:
 
     Attributes:
         location: directory or hub id.
+        adapted: whether an adapter belongs on it, which is not merged yet.
     """
 
     location: str
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    adapted: bool = False
+
+    @classmethod
+    def of(cls, start: Location, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Base:
+        return cls(start.base, config, tokenizer, start.adapter is not None)
 
 
 def replays_itself(spec: DataSpec) -> bool:
@@ -174,6 +181,12 @@ def _asked(recipe: Recipe, base: Base) -> _Asked:
             f"the base's own answers are no rows for objective.kind: {recipe.objective.kind}",
             where="data.replay.path",
             fix="name a file; self is for sft and pretrain",
+        )
+    if base.adapted:
+        raise InputError(
+            "the base that would answer is an adapter over another model",
+            where="data.replay.path",
+            fix="merge it first (tunesmith merge), or replay a file of general rows",
         )
     documents = isinstance(recipe.objective, Pretrain)
     template = resolve_template(PLAIN if documents else recipe.data.template, base.tokenizer)
