@@ -15,7 +15,7 @@ from task_rows import build_trunk, tag_rows
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, QLora
-from tunesmith.objectives import Classify, Distill, Pretrain, Regress, Supervised, Tag
+from tunesmith.objectives import Classify, Distill, Dpo, Kto, Orpo, Pretrain, Regress, Reward, SimPo, Supervised, Tag
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
 from tunesmith.recipe_file import check_recipe
