@@ -33,7 +33,7 @@ from tunesmith.base import InputError
 from tunesmith.compose.merge import merge, merge_and_check
 from tunesmith.engine.generate import Sampling, generate
 from tunesmith.methods import Lora, trainable_parameters
-from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.low_rank import lora_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -14,8 +14,8 @@ from tunesmith.base import InputError
 from tunesmith.batch import Batch, Example, pack
 from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, trainable_parameters
 from tunesmith.methods.adapted import merge_layers, without_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.bottleneck import bottlenecks
-from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.method import task_head_tensors
 from tunesmith.models.load import Loading, load_judge
 from tunesmith.models.measure import meta_model

@@ -20,7 +20,7 @@ from tunesmith.data.spec import DataSpec
 from tunesmith.engine.generate import Generation, Sampling, generate
 from tunesmith.evaluation.answers import Judged, Judging, judge
 from tunesmith.evaluation.compare import choose_metrics, compare_metrics, metric_rows
-from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.method import read_adapter_config
 from tunesmith.methods.quantized_lora import base_read
 from tunesmith.metrics import bootstrap

@@ -9,7 +9,7 @@ from typing import Any
 from tunesmith.base import InputError, Progress, TunesmithError, silent
 from tunesmith.compose.merge import MergeCheck, merge_and_check
 from tunesmith.files import committed_directory, write_json
-from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.quantized_lora import Base, base_read
 from tunesmith.models.load import load_model
 from tunesmith.models.load import load_tokenizer as load_tokenizer

@@ -14,7 +14,7 @@ from tunesmith.batch import Example, pack
 from tunesmith.compose.merge import MergeCheck
 from tunesmith.files import committed_directory, write_json
 from tunesmith.methods.adapted import merge_layers, without_adapter
-from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.models.load import Loading, load_judge, load_tokenizer
 from tunesmith.models.task_head import TaskHead
 from tunesmith.objectives import TaskObjective
