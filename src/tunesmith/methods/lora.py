@@ -120,6 +120,7 @@ class Lora(AdaptationMethod):
         if self.dora and is_quantized(model) and any(isinstance(m, nn.Embedding) for m in chosen.values()):
             raise InputError("DoRA cannot change quantized embeddings", where="method.dora", fix="choose other targets")
         start = {"kaiming": True}.get(self.init, self.init)
+        kept_whole = [names_of(model, parameter) for parameter in self._modules_to_save(model, chosen)]
         return Peft.model_validate(
             {
                 "type": "lora",
@@ -132,7 +133,8 @@ class Lora(AdaptationMethod):
                 "init_lora_weights": start,
                 "rank_pattern": self.rank_pattern,
                 "alpha_pattern": self.alpha_pattern,
-                "modules_to_save": self.modules_to_save or None,
+                "modules_to_save": sorted({names[0].rpartition(".")[0] for names in kept_whole}) or None,
+                "ensure_weight_tying": any(len(names) > 1 for names in kept_whole),
                 "trainable_token_indices": self._indices(model),
                 "fan_in_fan_out": any(isinstance(module, Conv1D) for module in chosen.values()),
             }
