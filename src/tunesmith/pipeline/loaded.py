@@ -132,7 +132,7 @@ def _load(location: Location, dtype: str, progress: Progress) -> PreTrainedModel
         held_quantized(location),
     )
     if location.head is not None:
-        model, _, _ = load_judge(location.base, location.head, how)
+        model, *_ = load_judge(location.base, location.head, how)
     else:
         model = load_model(
             location.base, dtype=how.dtype, device=how.device, revision=how.revision, quantized=how.quantized

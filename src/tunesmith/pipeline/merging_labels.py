@@ -34,7 +34,7 @@ def merge_labels(location: Location, head: TaskHead, texts: Sequence[str], out: 
         TunesmithError: when the merged model judges otherwise than the trained one; nothing is written then.
     """
     assert location.adapter is not None
-    model, settled, _ = load_judge(location.base, head, Loading(torch.float32, detect_hardware().device))
+    model, settled, *_ = load_judge(location.base, head, Loading(torch.float32, detect_hardware().device))
     load_adapter(model, location.adapter)
     tokenizer = load_tokenizer(location.tokenizer, writes=False)
     labeller = Labeller.of(model.eval(), settled, tokenizer)
