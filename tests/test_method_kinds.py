@@ -1,4 +1,4 @@
-"""One recipe, every kind of method by changing `method:` alone; and combinations that cannot be, each one clear error."""
+"""Every kind of method by changing `method:` alone; and what cannot be, each one clear error."""
 
 from __future__ import annotations
 
