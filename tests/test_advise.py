@@ -301,7 +301,23 @@ def test_there_is_no_recipe_for_what_should_not_be_done(tmp_path: Path) -> None:
 
 
 def test_questions_are_asked_on_a_terminal(shell: Shell) -> None:
-    typed = ["stile", "style", "never", "", "5000", "prompting, few-shot", "accuracy", "soon", "", "yes", "no"]
+    typed = [
+        "stile",
+        "style",
+        "never",
+        "",
+        "5000",
+        "prompting, few-shot",
+        "accuracy",
+        "soon",
+        "",
+        "700",
+        "yes",
+        "",
+        "",
+        "",
+        "no",
+    ]
     code, said, wrong = shell.run(typed="\n".join(typed) + "\n")
     assert code == 0, wrong
     assert "did you mean 'style'" in said and "'soon' is not a number" in said

@@ -36,7 +36,11 @@ QUESTIONS = (
     ("tried", "What was tried, measured and found too weak?", "nothing"),
     ("metric", "How is success measured? A metric's name, or none", ""),
     ("latency", "Within how many milliseconds must an answer begin?", ""),
+    ("prompt_tokens", "How long is the prompt that works today, in tokens?", ""),
     ("maintained", "Will somebody train again when base model or data change? yes or no", ""),
+    ("memory", "How much memory is there for training, in GB?", ""),
+    ("parameters", "How many parameters has the model, such as 8B?", ""),
+    ("money", "What may one training cost?", ""),
     ("private", "Do the data hold what nobody outside may read? yes or no", ""),
 )
 """Name of the answer, the question, and what an empty line means; nothing: not known."""

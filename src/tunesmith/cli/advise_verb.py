@@ -36,6 +36,7 @@ def advise(
     model: Annotated[str | None, typer.Option(help="The base model of the recipe.")] = None,
     parameters: Annotated[str | None, typer.Option(help="Its parameters, such as 8B.", metavar="N")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory for training, in GB.", metavar="GB")] = None,
+    money: Annotated[str | None, typer.Option(help="What one training may cost.", metavar="SUM")] = None,
     write: Annotated[Path | None, typer.Option(help="Write the recipe to a new file.", metavar="RECIPE")] = None,
     cost: Annotated[bool, typer.Option("--cost", help="Compare the costs of retrieval and tuning instead.")] = False,
     queries: Annotated[float, typer.Option(help="With --cost: questions a month.")] = 5000,

@@ -88,6 +88,8 @@ class Answers(Spec):
     """Parameters of that model."""
     memory: Annotated[PositiveFloat, BeforeValidator(_counted)] | None = None
     """Memory for training, in GB."""
+    money: Annotated[PositiveFloat, BeforeValidator(_counted)] | None = None
+    """What one training may cost, in the currency of the prices."""
 
     @property
     def measured(self) -> bool:

@@ -159,7 +159,7 @@ def read_prices(path: Path | None = None) -> Prices:
     try:
         return Prices.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
         place = [str(part) for part in first["loc"]]
         key = ".".join(place)
         holder = {"rag": RagPrices, "tuned": TunedPrices}.get(place[0]) if len(place) > 1 else Prices

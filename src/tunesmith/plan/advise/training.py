@@ -10,7 +10,7 @@ from tunesmith.metrics import METRICS
 from tunesmith.objectives import Objective
 from tunesmith.plan.advise.rules import Strategy
 from tunesmith.plan.advise.situation import MANY_ROWS, Situation
-from tunesmith.plan.advise.sources import CHAPTER, FULL, PREFERENCES, PRETRAINING, QLORA, RAG_TABLE
+from tunesmith.plan.advise.sources import BY_DEFAULT, CHAPTER, FULL, INSTRUCTION_TUNING, PREFERENCES, PRETRAINING, QLORA
 
 FULL_BYTES = 16
 """Bytes a parameter for training all weights: fp32 weights, gradients and two Adam states."""
@@ -61,7 +61,7 @@ METHODS: tuple[Choice, ...] = (
         "lora",
         lambda known: True,
         "adapters come close to training all weights, forget less, and are merged for serving",
-        FULL,
+        BY_DEFAULT,
         {},
     ),
 )
@@ -94,7 +94,9 @@ OBJECTIVES: tuple[Choice, ...] = (
         CHAPTER,
         {"task": "regress"},
     ),
-    Choice("sft", lambda known: True, "the answers of the examples are learned, their prompts are not", RAG_TABLE, {}),
+    Choice(
+        "sft", lambda known: True, "the answers of the examples are learned, not their prompts", INSTRUCTION_TUNING, {}
+    ),
 )
 PRETRAIN = Choice("pretrain", lambda known: True, "every token of raw text is learned", PRETRAINING)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.plan.advise.cost import read_prices
 from tunesmith.plan.advise.rules import Strategy
 from tunesmith.plan.advise.situation import ENOUGH_ROWS, GOOD_ROWS, MUCH_TEXT, RETRIEVAL_MS, Situation
 from tunesmith.plan.advise.sources import (
@@ -239,6 +240,20 @@ WARNINGS: tuple[Caution, ...] = (
         ),
         CARLINI,
         {"change": "format", "examples": 5000, "tried": "prompting", "metric": "f1", "private": "yes"},
+    ),
+    Caution(
+        "money",
+        lambda known, strategy: (
+            strategy in TRAINED
+            and known.answers.money is not None
+            and known.answers.money < read_prices().tuned.training
+        ),
+        lambda known: (
+            f"{known.answers.money:g} may be too little: one training costs about {read_prices().tuned.training:g} "
+            "by the prices that come along (`advise --cost`; `tunesmith plan` tells the hours that a recipe needs)"
+        ),
+        COSTS,
+        {"change": "domain-language", "money": 20},
     ),
     Caution(
         "few-shot not tried",
