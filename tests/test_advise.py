@@ -38,7 +38,9 @@ def test_every_warning_holds_for_its_example(warning: Caution) -> None:
     assert warning.text(situation) in warnings_for(situation, deciding_rule(situation).strategy)
 
 
-@pytest.mark.parametrize("choice", [*METHODS, *(one for one in OBJECTIVES if one.kind != "dpo")], ids=lambda c: c.kind)
+@pytest.mark.parametrize(
+    "choice", [*METHODS, *(one for one in OBJECTIVES if one.kind not in ("dpo", "kto"))], ids=lambda c: c.kind
+)
 def test_every_choice_is_made_for_its_example(choice: Choice) -> None:
     situation = known(**choice.example)
     assert choice in (method_for(situation), objective_for(situation, "fine_tune"))
@@ -204,6 +206,20 @@ class TestDataLook:
         assert text.is_text and text.tokens == pytest.approx(3 * 150 * 1.33, abs=1)
         advice = advise(read_answers(None, {"change": "domain-language"}), text)
         assert advice.strategy != "continued_pretraining", "so little text is no domain"
+
+    def test_preferences(self, tmp_path: Path) -> None:
+        rows = [
+            {"prompt": f"Name colour number {at}.", "chosen": "It is a fine red.", "rejected": "no"} for at in range(30)
+        ]
+        found = look_at(str(write_jsonl(tmp_path / "pairs.jsonl", rows)))
+        advice = advise(read_answers(None, {**READY, "change": "style", "data": str(tmp_path / "pairs.jsonl")}), found)
+        assert advice.objective == "dpo" and advice.recipe is not None
+        assert check_recipe(dict(advice.recipe), "advice").objective.kind == "dpo"
+        rows = [{"prompt": f"Name colour {at}.", "completion": "red", "label": at % 2 == 0} for at in range(30)]
+        found = look_at(str(write_jsonl(tmp_path / "liked.jsonl", rows)))
+        advice = advise(read_answers(None, {**READY, "change": "style"}), found)
+        assert advice.objective == "kto" and advice.recipe is not None
+        assert check_recipe(dict(advice.recipe), "advice").objective.kind == "kto"
 
     def test_rows_are_counted_where_nobody_said(self, tmp_path: Path) -> None:
         found = look_at(str(write_jsonl(tmp_path / "rows.jsonl", colour_rows(50))))

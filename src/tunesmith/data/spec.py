@@ -20,6 +20,8 @@ Format = Literal[
     "task",
     "openassistant",
     "preference",
+    "rated",
+    "unpaired",
     "labelled",
     "token-labels",
     "text",

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from tunesmith.base import InputError
 from tunesmith.evaluation.answers import Judged
-from tunesmith.metrics import METRICS, RowStatistics, metric, paired_bootstrap, perplexity_rows
+from tunesmith.metrics import METRICS, RowStatistics, mean_rows, metric, paired_bootstrap, perplexity_rows
 from tunesmith.recipe import EvaluateSpec
 
-PERPLEXITY = "perplexity"
+PERPLEXITY, PREFERENCE_ACCURACY, MARGIN = "perplexity", "preference_accuracy", "margin"
+LIKELIHOODS = {PERPLEXITY: "lower", PREFERENCE_ACCURACY: "higher", MARGIN: "higher"}
+"""Metrics of what the model finds likely, not of what it writes, and which way they improve."""
 NOTABLE_FORGETTING = 0.10
 Verdict = Literal["ship", "dont_ship", "no_difference"]
 
@@ -30,7 +32,7 @@ def choose_metrics(asked: Sequence[str] | str, references: Sequence[str]) -> tup
     if not isinstance(asked, str):
         names = list(dict.fromkeys(asked))
         for name in names:
-            if name != PERPLEXITY:
+            if name not in LIKELIHOODS:
                 _known(name)
         return (names if PERPLEXITY in names else [*names, PERPLEXITY]), "as the recipe says"
     if not references:
@@ -51,7 +53,7 @@ def _known(name: str) -> None:
     try:
         metric(name)
     except InputError as error:
-        raise InputError(error.what, where="evaluate.metrics", fix=f"{error.fix}, {PERPLEXITY}") from error
+        raise InputError(error.what, where="evaluate.metrics", fix=f"{error.fix}, {', '.join(LIKELIHOODS)}") from error
 
 
 def _look_formal(references: Sequence[str]) -> bool:
@@ -69,10 +71,20 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
     if name == PERPLEXITY:
         scored = [row for row in judged if row.nll is not None and row.targets]
         return perplexity_rows([row.nll or 0.0 for row in scored], [row.targets for row in scored]) if scored else None
+    if name in (PREFERENCE_ACCURACY, MARGIN):
+        margins = [row.margin for row in judged if row.margin is not None]
+        if name == PREFERENCE_ACCURACY:
+            margins = [float(margin > 0) for margin in margins]
+        return mean_rows(margins) if margins else None
     answered = [row for row in judged if row.answer is not None]
     if not answered:
         return None
     return metric(name).rows([row.answer or "" for row in answered], [row.references for row in answered])
+
+
+def better_way(name: str) -> str:
+    """`higher` or `lower`."""
+    return LIKELIHOODS.get(name) or METRICS[name].better
 
 
 def compare_metrics(
@@ -104,7 +116,7 @@ def compare_metrics(
                 "difference": interval.difference,
                 "low": interval.low,
                 "high": interval.high,
-                "better": "lower" if name == PERPLEXITY else METRICS[name].better,
+                "better": better_way(name),
                 "n": interval.n,
                 "primary": name == names[0],
             }
@@ -115,6 +127,10 @@ def compare_metrics(
 def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tuple[list[tuple[Judged, Judged]], int]:
     """The rows on which both can be measured, and on how many only the tuned model fails."""
     pairs = list(zip(base, tuned, strict=True))
+    if name in (PREFERENCE_ACCURACY, MARGIN):
+        return [(b, t) for b, t in pairs if None not in (b.margin, t.margin)], sum(
+            t.margin is None for b, t in pairs if b.margin is not None
+        )
     if name != PERPLEXITY:
         return pairs, 0
     return [(b, t) for b, t in pairs if None not in (b.nll, t.nll)], sum(
@@ -250,13 +266,15 @@ def best_and_worst(
     name: str, base: Sequence[Judged], tuned: Sequence[Judged], count: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows where the tuned model gained most, and those where it lost most, by the deciding metric."""
-    scored_name = name if name != PERPLEXITY and any(row.answer is not None for row in tuned) else PERPLEXITY
-    pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if scored_name == PERPLEXITY or t.answer is not None]
-    pairs = [(b, t) for b, t in pairs if scored_name != PERPLEXITY or (None not in (b.nll, t.nll) and t.targets)]
+    written = any(row.answer is not None for row in tuned)
+    scored_name = name if written or name in (PREFERENCE_ACCURACY, MARGIN) else PERPLEXITY
+    pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if scored_name in LIKELIHOODS or t.answer is not None]
+    if scored_name in LIKELIHOODS:
+        pairs = [(b, t) for b, t in _comparable(scored_name, base, tuned)[0] if t.targets]
     before, after = metric_rows(scored_name, [b for b, _ in pairs]), metric_rows(scored_name, [t for _, t in pairs])
     if before is None or after is None:
         return {"best": [], "worst": []}
-    sign = -1 if scored_name == PERPLEXITY or METRICS[scored_name].better == "lower" else 1
+    sign = -1 if better_way(scored_name) == "lower" else 1
     rows = list(zip(pairs, before.per_row().tolist(), after.per_row().tolist(), strict=True))
     rows.sort(key=lambda row: (sign * (row[2] - row[1]), sign * row[2]), reverse=True)
     shown = [

@@ -6,16 +6,24 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tunesmith.objectives.kto import Kto
 from tunesmith.objectives.objective import TargetLogps, TrainingObjective
+from tunesmith.objectives.preference import Dpo, Orpo, Pairwise, Preference, SimPo
 from tunesmith.objectives.supervised import Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
-Objective = Annotated[Supervised | Classify | Tag | Regress, Field(discriminator="kind")]
+Objective = Annotated[Supervised | Dpo | SimPo | Orpo | Kto | Classify | Tag | Regress, Field(discriminator="kind")]
 
 __all__ = [
     "Classify",
+    "Dpo",
+    "Kto",
     "Objective",
+    "Orpo",
+    "Pairwise",
+    "Preference",
     "Regress",
+    "SimPo",
     "Supervised",
     "Tag",
     "TargetLogps",

@@ -15,15 +15,17 @@ from tunesmith.data.presets import PRESETS
 from tunesmith.data.read import STANDARD_INPUT
 from tunesmith.data.render import Renderer
 from tunesmith.data.render_labelled import LabelRenderer
+from tunesmith.data.render_pairs import PairRenderer
 from tunesmith.data.sources import readings, source_specs
-from tunesmith.evaluation.compare import choose_metrics
+from tunesmith.evaluation.compare import MARGIN, PREFERENCE_ACCURACY, choose_metrics
 from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
 from tunesmith.models.load import load_tokenizer, locate_model, read_config, read_plain_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
-from tunesmith.objectives import TaskObjective, TrainingObjective
+from tunesmith.objectives import Pairwise, Preference, TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
+from tunesmith.pipeline.preference_rows import preference_renderer, with_partners
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.plan.streaming import may_stream
@@ -51,7 +53,7 @@ class Planned:
     config: PreTrainedConfig
     hardware: Hardware
     tokenizer: PreTrainedTokenizerBase | None
-    renderer: Renderer | LabelRenderer | None
+    renderer: Renderer | LabelRenderer | PairRenderer | None
     prepared: Prepared | None
     objective: TrainingObjective
     head_is_new: bool = False
@@ -84,7 +86,11 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     else:
         tokenizer = load_tokenizer(location, recipe.model.revision, config)
         added = add_tokens(tokenizer, recipe.model.add_tokens)
-        renderer = Renderer.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
+        stop_ids = stop_token_ids(tokenizer, config, location)
+        if isinstance(objective, Preference):
+            renderer = preference_renderer(objective, recipe.data, tokenizer, stop_ids)
+        else:
+            renderer = Renderer.of(recipe.data, tokenizer, stop_ids)
     prepared = prepare(
         recipe.data,
         renderer,
@@ -97,6 +103,8 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     if isinstance(objective, TaskObjective):
         prepared, objective = with_labels(prepared, objective)
         model = meta_model(config, location, objective.task_head())
+    if isinstance(objective, Preference):
+        prepared = with_partners(prepared, objective, limit)
     teach_tokens(model, added)
     workload = _counted(prepared)
     hardware = detect_hardware()
@@ -260,7 +268,10 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
         return Judged(*chosen_metrics(recipe, objective), count, 0, writes=False)
     rows = prepared.test or prepared.train
     references = [row.row.references[0] for row in rows if row.row.messages]
-    metrics, why = choose_metrics(_asked(recipe), references)
+    asked = _asked(recipe)
+    if isinstance(objective, Preference) and asked == "auto":
+        asked = [PREFERENCE_ACCURACY, MARGIN] if isinstance(objective, Pairwise) else [MARGIN]
+    metrics, why = choose_metrics(asked, references)
     gated = [name for name in recipe.gate if name not in (*metrics, "forgetting")]
     if gated:
         try:

@@ -131,9 +131,12 @@ def _warmup_steps(recipe: Recipe, steps: int) -> int:
 
 
 def _learning_rate(recipe: Recipe, decided: Decisions) -> float:
-    usual = recipe.method.default_learning_rate
-    why = f"the default for method {recipe.method.kind}"
-    return decided.settle("train.learning_rate", recipe.train.learning_rate, usual, why)
+    factor = recipe.objective.default_rate
+    less = "" if factor == 1 else f", times {factor:g} for objective {recipe.objective.kind}"
+    why = f"the default for method {recipe.method.kind}{less}"
+    return decided.settle(
+        "train.learning_rate", recipe.train.learning_rate, recipe.method.default_learning_rate * factor, why
+    )
 
 
 def _refuse_untrained_additions(added: Mapping[str, int], adapted: nn.Module) -> None:

@@ -22,4 +22,5 @@ OVADIA = "Ovadia et al. 2024, “Fine-Tuning or Retrieval? Comparing Knowledge I
 GEKHMAN = "Gekhman et al. 2024, “Does Fine-Tuning LLMs on New Knowledge Encourage Hallucinations?”"
 GURURANGAN = "Gururangan et al. 2020, “Don't Stop Pretraining”"
 CARLINI = "Carlini et al. 2021, “Extracting Training Data from Large Language Models”"
+KTO = "Ethayarajh et al. 2024, “KTO: Model Alignment as Prospect Theoretic Optimization”"
 LEE = "Lee et al. 2022, “Deduplicating Training Data Makes Language Models Better”"

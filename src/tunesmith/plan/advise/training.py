@@ -10,7 +10,16 @@ from tunesmith.metrics import METRICS
 from tunesmith.objectives import Objective
 from tunesmith.plan.advise.rules import Strategy
 from tunesmith.plan.advise.situation import MANY_ROWS, Situation
-from tunesmith.plan.advise.sources import BY_DEFAULT, CHAPTER, FULL, INSTRUCTION_TUNING, PREFERENCES, PRETRAINING, QLORA
+from tunesmith.plan.advise.sources import (
+    BY_DEFAULT,
+    CHAPTER,
+    FULL,
+    INSTRUCTION_TUNING,
+    KTO,
+    PREFERENCES,
+    PRETRAINING,
+    QLORA,
+)
 
 FULL_BYTES = 16
 """Bytes a parameter for training all weights: fp32 weights, gradients and two Adam states."""
@@ -69,9 +78,15 @@ METHODS: tuple[Choice, ...] = (
 OBJECTIVES: tuple[Choice, ...] = (
     Choice(
         "dpo",
-        lambda known: known.data is not None and known.data.format == "preference",
+        lambda known: known.data is not None and known.data.format in ("preference", "rated"),
         "the rows are pairs of a better and a worse answer: preferences are learned directly, after supervised tuning",
         PREFERENCES,
+    ),
+    Choice(
+        "kto",
+        lambda known: known.data is not None and known.data.format == "unpaired",
+        "the rows are answers that were liked or not, without pairs",
+        KTO,
     ),
     Choice(
         "classify",
