@@ -15,7 +15,7 @@ from task_rows import build_trunk, tag_rows
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, QLora
-from tunesmith.objectives import Classify, Regress, Supervised, Tag
+from tunesmith.objectives import Classify, Distill, Regress, Supervised, Tag
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
 from tunesmith.recipe_file import check_recipe
@@ -44,7 +44,21 @@ def judging(kind: str, rows: str, **settings: Any) -> dict[str, Any]:
     return {**JUDGED, **objective, "model": {"path": "TRUNK"}, "data": {"train": rows}}
 
 
+def preferring(kind: str, **settings: Any) -> dict[str, Any]:
+    """A job over preferences."""
+    rows = "UNPAIRED" if kind == "kto" else "PAIRS"
+    return {**JUDGED, "objective": {"kind": kind, **settings}, "data": {"train": rows}}
+
+
+DPO = preferring("dpo")
 LABELS, NUMBERS, TAGS = judging("classify", "LABELS"), judging("regress", "NUMBERS"), judging("tag", "TAGS")
+
+
+def distilled(**settings: Any) -> dict[str, Any]:
+    """A job that learns from a teacher."""
+    return {"objective": {"kind": "distill", "teacher": "OTHER", **settings}}
+
+
 CLEANING = {"empty": "drop", "overlong": "drop", "max_length": 40}
 
 # For every field: the sections that it is changed in, beside which the same job with the default is run.
@@ -189,6 +203,27 @@ CHANGES: dict[str, Any] = {
     "method[head].solver": ({**LABELS, **HEAD}, {**LABELS, "method": {"kind": "head", "solver": "gradient"}}),
     "objective.kind": ({}, REFUSED),
     "objective.label_smoothing": ({}, {"objective": {"kind": "sft", "label_smoothing": 0.2}}),
+    "objective[dpo].kind": (DPO, preferring("simpo")),
+    "objective[dpo].variant": (DPO, preferring("dpo", variant="ipo")),
+    "objective[dpo].beta": (DPO, preferring("dpo", beta=0.5)),
+    "objective[dpo].label_smoothing": (DPO, preferring("dpo", label_smoothing=0.2)),
+    "objective[dpo].length_normalized": (DPO, preferring("dpo", length_normalized=True)),
+    "objective[dpo].nll_weight": (DPO, preferring("dpo", nll_weight=0.5)),
+    "objective[simpo].kind": (preferring("simpo"), DPO),
+    "objective[simpo].beta": (preferring("simpo"), preferring("simpo", beta=3)),
+    "objective[simpo].gamma": (preferring("simpo"), preferring("simpo", gamma=0.3)),
+    "objective[orpo].kind": (preferring("orpo"), DPO),
+    "objective[orpo].beta": (preferring("orpo"), preferring("orpo", beta=0.5)),
+    "objective[orpo].likelihood": (preferring("orpo"), preferring("orpo", likelihood="conversation")),
+    "objective[kto].kind": (DPO, preferring("kto")),
+    "objective[kto].beta": (preferring("kto"), preferring("kto", beta=0.5)),
+    "objective[kto].desirable_weight": (preferring("kto"), preferring("kto", desirable_weight=3)),
+    "objective[kto].undesirable_weight": (preferring("kto"), preferring("kto", undesirable_weight=3)),
+    "objective[reward].kind": (DPO, preferring("reward")),
+    "objective[reward].margin": (preferring("reward"), preferring("reward", margin=1)),
+    "objective[reward].centering": (preferring("reward"), preferring("reward", centering=1)),
+    "objective[reward].head_rate": (preferring("reward"), preferring("reward", head_rate=3)),
+    "objective[reward].layer": (preferring("reward"), preferring("reward", layer=1)),
     "objective[classify].kind": (NUMBERS, judging("classify", "NUMBERS")),
     "objective[classify].labels": (LABELS, judging("classify", "LABELS", labels=["no", "maybe", "yes"])),
     "objective[classify].multi_label": (LABELS, judging("classify", "LABELS", multi_label=True)),
@@ -208,6 +243,18 @@ CHANGES: dict[str, Any] = {
     "objective[regress].head_rate": (NUMBERS, judging("regress", "NUMBERS", head_rate=3)),
     "objective[regress].layer": (NUMBERS, judging("regress", "NUMBERS", layer=1)),
     "objective[regress].spread": (NUMBERS, judging("regress", "NUMBERS", spread=20)),
+    "objective[distill].kind": ({}, distilled()),
+    "objective[distill].teacher": (distilled(), distilled(teacher="MODEL")),
+    "objective[distill].teacher_prompt": (distilled(), distilled(teacher_prompt="Be brief.")),
+    "objective[distill].answers": (distilled(), distilled(answers="teacher")),
+    "objective[distill].on_policy": (distilled(), distilled(on_policy=1)),
+    "objective[distill].sample_temperature": (distilled(on_policy=1), distilled(on_policy=1, sample_temperature=0)),
+    "objective[distill].max_new_tokens": (distilled(on_policy=1), distilled(on_policy=1, max_new_tokens=3)),
+    "objective[distill].divergence": (distilled(), distilled(divergence="reverse-kl")),
+    "objective[distill].beta": (distilled(divergence="jsd"), distilled(divergence="jsd", beta=0.2)),
+    "objective[distill].temperature": (distilled(), distilled(temperature=2)),
+    "objective[distill].weight": (distilled(), distilled(weight=0.5)),
+    "objective[distill].top_k": (distilled(), distilled(top_k=3)),
     "train.epochs": ({}, {"train": {"epochs": 0.2}}),
     "train.steps": ({}, {"train": {"steps": 3}}),
     "train.batch_size": ({}, {"train": {"batch_size": 6}}),
@@ -298,6 +345,7 @@ def schema_fields() -> set[str]:
         "objective[tag]": [Tag],
         "objective[regress]": [Regress],
         "objective": [Supervised],
+        "objective[distill]": [Distill],
         "train": [TrainSpec],
         "train.groups[]": [GroupSpec],
         "train.early_stopping": [EarlyStopping],
@@ -344,9 +392,17 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "LABELS": write_jsonl(root / "labels.jsonl", labels),
         "NUMBERS": write_jsonl(root / "numbers.jsonl", numbers),
         "TAGS": write_jsonl(root / "tags.jsonl", tag_rows(36)),
+        "PAIRS": write_jsonl(root / "pairs.jsonl", [_pair(row) for row in rows]),
+        "UNPAIRED": write_jsonl(
+            root / "unpaired.jsonl", [{**row, "label": at % 2 == 0} for at, row in enumerate(rows)]
+        ),
         "GENERAL": general,
         "ROOT": root,
     }
+
+
+def _pair(row: dict[str, str]) -> dict[str, str]:
+    return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"{row['completion'].lower()} no"}
 
 
 def fingerprint(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:

@@ -6,16 +6,21 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tunesmith.objectives.distill import Distill
 from tunesmith.objectives.kto import Kto
 from tunesmith.objectives.objective import TargetLogps, TrainingObjective
 from tunesmith.objectives.preference import Dpo, Orpo, Pairwise, Preference, SimPo
+from tunesmith.objectives.reward import Reward
 from tunesmith.objectives.supervised import Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
-Objective = Annotated[Supervised | Dpo | SimPo | Orpo | Kto | Classify | Tag | Regress, Field(discriminator="kind")]
+Objective = Annotated[
+    Supervised | Dpo | SimPo | Orpo | Kto | Reward | Distill | Classify | Tag | Regress, Field(discriminator="kind")
+]
 
 __all__ = [
     "Classify",
+    "Distill",
     "Dpo",
     "Kto",
     "Objective",
@@ -23,6 +28,7 @@ __all__ = [
     "Pairwise",
     "Preference",
     "Regress",
+    "Reward",
     "SimPo",
     "Supervised",
     "Tag",

@@ -23,9 +23,10 @@ from tunesmith.models.load import load_tokenizer, locate_model, read_config, rea
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
-from tunesmith.objectives import Pairwise, Preference, TaskObjective, TrainingObjective
+from tunesmith.objectives import Pairwise, Preference, Reward, TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
-from tunesmith.pipeline.preference_rows import preference_renderer, with_partners
+from tunesmith.pipeline.preference_rows import preference_renderer, refuse_encoder, with_partners
+from tunesmith.pipeline.teacher import Teacher, find_teacher, kept_on_disk, refuse_unfit_rows
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.plan.streaming import may_stream
@@ -45,6 +46,7 @@ class Planned:
         prepared: the data; None when the plan was made without it.
         objective: the recipe's, with what the data and the model settle filled in.
         head_is_new: whether the base has no head for these labels, so that it is compared with a constant answer.
+        teacher: whom the model learns from, if anybody.
     """
 
     recipe: Recipe
@@ -57,6 +59,7 @@ class Planned:
     prepared: Prepared | None
     objective: TrainingObjective
     head_is_new: bool = False
+    teacher: Teacher | None = None
 
     def with_plan(self, plan: Plan) -> Planned:
         return replace(self, plan=plan)
@@ -82,7 +85,12 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         refuse_settings_of_writing(recipe, int(config.get_text_config().num_hidden_layers))
         tokenizer = load_tokenizer(location, recipe.model.revision, config, writes=False)
         added = add_tokens(tokenizer, recipe.model.add_tokens)
-        renderer = label_renderer(objective, recipe.data, tokenizer, model, _stop_ids(tokenizer, config, location))
+        stop_ids = _stop_ids(tokenizer, config, location)
+        if isinstance(objective, Reward):
+            refuse_encoder(model)
+            renderer = preference_renderer(objective, recipe.data, tokenizer, stop_ids)
+        else:
+            renderer = label_renderer(objective, recipe.data, tokenizer, model, stop_ids)
     else:
         tokenizer = load_tokenizer(location, recipe.model.revision, config)
         added = add_tokens(tokenizer, recipe.model.add_tokens)
@@ -91,6 +99,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
             renderer = preference_renderer(objective, recipe.data, tokenizer, stop_ids)
         else:
             renderer = Renderer.of(recipe.data, tokenizer, stop_ids)
+    teacher = find_teacher(recipe, tokenizer, progress)
     prepared = prepare(
         recipe.data,
         renderer,
@@ -112,10 +121,13 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     plan = resolve(recipe, model, workload, hardware, judged, prepared.max_length)
     found = [*plan.resolved, *_found_in_data(recipe, prepared), *_found_in_labels(recipe.objective, objective)]
     notes = [*plan.notes, *prepared.notes]
+    if teacher is not None and isinstance(renderer, Renderer):
+        found.append(kept_on_disk(recipe, prepared))
+        notes += refuse_unfit_rows(teacher, recipe, prepared, renderer)
     if recipe.train.shard and world_size() == 1:
         notes.append("train.shard spreads nothing over one process; torchrun starts several")
     plan = plan.model_copy(update={"notes": notes, "resolved": found})
-    return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective)
+    return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective, teacher=teacher)
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, location: str) -> set[int]:

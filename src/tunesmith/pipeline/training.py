@@ -26,6 +26,7 @@ from tunesmith.models.sharding import is_sharded, made_whole, shard, whole
 from tunesmith.models.streamed import parts_in_memory
 from tunesmith.models.task_head import head_modules
 from tunesmith.pipeline import probe
+from tunesmith.pipeline.distilling import with_own_answers
 from tunesmith.pipeline.environment import code_sha256
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.proof import Proof
@@ -114,7 +115,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
         saved.precision,
         planned.recipe.train,
         plan,
-        _batches(planned),
+        with_own_answers(planned, model, _batches(planned)),
         save,
         work.stopping.asked,
         go_back,
