@@ -113,7 +113,8 @@ def _further(known: Situation, rule: Rule) -> list[Reason]:
         found.append(Reason(f"{needed} examples in the prompt do not fit into {context:,} positions.", (WHEN,)))
     if (known.answers.prompt_tokens or 0) >= 300:
         text = (
-            f"The prompt of {known.answers.prompt_tokens:,} tokens becomes a short one: its rules go into the weights."
+            f"The prompt of {known.answers.prompt_tokens:,} tokens becomes a short one: its rules go into the weights "
+            "(objective distill with a teacher_prompt does that without answers: docs/distillation.md)."
         )
         found.append(Reason(text, (WHEN,)))
     if known.hurried and rule.strategy == "fine_tune" and not known.facts:
