@@ -365,7 +365,7 @@ def test_a_teacher_that_cannot_teach_is_refused_before_anything_is_loaded(
 
 def test_a_model_that_judges_cannot_teach(places: dict[str, Path], tmp_path: Path) -> None:
     labels = [{"text": row["prompt"], "label": "yes" if at % 3 else "no"} for at, row in enumerate(colour_rows(40))]
-    values = {**recipe(places, {}), "objective": "classify", "evaluate": "off"}
+    values = {**recipe(places, {}), "objective": {"kind": "classify", "head_rate": 1}, "evaluate": "off"}
     values["data"] = {"train": str(write_jsonl(tmp_path / "labels.jsonl", labels)), "validation": 0.2}
     judge = job(values, tmp_path / "judge")
     with pytest.raises(InputError, match="judges and writes nothing"):

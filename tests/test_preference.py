@@ -261,7 +261,7 @@ def test_a_reward_reads_the_end_of_each_answer_like_a_row_by_itself(
     planned = plan_job(recipe(tiny_model, pairs_file, tmp_path / "run", "reward"))
     assert planned.prepared is not None and planned.judges is not None
     how = Loading(torch.float32, torch.device("cpu"))
-    model, _, new = load_judge(str(tiny_model), planned.judges.task_head(), how)
+    model, _, new, *_ = load_judge(str(tiny_model), planned.judges.task_head(), how)
     assert new
     model.eval()
     items = [planned.prepared.train[at] for at in range(4)]

@@ -1,0 +1,119 @@
+"""Preference objectives and reward models on the demo model: what held-out pairs say before and after.
+
+    python bench/objectives.py DATA [--objective dpo] [--steps 60] [--write]
+
+DATA holds `pref_llms_from_scratch`. Every objective gets the same pairs, steps and rank; KTO gets each pair as two rows.
+What is finished stays in `runs/objectives`; `--write` puts the table of all that is there into
+`docs/results/objectives.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tunesmith.pipeline.finetune import Watcher, finetune
+from tunesmith.recipe_file import check_recipe
+from tunesmith.run import Run
+
+WORK, OUT = Path("runs/objectives"), Path("docs/results/objectives.md")
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "dpo": {"kind": "dpo"},
+    "dpo, ipo": {"kind": "dpo", "variant": "ipo"},
+    "dpo, likelihood 1": {"kind": "dpo", "nll_weight": 1},
+    "simpo": {"kind": "simpo"},
+    "orpo": {"kind": "orpo"},
+    "kto": {"kind": "kto"},
+    "reward": {"kind": "reward"},
+}
+HEAD = """# Preferences on the demo model
+
+Written by `python bench/objectives.py DATA --write`: LoRA on SmolLM2-135M-Instruct, {steps} steps of 8 pairs of
+`pref_llms_from_scratch` (polite answers are chosen, impolite ones rejected), default learning rates, 110 held-out pairs.
+Accuracy is the share of pairs whose better answer is likelier by the token (a reward model: gets the larger number); in
+brackets the 95 % paired bootstrap interval of the gain. Margin is in nats a token (a reward model: of the two numbers).
+A rising perplexity of chosen answers means that they became less likely too. Forgetting is the change of perplexity on
+general text.
+
+| objective | accuracy before | after | gain | margin before | after | perplexity of chosen | forgetting | s |
+|---|---|---|---|---|---|---|---|---|
+"""
+NOTES = """
+Curves of every run: `runs/objectives/NAME/report.html`.
+
+What it teaches: methods without a reference (SimPO, ORPO) and those with one reach the same pairs by different ways. Look
+at the perplexity of chosen answers beside the accuracy: a margin can grow while both answers become less likely.
+"""
+
+
+def rows_of(data: Path) -> tuple[Path, Path]:
+    """The pairs, and each as two labelled rows."""
+    pairs = json.loads((data / "pref_llms_from_scratch" / "instruction-data-with-preference.json").read_text())
+    WORK.mkdir(parents=True, exist_ok=True)
+    kept = [{name: row[name] for name in ("instruction", "input", "chosen", "rejected")} for row in pairs]
+    (WORK / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    single = []
+    for row in kept:
+        prompt = f"{row['instruction']}\n\n{row['input']}".strip()
+        single += [
+            {"prompt": prompt, "completion": row[name], "label": name == "chosen"} for name in ("chosen", "rejected")
+        ]
+    (WORK / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
+    return WORK / "pairs.jsonl", WORK / "labelled.jsonl"
+
+
+def finished(name: str, objective: dict[str, Any], rows: Path, steps: int) -> Run:
+    output = WORK / name.replace(", ", "-").replace(" ", "-")
+    if (output / "report.json").is_file():
+        return Run.open(output)
+    values = {
+        "model": "demo",
+        "data": {"train": str(rows), "test": 0.1, "validation": 0.05, "checks": False},
+        "objective": objective,
+        "train": {"steps": steps, "batch_size": 8 if objective["kind"] != "kto" else 16, "evaluate_every": steps // 4},
+        "evaluate": {"rows": 110},
+        "output": str(output),
+    }
+    return finetune(check_recipe(values, name), resume=True, watcher=Watcher())
+
+
+def row_of(name: str, run: Run) -> str:
+    report = run.report or {}
+    metrics = {entry["name"]: entry for entry in report["metrics"]}
+    accuracy, margin, chosen = (metrics.get(key) for key in ("preference_accuracy", "margin", "perplexity"))
+    cells = [name]
+    if accuracy is None:
+        cells += ["–"] * 3
+    else:
+        gain = f"{accuracy['difference']:+.3f} ({accuracy['low']:+.3f} … {accuracy['high']:+.3f})"
+        cells += [f"{accuracy['base']:.3f}", f"{accuracy['tuned']:.3f}", gain]
+    cells += ["–"] * 2 if margin is None else [f"{margin['base']:.2f}", f"{margin['tuned']:.2f}"]
+    cells.append("–" if chosen is None else f"{chosen['base']:.2f} → {chosen['tuned']:.2f}")
+    change = report["forgetting"].get("change")
+    cells += ["–" if change is None else f"{change:+.1%}", f"{report['measured']['train_seconds']:.0f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--objective", action="append")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    pairs, single = rows_of(given.data)
+    lines = []
+    for name, objective in OBJECTIVES.items():
+        if given.objective and name not in given.objective:
+            continue
+        run = finished(name, objective, single if objective["kind"] == "kto" else pairs, given.steps)
+        lines.append(row_of(name, run))
+        print(lines[-1], flush=True)
+    if given.write:
+        OUT.write_text(HEAD.format(steps=given.steps) + "\n".join(lines) + "\n" + NOTES, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
