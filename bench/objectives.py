@@ -2,8 +2,8 @@
 
     python bench/objectives.py DATA [--objective dpo] [--steps 60] [--write]
 
-DATA holds `pref_llms_from_scratch`. Every objective gets the same pairs, steps and rank; KTO gets each pair as two rows.
-What is finished stays in `runs/objectives`; `--write` puts the table of all that is there into
+DATA holds `pref_llms_from_scratch`. Every objective gets the same pairs, steps and rank; KTO gets each pair as two
+rows. What is finished stays in `runs/objectives`; `--write` puts the table of all that is there into
 `docs/results/objectives.md`.
 """
 
@@ -31,7 +31,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 HEAD = """# Preferences on the demo model
 
 Written by `python bench/objectives.py DATA --write`: LoRA on SmolLM2-135M-Instruct, {steps} steps of 8 pairs of
-`pref_llms_from_scratch` (polite answers are chosen, impolite ones rejected), default learning rates, 110 held-out pairs.
+`pref_llms_from_scratch` (polite answers chosen, impolite ones rejected), default learning rates, 110 held-out pairs.
 Accuracy is the share of pairs whose better answer is likelier by the token (a reward model: gets the larger number); in
 brackets the 95 % paired bootstrap interval of the gain. Margin is in nats a token (a reward model: of the two numbers).
 A rising perplexity of chosen answers means that they became less likely too. Forgetting is the change of perplexity on
@@ -42,9 +42,6 @@ general text.
 """
 NOTES = """
 Curves of every run: `runs/objectives/NAME/report.html`.
-
-What it teaches: methods without a reference (SimPO, ORPO) and those with one reach the same pairs by different ways. Look
-at the perplexity of chosen answers beside the accuracy: a margin can grow while both answers become less likely.
 """
 
 
