@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Source
 from tunesmith.batch import Example, Scope
-from tunesmith.data.formats import BadRow
+from tunesmith.data.formats import PROMPTS, BadRow
 from tunesmith.data.rows import Row
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.spelling import WHERE, Spelled, Speller, TrainOn, Turn
@@ -131,7 +131,7 @@ class Renderer:
         self._pieces = Pieces(tokenizer)
 
     answers_optional = False
-    unused = ("preference", "token-labels")
+    unused = ("preference", "token-labels", PROMPTS[0])
 
     @property
     def name(self) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from tunesmith.batch import NO_PARENT, Example
-from tunesmith.data.formats import LAYOUTS
+from tunesmith.data.formats import LAYOUTS, PROMPTS
 from tunesmith.data.record import BadRow
 from tunesmith.data.render import TOKEN_SCOPES, Rendered, Renderer
 from tunesmith.data.row import Row
 
-OTHERS = tuple(dict.fromkeys(name for name, _, _ in LAYOUTS if name != "preference")) + ("openassistant",)
+OTHERS = tuple(dict.fromkeys(name for name, _, _ in LAYOUTS if name != "preference")) + ("openassistant", PROMPTS[0])
 
 
 @dataclass

@@ -37,6 +37,8 @@ class TrainingObjective(Spec):
     head: ClassVar[Head] = "lm"
     terms: ClassVar[tuple[str, ...]]
     """Names of the terms of the loss; `weights` and `loss` have exactly these."""
+    loss_measures: ClassVar[bool] = True
+    """Whether a loss that rises means that the model gets worse."""
 
     def prepare(self, model: nn.Module, window: Sequence[Batch]) -> Sequence[Batch]:
         """Adds what must be known before the step, without gradient, to the batches of an optimizer step."""
