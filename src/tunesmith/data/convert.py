@@ -79,7 +79,8 @@ def _prompt_completion(record: Record) -> Row:
 
 def _prompts(record: Record) -> Row:
     """A prompt as text or as turns, with a reference answer or without; the last turn is empty where there is none."""
-    prompt, answers = record.fields.get("prompt"), _answers(record, "completion")
+    prompt = record.fields.get("prompt")
+    answers = _answers(record, "completion") if "completion" in record.fields else ("",)
     if not isinstance(prompt, list):
         return _exchange(record, _text(record, "prompt"), answers)
     answer = {"role": "assistant", "content": answers[0]}

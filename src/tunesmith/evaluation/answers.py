@@ -34,6 +34,7 @@ class Judged:
         finish_reason: `stop` or `length`; None for raw text.
         nll: negative log-likelihood of the first reference, in nats; None when it is not finite.
         targets: tokens that `nll` is summed over.
+        reward: what the answer is worth by the recipe's rewards; None without any.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Judged:
     finish_reason: str | None
     nll: float | None
     targets: int
+    reward: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,13 +52,18 @@ class Judged:
 
 @dataclass(frozen=True)
 class Judging:
-    """How rows are answered: the same for base and tuned."""
+    """How rows are answered: the same for base and tuned.
+
+    Attributes:
+        likelihoods: whether reference answers are looked at too.
+    """
 
     max_new_tokens: int
     batch_size: int
     stop_ids: frozenset[int]
     packed: bool
     generates: bool = True
+    likelihoods: bool = True
 
 
 def judge(
@@ -73,7 +80,9 @@ def judge(
         progress=progress,
     )
     answers = dict(zip(asked, generations, strict=True))
-    likelihoods = row_nlls(model, [row.example for row in rows], packed=how.packed, progress=progress)
+    likelihoods = [math.nan] * len(rows)
+    if how.likelihoods:
+        likelihoods = row_nlls(model, [row.example for row in rows], packed=how.packed, progress=progress)
     judged = []
     for at, row in enumerate(rows):
         said = answers.get(at)
@@ -86,7 +95,7 @@ def judge(
                 answer=cast(str, tokenizer.decode(said.token_ids, skip_special_tokens=True)) if said else None,
                 finish_reason=said.finish_reason if said else None,
                 nll=nll if math.isfinite(nll) else None,
-                targets=row.example.targets,
+                targets=row.example.targets if how.likelihoods else 0,
             )
         )
     return judged
@@ -96,7 +105,11 @@ def prompt_text(row: Rendered) -> str:
     """The conversation before the last answer, as people read it."""
     if row.row.words:
         return " ".join(row.row.words)
-    turns = row.row.messages[:-1]
+    return turns_text(row.row.messages[:-1])
+
+
+def turns_text(turns: Sequence[dict[str, Any]]) -> str:
+    """Turns as one text; a single one by itself, without who says it."""
     if len(turns) == 1:
         return str(turns[0]["content"])
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from tunesmith.base import InputError
 from tunesmith.evaluation.answers import Judged
-from tunesmith.metrics import METRICS, RowStatistics, metric, paired_bootstrap, perplexity_rows
+from tunesmith.metrics import METRICS, RowStatistics, mean_rows, metric, paired_bootstrap, perplexity_rows
 from tunesmith.recipe import EvaluateSpec
 
 PERPLEXITY = "perplexity"
+REWARD = "reward"
+"""Mean of what answers are worth by the recipe's own rewards."""
 NOTABLE_FORGETTING = 0.10
 Verdict = Literal["ship", "dont_ship", "no_difference"]
 
@@ -69,6 +71,9 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
     if name == PERPLEXITY:
         scored = [row for row in judged if row.nll is not None and row.targets]
         return perplexity_rows([row.nll or 0.0 for row in scored], [row.targets for row in scored]) if scored else None
+    if name == REWARD:
+        rewards = [row.reward for row in judged if row.reward is not None]
+        return mean_rows(rewards) if rewards else None
     answered = [row for row in judged if row.answer is not None]
     if not answered:
         return None
@@ -104,12 +109,18 @@ def compare_metrics(
                 "difference": interval.difference,
                 "low": interval.low,
                 "high": interval.high,
-                "better": "lower" if name == PERPLEXITY else METRICS[name].better,
+                "better": _better(name),
                 "n": interval.n,
                 "primary": name == names[0],
             }
         )
     return entries, warnings
+
+
+def _better(name: str) -> str:
+    if name in (PERPLEXITY, REWARD):
+        return "lower" if name == PERPLEXITY else "higher"
+    return METRICS[name].better
 
 
 def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tuple[list[tuple[Judged, Judged]], int]:
@@ -256,7 +267,7 @@ def best_and_worst(
     before, after = metric_rows(scored_name, [b for b, _ in pairs]), metric_rows(scored_name, [t for _, t in pairs])
     if before is None or after is None:
         return {"best": [], "worst": []}
-    sign = -1 if scored_name == PERPLEXITY or METRICS[scored_name].better == "lower" else 1
+    sign = -1 if _better(scored_name) == "lower" else 1
     rows = list(zip(pairs, before.per_row().tolist(), after.per_row().tolist(), strict=True))
     rows.sort(key=lambda row: (sign * (row[2] - row[1]), sign * row[2]), reverse=True)
     shown = [

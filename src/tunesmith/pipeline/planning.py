@@ -15,6 +15,7 @@ from tunesmith.data.presets import PRESETS
 from tunesmith.data.read import STANDARD_INPUT
 from tunesmith.data.render import Renderer
 from tunesmith.data.render_labelled import LabelRenderer
+from tunesmith.data.render_prompts import PromptRenderer
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.evaluation.compare import choose_metrics
 from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
@@ -22,8 +23,17 @@ from tunesmith.models.load import load_tokenizer, locate_model, read_config, rea
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
-from tunesmith.objectives import TaskObjective, TrainingObjective
+from tunesmith.objectives import Policy, TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
+from tunesmith.pipeline.policy import (
+    policy_metrics,
+    policy_notes,
+    policy_workload,
+    prompt_renderer,
+    refuse_unfit_recipe,
+    refuse_unfit_rows,
+)
+from tunesmith.pipeline.rewards import Scorer
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.plan.streaming import may_stream
@@ -43,6 +53,7 @@ class Planned:
         prepared: the data; None when the plan was made without it.
         objective: the recipe's, with what the data and the model settle filled in.
         head_is_new: whether the base has no head for these labels, so that it is compared with a constant answer.
+        score: what answers are worth, where the objective rewards them.
     """
 
     recipe: Recipe
@@ -51,10 +62,11 @@ class Planned:
     config: PreTrainedConfig
     hardware: Hardware
     tokenizer: PreTrainedTokenizerBase | None
-    renderer: Renderer | LabelRenderer | None
+    renderer: Renderer | LabelRenderer | PromptRenderer | None
     prepared: Prepared | None
     objective: TrainingObjective
     head_is_new: bool = False
+    score: Scorer | None = None
 
     def with_plan(self, plan: Plan) -> Planned:
         return replace(self, plan=plan)
@@ -84,7 +96,12 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     else:
         tokenizer = load_tokenizer(location, recipe.model.revision, config)
         added = add_tokens(tokenizer, recipe.model.add_tokens)
-        renderer = Renderer.of(recipe.data, tokenizer, stop_token_ids(tokenizer, config, location))
+        stop_ids = stop_token_ids(tokenizer, config, location)
+        if isinstance(objective, Policy):
+            refuse_unfit_recipe(recipe, objective)
+            renderer = prompt_renderer(recipe.data, tokenizer, stop_ids)
+        else:
+            renderer = Renderer.of(recipe.data, tokenizer, stop_ids)
     prepared = prepare(
         recipe.data,
         renderer,
@@ -98,7 +115,9 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         prepared, objective = with_labels(prepared, objective)
         model = meta_model(config, location, objective.task_head())
     teach_tokens(model, added)
-    workload = _counted(prepared)
+    if isinstance(objective, Policy):
+        refuse_unfit_rows(prepared, recipe, objective, limit)
+    workload = policy_workload(prepared, objective) if isinstance(objective, Policy) else _counted(prepared)
     hardware = detect_hardware()
     judged = _judged(recipe, prepared, objective)
     plan = resolve(recipe, model, workload, hardware, judged, prepared.max_length)
@@ -106,8 +125,15 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     notes = [*plan.notes, *prepared.notes]
     if recipe.train.shard and world_size() == 1:
         notes.append("train.shard spreads nothing over one process; torchrun starts several")
+    score = None
+    if isinstance(objective, Policy):
+        score = Scorer.of(objective.reward, plan.frozen_dtype)
+        found += [
+            Resolved(name=name, value=value, reason="hash of its content") for name, value in score.record.items()
+        ]
+        notes += policy_notes(recipe, plan, objective)
     plan = plan.model_copy(update={"notes": notes, "resolved": found})
-    return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective)
+    return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective, score=score)
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, location: str) -> set[int]:
@@ -171,6 +197,8 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     workload = _estimated(recipe, position_limit(config), missing)
     if isinstance(recipe.objective, TaskObjective):
         metrics, why = chosen_metrics(recipe, recipe.objective)
+    elif isinstance(recipe.objective, Policy):
+        metrics, why = policy_metrics(recipe)
     else:
         metrics, why = choose_metrics(_asked(recipe), [])
     judged = Judged(metrics, why if not missing else "there are no rows to look at", 0, 64)
@@ -258,6 +286,8 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
     count = 0 if recipe.evaluate == "off" else min(recipe.evaluate.rows, len(prepared.test))
     if isinstance(objective, TaskObjective):
         return Judged(*chosen_metrics(recipe, objective), count, 0, writes=False)
+    if isinstance(objective, Policy):
+        return Judged(*policy_metrics(recipe), count, 0, limit=objective.max_new_tokens)
     rows = prepared.test or prepared.train
     references = [row.row.references[0] for row in rows if row.row.messages]
     metrics, why = choose_metrics(_asked(recipe), references)

@@ -175,8 +175,9 @@ class Rollouts:
         rewards = torch.tensor(scores, dtype=torch.float64)
         if not bool(torch.isfinite(rewards).all()):
             at = int((~torch.isfinite(rewards)).nonzero()[0])
+            source = items[at // group].row.source
             raise TrainingError(
-                f"the reward of an answer to {items[at // group].row.source} is {scores[at]}, which is no finite number",
+                f"the reward of an answer to {source} is {scores[at]}, which is no finite number",
                 fix="look at objective.reward: every answer must have a number",
             )
         cut = torch.tensor([answer.finish_reason == "length" for answer in answers], dtype=torch.float64)
