@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tunesmith.run import Run
@@ -71,11 +72,11 @@ def tasks(data: Path, encoder: str) -> dict[str, Task]:
                     "test": str(sql / "test.jsonl"),
                     "answer_after": "\nA: ",
                 },
-                "train": {"steps": 60, "batch_size": 16, **asked},
+                "train": {"steps": 40, "batch_size": 16, **asked},
                 "evaluate": {"rows": 100, "metrics": ["exact_match", "rougeL"], "samples": 0},
             },
             "exact_match",
-            20,
+            12,
         ),
         "summaries": Task(
             {
@@ -89,11 +90,11 @@ def tasks(data: Path, encoder: str) -> dict[str, Task]:
                     "max_length": 512,
                     "overlong": "drop",
                 },
-                "train": {"steps": 40, "batch_size": 8, **asked},
+                "train": {"steps": 24, "batch_size": 8, **asked},
                 "evaluate": {"rows": 64, "metrics": ["rougeL"], "max_new_tokens": 48, "samples": 0},
             },
             "rougeL",
-            15,
+            8,
         ),
         "banking77": Task(
             {
@@ -105,11 +106,11 @@ def tasks(data: Path, encoder: str) -> dict[str, Task]:
                     "validation": 0.05,
                 },
                 "objective": {"kind": "classify"},
-                "train": {"steps": 600, "batch_size": 32, **asked},
-                "evaluate": {"rows": 3080, "samples": 0},
+                "train": {"steps": 160, "batch_size": 32, **asked},
+                "evaluate": {"rows": 1500, "samples": 0},
             },
             "accuracy",
-            200,
+            40,
             {
                 **dict.fromkeys(("prefix", "prompt"), "keeps no head"),
                 "lora, rslora": "as lora",
@@ -162,12 +163,21 @@ def best_rate(name: str, task: Task, method: dict[str, Any], middle: float) -> f
     return min(losses, key=lambda rate: losses[rate])
 
 
+def seconds_a_step(name: str, task: Task, method: dict[str, Any], rate: float) -> float:
+    """Median of ten steps without anything beside them, measured now; stored beside the runs."""
+    recipe = with_method(task, method, rate, 0)
+    recipe["train"] = {**recipe["train"], "steps": 12, "evaluate_every": "off", "checkpoint_every": "off"}
+    run = finished(f"{name}-time", {**recipe, "evaluate": "off"})
+    return median(event["seconds"] for event in run.events()[2:] if event["event"] == "step")
+
+
 def size_of(run: Run) -> int:
     result = run.result
     return 0 if result is None else sum(path.stat().st_size for path in result.glob("*.safetensors"))
 
 
-def row_of(label: str, rate: float, runs: list[Run]) -> str:
+def row_of(label: str, kept: dict[str, Any]) -> str:
+    rate, runs = kept["rate"], [Run.open(Path(path)) for path in kept["runs"]]
     reports = [run.report or {} for run in runs]
     first = [report["metrics"][0] for report in reports]
     score = " / ".join(f"{entry['tuned']:.3f}" for entry in first)
@@ -177,9 +187,9 @@ def row_of(label: str, rate: float, runs: list[Run]) -> str:
     changes = [report["forgetting"].get("change") for report in reports]
     forgot = " / ".join("–" if change is None else f"{change:+.1%}" for change in changes)
     peak = max(report["measured"]["peak_bytes"] for report in reports) / 2**30
-    seconds = sum(report["measured"]["train_seconds"] for report in reports) / len(reports)
+    seconds = "–" if "step" not in kept else f"{kept['step']:.2f}"
     trained = reports[0]["parameters"]["trainable"]
-    cells = [label, f"{rate:.1e}", score, gain, beside, forgot, f"{trained:,}", f"{peak:.2f}", f"{seconds:.0f}"]
+    cells = [label, f"{rate:.1e}", score, gain, beside, forgot, f"{trained:,}", f"{peak:.2f}", seconds]
     return f"| {' | '.join(cells)} | {size_of(runs[0]) / 2**20:.1f} |"
 
 
@@ -188,10 +198,11 @@ HEAD = """# Every method on the same tasks
 Written by `python bench/methods.py DATA --write`. The same steps, rows and batch for every method; its learning rate is
 the best of three on validation loss in a shorter run; two seeds, side by side. The gain is over the base on the same
 test rows with its 95 % paired bootstrap interval (banking77's base is the best constant answer). Forgetting is the
-change of perplexity on general text. Peak memory is that of the whole process. Two cores without a GPU, bf16. Rows
+change of perplexity on general text. Peak memory is that of the whole process; s/step is the median of ten steps
+with nothing else at work (`--time`). Two cores without a GPU, bf16. Rows
 marked quick are a first look: one seed, a third of the steps, and a learning rate that was not searched for.
 """
-COLUMNS = "method rate score gain second forgetting trained GiB seconds MiB".split()
+COLUMNS = ["method", "rate", "score", "gain", "second", "forgetting", "trained", "GiB", "s/step", "MiB"]
 
 
 def written(given: dict[str, Task]) -> str:
@@ -203,7 +214,7 @@ def written(given: dict[str, Task]) -> str:
             if found.is_file():
                 kept = json.loads(found.read_text())
                 note = " (quick)" if kept["quick"] else ""
-                rows.append(row_of(label + note, kept["rate"], [Run.open(Path(path)) for path in kept["runs"]]))
+                rows.append(row_of(label + note, kept))
         if rows:
             spec = task.recipe["train"]
             parts.append(f"## {name}: {task.metric}, {spec['steps']} steps of {spec['batch_size']} rows\n")
@@ -221,6 +232,7 @@ def main() -> None:
     parser.add_argument("--task", action="append")
     parser.add_argument("--method", action="append")
     parser.add_argument("--quick", action="store_true", help="one seed, a third of the steps, rates not searched")
+    parser.add_argument("--time", action="store_true", help="also time ten steps of each; leave the machine alone")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     known = tasks(given.data, given.encoder)
@@ -237,9 +249,11 @@ def main() -> None:
             seeds = SEEDS[:1] if given.quick else SEEDS
             ending = "-quick" if given.quick else ""
             runs = [finished(f"{place}-seed-{seed}{ending}", with_method(task, method, rate, seed)) for seed in seeds]
-            kept = {"rate": rate, "runs": [str(run.path) for run in runs], "quick": given.quick}
+            kept: dict[str, Any] = {"rate": rate, "runs": [str(run.path) for run in runs], "quick": given.quick}
+            if given.time:
+                kept["step"] = seconds_a_step(place, task, method, rate)
             (WORK / f"{place}.json").write_text(json.dumps(kept))
-            print(row_of(label, rate, runs), flush=True)
+            print(row_of(label, kept), flush=True)
     if given.write:
         OUT.write_text(written(known), encoding="utf-8")
 

@@ -18,6 +18,7 @@ from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.evaluation.answers import Judging, judge, mean_nll
 from tunesmith.evaluation.compare import REWARD, metric_rows
 from tunesmith.files import committed_directory
+from tunesmith.methods import trainable_parameters
 from tunesmith.methods.low_rank import lora_layers
 from tunesmith.methods.token_rows import trained_token_ids
 from tunesmith.models.decoder import decoder_of
@@ -189,10 +190,20 @@ def _adapted(work: Work) -> Saved:
         shard(model)
     casts = method.needs_autocast or plan.dtype != plan.frozen_dtype
     precision = Precision(DTYPES[plan.dtype], planned.hardware.device, autocast=casts)
-    rates = method.rates(model)
+    rates = {**method.rates(model), **_rates_of_new_head(planned, model)}
     optimizer = build_optimizer(model, recipe.train, plan.learning_rate, rates, small=plan.streamed_tokens is not None)
     average = None if recipe.train.ema == "off" else Average(model, recipe.train.ema)
     return Saved(model, method, optimizer, precision, average)
+
+
+def _rates_of_new_head(planned: Planned, model: PreTrainedModel) -> dict[str, float]:
+    """Factors on the learning rate of a head that begins at random beside weights that have been trained."""
+    judges, method = planned.judges, planned.recipe.method
+    if judges is None or not planned.head_is_new or method.trunk_is_frozen:
+        return {}
+    heads, before = tuple(f"{name}." for name in head_modules(model)), method.rates(model)
+    trained = trainable_parameters(model)
+    return {name: before.get(name, 1.0) * judges.head_rate for name in trained if name.startswith(heads)}
 
 
 def _tell_of_other_blocks(work: Work, emit: Emit) -> None:
