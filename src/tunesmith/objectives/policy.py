@@ -154,6 +154,8 @@ class Grpo(Policy):
         """A = (r - mean of the group) / standard deviation of the group (Shao et al. 2024, section 4.1.2)."""
         groups = rollout.rewards.view(-1, rollout.group)
         advantages = groups - groups.mean(1, keepdim=True)
+        # What rounding leaves of equal rewards is nothing to learn from, and Adam would not see how small it is.
+        advantages[groups.amax(1) == groups.amin(1)] = 0.0
         if self.scale == "group":
             advantages = advantages / (groups.std(1, keepdim=True) + LEAST_DEVIATION)
         return {ADVANTAGES: advantages.view(-1)[rollout.answer_of_token()].float()}

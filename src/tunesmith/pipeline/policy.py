@@ -46,7 +46,8 @@ def prompt_renderer(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids
 
 
 def refuse_unfit_recipe(recipe: Recipe, objective: Policy) -> None:
-    """Raises InputError for settings that drawing answers does not go with."""
+    """Raises InputError for settings that drawing answers does not go with, and for unknown metrics."""
+    policy_metrics(recipe)
     if recipe.method.trunk_is_frozen:
         raise InputError(
             "it learns from what the frozen model made of given rows, and answers are drawn anew at every step",
