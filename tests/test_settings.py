@@ -15,7 +15,16 @@ from task_rows import build_trunk, tag_rows
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, QLora
-from tunesmith.objectives import Classify, Regress, Supervised, Tag
+from tunesmith.objectives import Classify, Grpo, Policy, Ppo, Regress, Rloo, Supervised, Tag
+from tunesmith.objectives.rewards import (
+    ExactReward,
+    FunctionReward,
+    JsonReward,
+    ModelReward,
+    NumberReward,
+    RegexReward,
+    RewardSpec,
+)
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
 from tunesmith.recipe_file import check_recipe
@@ -45,6 +54,15 @@ def judging(kind: str, rows: str, **settings: Any) -> dict[str, Any]:
 
 
 LABELS, NUMBERS, TAGS = judging("classify", "LABELS"), judging("regress", "NUMBERS"), judging("tag", "TAGS")
+
+
+def drawing(kind: str = "grpo", reward: Any = None, **settings: Any) -> dict[str, Any]:
+    """A job that trains on its own answers."""
+    reward = {"kind": "function", "path": "MINE"} if reward is None else reward
+    sizes = {"group_size": 4, "max_new_tokens": 5} if kind != "ppo" else {"max_new_tokens": 5}
+    return {"objective": {"kind": kind, "reward": reward, **sizes, **settings}}
+
+
 CLEANING = {"empty": "drop", "overlong": "drop", "max_length": 40}
 
 # For every field: the sections that it is changed in, beside which the same job with the default is run.
@@ -208,6 +226,48 @@ CHANGES: dict[str, Any] = {
     "objective[regress].head_rate": (NUMBERS, judging("regress", "NUMBERS", head_rate=3)),
     "objective[regress].layer": (NUMBERS, judging("regress", "NUMBERS", layer=1)),
     "objective[regress].spread": (NUMBERS, judging("regress", "NUMBERS", spread=20)),
+    "objective[grpo].kind": ({}, drawing()),
+    "objective[grpo].reward": (drawing(), drawing(reward={"kind": "regex", "pattern": "o"})),
+    "objective[grpo].group_size": (drawing(), drawing(group_size=5)),
+    "objective[grpo].max_new_tokens": (drawing(), drawing(max_new_tokens=6)),
+    "objective[grpo].sample_batch": None,
+    "objective[grpo].passes": (drawing(), drawing(passes=2)),
+    "objective[grpo].clip": (drawing(passes=4), drawing(passes=4, clip=1e-6)),
+    "objective[grpo].cut_penalty": (drawing(), drawing(cut_penalty=0.5)),
+    "objective[grpo].kl": (drawing(), drawing(kl=1)),
+    "objective[grpo].clip_high": (drawing(passes=4, clip=1e-6), drawing(passes=4, clip=1e-6, clip_high=0.3)),
+    "objective[grpo].scale": (drawing(), drawing(scale="none")),
+    "objective[grpo].average": (drawing(max_new_tokens=30), drawing(max_new_tokens=30, average="answer")),
+    "objective[grpo].reward[exact].kind": (drawing(), drawing(reward="exact")),
+    "objective[grpo].reward[number].kind": (drawing(), drawing(reward="number")),
+    "objective[grpo].reward[json].kind": (drawing(), drawing(reward="json")),
+    "objective[grpo].reward[json].keys": None,
+    "objective[grpo].reward[json].schema_file": None,
+    "objective[grpo].reward[regex].kind": (drawing(), drawing(reward={"kind": "regex", "pattern": "e"})),
+    "objective[grpo].reward[regex].pattern": (
+        drawing(reward={"kind": "regex", "pattern": "e"}),
+        drawing(reward={"kind": "regex", "pattern": "o"}),
+    ),
+    "objective[grpo].reward[function].kind": (drawing(reward={"kind": "regex", "pattern": "e"}), drawing()),
+    "objective[grpo].reward[function].path": (drawing(), drawing(reward={"kind": "function", "path": "OURS"})),
+    "objective[grpo].reward[function].weight": (
+        drawing(),
+        drawing(reward={"kind": "function", "path": "MINE", "weight": 2}),
+    ),
+    "objective[grpo].reward[model].kind": None,
+    "objective[grpo].reward[model].path": None,
+    "objective[rloo].kind": (drawing(), drawing("rloo")),
+    "objective[rloo].kl": (drawing("rloo"), drawing("rloo", kl=1)),
+    "objective[ppo].kind": (drawing(), drawing("ppo")),
+    "objective[ppo].group_size": (drawing("ppo"), drawing("ppo", group_size=2)),
+    "objective[ppo].passes": (drawing("ppo"), drawing("ppo", passes=1)),
+    "objective[ppo].kl": (drawing("ppo", passes=1), drawing("ppo", passes=1, kl=1)),
+    "objective[ppo].kl_target": (drawing("ppo", passes=1), drawing("ppo", passes=1, kl_target=9)),
+    "objective[ppo].gamma": (drawing("ppo"), drawing("ppo", gamma=0.5)),
+    "objective[ppo].lam": (drawing("ppo"), drawing("ppo", lam=0.1)),
+    "objective[ppo].value_clip": (drawing("ppo"), drawing("ppo", value_clip=1e-6)),
+    "objective[ppo].value_weight": (drawing("ppo"), drawing("ppo", value_weight=5)),
+    "objective[ppo].whiten_rewards": (drawing("ppo"), drawing("ppo", whiten_rewards=True)),
     "train.epochs": ({}, {"train": {"epochs": 0.2}}),
     "train.steps": ({}, {"train": {"steps": 3}}),
     "train.batch_size": ({}, {"train": {"batch_size": 6}}),
@@ -275,6 +335,11 @@ ELSEWHERE = {
     "evaluate.batch_size": "answers do not depend on it; test_batch_size_reaches_generation",
     "model.revision": "test_a_revision_reaches_the_hub_client",
     "output": "the directory itself; test_pipeline",
+    "objective[grpo].sample_batch": "no answer depends on it; test_rollouts",
+    "objective[grpo].reward[json].keys": "a random model writes no JSON; test_rewards",
+    "objective[grpo].reward[json].schema_file": "the same",
+    "objective[grpo].reward[model].kind": "it needs a model that was trained before; test_rewards",
+    "objective[grpo].reward[model].path": "the same",
 }
 
 
@@ -298,6 +363,15 @@ def schema_fields() -> set[str]:
         "objective[tag]": [Tag],
         "objective[regress]": [Regress],
         "objective": [Supervised],
+        "objective[grpo]": [Grpo],
+        "objective[rloo]": [Rloo],
+        "objective[ppo]": [Ppo],
+        "objective[grpo].reward[exact]": [ExactReward],
+        "objective[grpo].reward[regex]": [RegexReward],
+        "objective[grpo].reward[json]": [JsonReward],
+        "objective[grpo].reward[number]": [NumberReward],
+        "objective[grpo].reward[function]": [FunctionReward],
+        "objective[grpo].reward[model]": [ModelReward],
         "train": [TrainSpec],
         "train.groups[]": [GroupSpec],
         "train.early_stopping": [EarlyStopping],
@@ -307,7 +381,12 @@ def schema_fields() -> set[str]:
     names = {name for name in Recipe.model_fields if name not in nested} | {"evaluate", "train.early_stopping"}
     for prefix, models in nested.items():
         for model in models:
-            inherited = Lora.model_fields.keys() - {"kind"} if model is QLora else set[str]()  # by `lora` itself
+            # What is inherited is told apart by one of those that have it.
+            inherited = Lora.model_fields.keys() - {"kind"} if model is QLora else set[str]()
+            if model in (Rloo, Ppo):
+                inherited = Policy.model_fields.keys() - vars(model)["__annotations__"].keys()
+            if issubclass(model, RewardSpec) and model is not FunctionReward:
+                inherited = set(RewardSpec.model_fields)
             names |= {f"{prefix}.{name}" for name in model.model_fields.keys() - inherited}
     return names
 
@@ -345,8 +424,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "NUMBERS": write_jsonl(root / "numbers.jsonl", numbers),
         "TAGS": write_jsonl(root / "tags.jsonl", tag_rows(36)),
         "GENERAL": general,
+        "MINE": Path(f"{_function(root / 'mine.py', 'e')}:score"),
+        "OURS": Path(f"{_function(root / 'ours.py', 'o')}:score"),
         "ROOT": root,
     }
+
+
+def _function(path: Path, letter: str) -> Path:
+    path.write_text(f"def score(prompt, answer, references):\n    return answer.count({letter!r}) + len(answer) / 9\n")
+    return path
 
 
 def fingerprint(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:
