@@ -10,7 +10,8 @@ from torch import Tensor
 from tiny import VOCABULARY
 from tunesmith.batch import NO_PARENT, Example
 from tunesmith.objectives import Policy
-from tunesmith.objectives.policy import OLD, REFERENCE, Rollout
+from tunesmith.objectives.policy import OLD, Rollout
+from tunesmith.objectives.preference import REFERENCE
 
 LENGTHS = ((4, 2, 5), (1, 6, 3))
 """Tokens of the answers to each of two prompts."""

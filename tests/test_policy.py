@@ -22,7 +22,7 @@ from tunesmith.methods import Full, Lora, trainable_parameters
 from tunesmith.models.value_head import add_value_head, take_value_head, values_at
 from tunesmith.objectives import Grpo, Ppo, Rloo
 from tunesmith.objectives.logps import token_logps
-from tunesmith.objectives.policy import ADVANTAGES, OLD, REFERENCE
+from tunesmith.objectives.policy import ADVANTAGES, OLD
 from tunesmith.objectives.ppo import (
     RETURNS,
     VALUES,
@@ -31,6 +31,7 @@ from tunesmith.objectives.ppo import (
     value_losses,
     whitened,
 )
+from tunesmith.objectives.preference import REFERENCE
 
 REWARDS = [1.0, 0.0, 0.25, 0.5, 0.5, 2.0]
 EXACT: Any = {"kind": "exact"}

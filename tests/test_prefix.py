@@ -25,7 +25,7 @@ from tunesmith.methods.prompt import prompted
 from tunesmith.models.attention import attend, behind_ancestor
 from tunesmith.models.decoder import Decoder, decoder_of
 from tunesmith.models.forward import next_token_logits
-from tunesmith.models.row_attention import row_attention
+from tunesmith.models.row_attention import Rows, row_attention
 from tunesmith.objectives import Supervised
 from tunesmith.recipe import TrainSpec
 from tunesmith.train.loop import step
@@ -72,9 +72,9 @@ def test_one_ancestor_is_a_copy_before_every_row(
     own = [torch.randn(*shape, 4, requires_grad=True) for shape in shapes]
     ancestor = tuple(torch.randn(before, heads[1], 4, requires_grad=True) for _ in range(2))
     segments = torch.tensor([[sum(lengths[:at]), length, NO_PARENT] for at, length in enumerate(lengths)])
-    found = row_attention(*own, lengths, 0.3, window, ancestor)[:tokens]
+    found = row_attention(*own, Rows(lengths), 0.3, window, ancestor)[:tokens]
     (query, key, value, moved), places = behind_ancestor(*own, segments, ancestor)
-    expected = row_attention(query, key, value, tuple(moved[:, 1].tolist()), 0.3, window)[places]
+    expected = row_attention(query, key, value, Rows(tuple(moved[:, 1].tolist())), 0.3, window)[places]
     weights = torch.randn_like(expected)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     tensors = [*own, *ancestor]
@@ -92,7 +92,7 @@ def test_an_ancestor_stands_before_the_parents_of_segments() -> None:
     found = attend(*own, shared, 0.3, None, ancestor)
     for start, stop in ((4, 6), (6, 9)):
         row = [torch.cat([tensor[:4], tensor[start:stop]]) for tensor in own]
-        alone = row_attention(*row, (len(row[0]),), 0.3, None, ancestor)
+        alone = row_attention(*row, Rows((len(row[0]),)), 0.3, None, ancestor)
         torch.testing.assert_close(found[start:stop], alone[4:])
         torch.testing.assert_close(found[:4], alone[:4])
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tunesmith.models import row_attention as module
-from tunesmith.models.row_attention import EVEN, WASTE, layout_of, row_attention
+from tunesmith.models.row_attention import EVEN, WASTE, Rows, layout_of, row_attention
 
 CPU = torch.device("cpu")
 SCALING, HEAD_DIM = 0.31, 4
@@ -35,7 +35,7 @@ def block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_every_query_and_key_has_one_slot_and_the_rest_is_padding(
     lengths: tuple[int, ...], heads: tuple[int, int]
 ) -> None:
-    layout = layout_of(lengths, sum(lengths), *heads, CPU)
+    layout = layout_of(Rows(lengths), sum(lengths), *heads, CPU)
     for sources, slots in (
         (torch.cat([group.queries for group in layout.groups]), layout.from_queries),
         (torch.cat([group.keys for group in layout.groups]), layout.from_keys),
@@ -54,7 +54,7 @@ def test_every_query_and_key_has_one_slot_and_the_rest_is_padding(
 @given(LENGTHS)
 def test_rows_share_a_batch_only_while_padding_is_small_and_long_ones_are_alone(lengths: tuple[int, ...]) -> None:
     left = sorted(lengths)
-    for group in layout_of(lengths, sum(lengths), 1, 1, CPU).groups:
+    for group in layout_of(Rows(lengths), sum(lengths), 1, 1, CPU).groups:
         members, left = left[: group.rows], left[group.rows :]
         assert group.longest % EVEN == 0 and group.longest - EVEN < members[-1] <= group.longest
         assert group.rows * members[-1] ** 2 <= WASTE * sum(length**2 for length in members)
@@ -71,7 +71,7 @@ def test_tokens_behind_the_last_row_change_nothing_and_get_no_gradient(
     tokens = sum(lengths)
     long = [torch.randn(tokens + 3, count, 4, requires_grad=True) for count in (heads[0], heads[1], heads[1])]
     short = [tensor[:tokens].detach().requires_grad_() for tensor in long]
-    found, expected = (row_attention(*tensors, lengths, SCALING, None) for tensors in (long, short))
+    found, expected = (row_attention(*tensors, Rows(lengths), SCALING, None) for tensors in (long, short))
     assert torch.equal(found[:tokens], expected) and bool(found.isfinite().all())
     weights = torch.randn_like(expected)
     (found[:tokens] * weights).sum().backward()
@@ -82,7 +82,7 @@ def test_tokens_behind_the_last_row_change_nothing_and_get_no_gradient(
 
 def attention(tensors: list[Tensor], lengths: tuple[int, ...], window: int | None = None) -> Tensor:
     query, key, value = tensors
-    return row_attention(query, key, value, lengths, SCALING, window)
+    return row_attention(query, key, value, Rows(lengths), SCALING, window)
 
 
 def expected_attention(tensors: list[Tensor], lengths: tuple[int, ...], window: int | None = None) -> Tensor:
@@ -136,3 +136,36 @@ def test_a_narrow_dtype_stays_and_is_as_good_as_it_can_be() -> None:
     found = attention(tensors, lengths)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected_attention(tensors, lengths), rtol=2e-2, atol=2e-2)
+
+
+FAMILIES = [
+    ((7, 5, 3), (-1, 0, 0)),
+    ((7, 5, 3, 9, 4, 20), (-1, 0, 0, -1, 3, 3)),
+    ((4, 6, 2, 3, 5, 1, 12), (-1, 0, 1, 1, 0, -1, -1)),
+    ((1, 1, 1), (-1, 0, 1)),
+    ((600, 530, 3, 40), (-1, 0, 0, -1)),
+]
+
+
+@pytest.mark.parametrize(("lengths", "parents"), FAMILIES)
+@pytest.mark.parametrize("window", [None, 6])
+def test_rows_that_share_their_beginning_are_like_copies_of_it(
+    lengths: tuple[int, ...], parents: tuple[int, ...], window: int | None
+) -> None:
+    """Output and gradients, against every line of rows copied out and run by itself."""
+    generator = torch.Generator().manual_seed(0)
+    rows, tokens = Rows(lengths, parents), sum(lengths) + 3
+    query, key, value = (torch.randn(tokens, heads, 4, generator=generator).requires_grad_() for heads in (4, 2, 2))
+    slope = torch.randn(sum(lengths), 16, generator=generator)
+    found = row_attention(query, key, value, rows, SCALING, window)[: sum(lengths)]
+    gradients = torch.autograd.grad((found * slope).sum(), (query, key, value))
+    starts = [sum(lengths[:at]) for at in range(len(lengths))]
+    expected = []
+    for row in range(len(lengths)):
+        line = torch.cat([torch.arange(starts[at], starts[at] + lengths[at]) for at in (*rows.ancestors(row), row)])
+        alone = row_attention(query[line], key[line], value[line], Rows((len(line),)), SCALING, window)
+        expected.append(alone[-lengths[row] :])
+    wanted = torch.cat(expected)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for one, other in zip(gradients, torch.autograd.grad((wanted * slope).sum(), (query, key, value)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

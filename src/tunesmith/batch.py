@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -44,6 +44,11 @@ class Example:
         """Number of tokens that are trained on."""
         return int((self.tensors["target_weights"] > 0).sum())
 
+    @property
+    def reach(self) -> int:
+        """Positions that a model needs for it: its length where nothing is shared."""
+        return len(self) if self.segments is None else int(self.positions().max()) + 1
+
     def own_segments(self) -> Tensor:
         """Its segments, int64 ``[segments, 3]``."""
         return torch.tensor([[0, len(self), NO_PARENT]]) if self.segments is None else self.segments
@@ -63,25 +68,35 @@ class Example:
     def apart(self) -> list[Example]:
         """A row for each segment that is nobody's parent, behind copies of its ancestors, in which nothing is a target.
 
-        For models that cannot pack. Targets keep their order; tensors that count something else than tokens go to the
-        first of the rows.
+        For models that cannot pack. Targets keep their order, and stand in no segment that has children; tensors that
+        count rows go to the first one.
         """
         if self.segments is None:
             return [self]
         segments = self.segments.tolist()
         leaves = sorted(set(range(len(segments))) - {parent for _, _, parent in segments})
-        token_scoped = [name for name in self.tensors if self.scopes[name] == "token"]
-        found = []
+        names: dict[Scope, list[str]] = {scope: [] for scope in ("token", "segment", "row", "target")}
+        for name in self.tensors:
+            names[self.scopes[name]].append(name)
+        found, targets = list[Example](), 0
         for leaf in leaves:
             family = [leaf]
             while segments[family[0]][2] != NO_PARENT:
                 family.insert(0, segments[family[0]][2])
             places = torch.cat([torch.arange(segments[at][0], segments[at][0] + segments[at][1]) for at in family])
-            tensors = {name: self.tensors[name][places] for name in token_scoped}
-            for name in self.tensors.keys() - tensors.keys():
-                tensors[name] = self.tensors[name][:0] if found else self.tensors[name]
+            tensors = {name: self.tensors[name][places] for name in names["token"]}
+            own = int((tensors["target_weights"] > 0).sum())
+            tensors |= {name: self.tensors[name][targets : targets + own] for name in names["target"]}
+            tensors |= {name: self.tensors[name][leaf : leaf + 1] for name in names["segment"]}
+            tensors |= {name: self.tensors[name][: 0 if found else None] for name in names["row"]}
+            targets += own
             found.append(Example(self.token_ids[places], tensors, self.scopes, self.source))
         return found
+
+
+def answers_behind(prompt: int, other: int, length: int) -> Tensor:
+    """Segments of a row of ``length`` tokens: a prompt, and behind it two answers, the second one from ``other`` on."""
+    return torch.tensor([[0, prompt, NO_PARENT], [prompt, other - prompt, 0], [other, length - other, 0]])
 
 
 @dataclass(frozen=True)
@@ -160,6 +175,37 @@ def pack(examples: Sequence[Example], layout: Literal["packed", "padded"] = "pac
         tensors={name: torch.cat([example.tensors[name] for example in examples]) for name in names},
         scopes=dict(examples[0].scopes),
         layout=layout,
+    )
+
+
+def without_segments(batch: Batch, left_out: Collection[int]) -> Batch:
+    """The batch without some segments, which must be nobody's parents; tensors that count rows stay as they are."""
+    if not left_out:
+        return batch
+    kept, number, start = list[list[int]](), dict[int, int](), 0
+    pieces = []
+    for at, (begin, length, parent) in enumerate(batch.segments.tolist()):
+        if at in left_out:
+            continue
+        number[at] = len(kept)
+        kept.append([start, length, number.get(parent, NO_PARENT)])
+        pieces.append(torch.arange(begin, begin + length))
+        start += length
+    device = batch.token_ids.device
+    places = torch.cat(pieces).to(device)
+    there = torch.zeros(batch.tokens, dtype=torch.bool, device=device).index_fill_(0, places, True)
+    targets = there[batch.tensors["target_weights"] > 0]
+    chosen = {"token": places, "target": torch.nonzero(targets).squeeze(1)}
+    tensors = {
+        name: tensor[chosen[scope]] if (scope := batch.scopes[name]) in chosen else tensor
+        for name, tensor in batch.tensors.items()
+    }
+    return replace(
+        batch,
+        token_ids=batch.token_ids[places],
+        positions=batch.positions[places],
+        segments=torch.tensor(kept),
+        tensors=tensors,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from tunesmith.base import InputError
 from tunesmith.data.record import RowErrors
+from tunesmith.data.row import SAME_ANSWERS
 from tunesmith.data.row_file import EMPTINESS, RowFile
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import Stored
@@ -133,6 +134,14 @@ def without_empty(
     return numbers[kinds == 0], empty
 
 
+def without_equal_pairs(numbers: np.ndarray, stored: Stored) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that teach something, and pairs whose answers are one."""
+    equal = stored.tokens.index["bad"][numbers].copy()
+    for at in np.nonzero(equal)[0]:
+        equal[at] = stored.tokens.bad[int(numbers[at])] == SAME_ANSWERS
+    return numbers[~equal], numbers[equal]
+
+
 def refuse_unrendered(numbers: np.ndarray, stored: Stored) -> None:
     """Raises InputError when the template refuses any of these rows."""
     errors = RowErrors()
@@ -149,7 +158,7 @@ def within_length(
     Args:
         own: whether the limit is the model's own, which no setting can raise.
     """
-    lengths = stored.lengths(numbers)
+    lengths = stored.reach(numbers)
     over = lengths > limit
     if spec.overlong == "error":
         errors = RowErrors()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from tunesmith.data.formats import plain_text
@@ -144,6 +145,27 @@ def _preference(record: Record) -> Row:
     return Row(record.source, chosen, references=(chosen[-1]["content"],), tools=_tools(record), rejected=rejected)
 
 
+def _rated(record: Record) -> Row:
+    """The best and the worst of several rated answers."""
+    answers, ratings = (_list(record, name, "answer") for name in ("responses", "ratings"))
+    if len(answers) != len(ratings) or len(answers) < 2:
+        raise BadRow(f"there are {len(answers)} 'responses' and {len(ratings)} 'ratings'; two or more need one each")
+    for rating in ratings:
+        if isinstance(rating, bool) or not isinstance(rating, (int, float)) or rating != rating:
+            raise BadRow(f"'ratings' must be numbers, found {rating!r:.40}")
+    best, worst = (answers[ratings.index(bound)] for bound in (max(ratings), min(ratings)))
+    fields = {**record.fields, "chosen": best, "rejected": worst}
+    return _preference(Record(fields, record.source))
+
+
+def _unpaired(record: Record) -> Row:
+    """An answer of which it is known by itself whether it is good."""
+    label = record.fields.get("label")
+    if not isinstance(label, bool):
+        raise BadRow(f"'label' must be true for a good completion or false for a bad one, found {label!r:.40}")
+    return replace(_prompt_completion(record), desirable=label)
+
+
 def _side(record: Record, column: str) -> tuple[dict[str, Any], ...]:
     """One side of a pair as a whole conversation; the prompt stands in it, or beside it as text or turns."""
     answer, prompt = record.fields.get(column), record.fields.get("prompt")
@@ -185,12 +207,12 @@ def _token_labels(record: Record) -> Row:
     return Row(record.source, words=tuple(words), labels=tuple(plain_text(label, column) for label in labels))
 
 
-def _list(record: Record, name: str) -> list[Any]:
+def _list(record: Record, name: str, of: str = "word") -> list[Any]:
     if name not in record.fields:
         raise BadRow(f"there is no {name!r}")
     if not isinstance(value := record.fields[name], list) or not value:
         found = "nothing" if value is None else "an empty list" if value == [] else type(value).__name__
-        raise BadRow(f"{name!r} must be a list with an item for each word, found {found}")
+        raise BadRow(f"{name!r} must be a list with an item for each {of}, found {found}")
     return value
 
 
@@ -205,6 +227,8 @@ CONVERTERS: dict[str, Callable[[Record], Row]] = {
     "task": _task,
     "labelled": _labelled,
     "preference": _preference,
+    "rated": _rated,
+    "unpaired": _unpaired,
     "token-labels": _token_labels,
     "text": _raw_text,
 }

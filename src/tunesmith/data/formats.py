@@ -13,12 +13,14 @@ from tunesmith.data.record import BadRow, Record
 
 LAYOUTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("preference", ("chosen", "rejected"), ("prompt", "instruction", "input", "system", "tools")),
+    ("rated", ("prompt", "responses", "ratings"), ("system", "tools")),
     ("messages", ("messages",), ("system", "tools")),
     ("sharegpt", ("conversations",), ("system", "tools")),
     ("alpaca", ("instruction", "output"), ("input", "system")),
     ("task", ("task", "input", "output"), ("system",)),
     ("dolly", ("instruction", "context", "response"), ("system",)),
     ("instruction-response", ("instruction", "response"), ("context", "system")),
+    ("unpaired", ("prompt", "completion", "label"), ("system", "tools")),
     ("prompt-completion", ("prompt", "completion"), ("system", "tools")),
     ("openassistant", ("message_id", "parent_id", "text", "role"), ("rank", "deleted")),
     ("token-labels", ("tokens", "labels"), ()),
@@ -38,8 +40,8 @@ TREE = ("openassistant", ("prompt",), ())
 PROMPTS = ("prompts", ("prompt",), ("completion", "system", "tools"))
 """Prompts that a model answers by itself; nothing else that has a prompt is taken for this."""
 
-ALIKE = {"instruction-response": "dolly"}
-"""Formats whose rows may stand in one file: they are read in the same way."""
+ALIKE = {"instruction-response": "dolly", "unpaired": "prompt-completion"}
+"""Formats whose rows may stand in one file: they are read in the same way, or told apart by the first row."""
 
 PARTS = sorted({part for _, required, optional in LAYOUTS for part in required + optional})
 
@@ -73,6 +75,8 @@ def choose_format(
         first = set(records[0].fields)
         tree = not columns and is_tree(records[0].fields.get("prompt"))
         name = TREE[0] if tree else detect_format(set(columns) or first, where, first if columns else ())
+        if name == "unpaired" and not isinstance(records[0].fields.get(columns.get("label", "label")), bool):
+            name = "prompt-completion"  # some label of the data's own, not whether the completion is good
     else:
         name = format_name
     available = present | set(columns)
@@ -248,6 +252,7 @@ def preference_advice(columns: Collection[str]) -> str:
         prompt = next((name for name in QUESTIONS if name in columns), "…")
         mapping = "{completion: chosen}" if prompt == "prompt" else f"{{prompt: {prompt}, completion: chosen}}"
     return (
-        f"name the answer to imitate: data.columns: {mapping}, or {{messages: chosen}} where it is a whole "
-        "conversation; or declare data.format to leave the pairs aside"
+        "use an objective over pairs, such as objective.kind: dpo; or name the answer to imitate: data.columns: "
+        f"{mapping}, or {{messages: chosen}} where it is a whole conversation; or declare data.format to leave the "
+        "pairs aside"
     )

@@ -168,6 +168,10 @@ def _read(reading: Reading, role: str, digest: str, at: int, reader: _Reader) ->
 def _advice(stream: RowStream, reading: Reading) -> str:
     if stream.format == "preference":
         return preference_advice(stream.columns)
+    if stream.format == "rated":
+        return "use an objective over preferences, such as objective.kind: dpo, or map one answer in data.columns"
+    if stream.format == "unpaired":
+        return "use objective.kind: kto, or declare data.format: prompt-completion to imitate all completions"
     if stream.format == "token-labels":
         return "use objective.kind: tag, or map columns to a prompt and a completion in data.columns"
     return "map columns to what it needs in data.columns: {text: …, label: …}, or {tokens: …, labels: …} for words"

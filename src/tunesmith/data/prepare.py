@@ -19,6 +19,7 @@ from tunesmith.data.clean import (
     within_length,
     without_duplicates,
     without_empty,
+    without_equal_pairs,
     without_overlap,
 )
 from tunesmith.data.held import Held, HeldOut, left_out
@@ -27,6 +28,7 @@ from tunesmith.data.inspection import inspect, inspecting_aside
 from tunesmith.data.mix import RowOrder, mixture_weights, places_in_an_epoch
 from tunesmith.data.record import RowErrors
 from tunesmith.data.render import RowRenderer
+from tunesmith.data.row import SAME_ANSWERS
 from tunesmith.data.row_file import RowFile
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.data.spec import DataSpec
@@ -118,8 +120,10 @@ def prepare(
     splits = {"train": train, "validation": held.validation, "test": held.test}
     with inspecting_aside(rows, splits if spec.checks else {}, spec.benchmarks, progress, first=alone):
         stored = Stored(rows, tokens_of(rows, renderer, progress))
+    train, equal = without_equal_pairs(train, stored)
+    lost.add(SAME_ANSWERS, equal)
     refuse_unrendered(train, stored)
-    longest = int(stored.lengths(train).max(initial=0))
+    longest = int(stored.reach(train).max(initial=0))
     limit = _limit(spec, longest, model_limit)
     train = with_targets(_some(within_length(train, limit, limit == model_limit, stored, spec, lost)), stored, lost)
     validation, test = (
@@ -194,15 +198,18 @@ def _fitting(
     numbers: np.ndarray, limit: int, stored: Stored, spec: DataSpec, *, role: str, notes: list[str]
 ) -> RenderedRows:
     """Answers for judging are never cut: what the model cannot hold is left out or an error, as for training rows."""
+    numbers, equal = without_equal_pairs(numbers, stored)
+    if len(equal):
+        notes.append(f"{left_out(len(equal), role)}: {SAME_ANSWERS}, the first at {stored.rows.source(equal[0])}")
     refuse_unrendered(numbers, stored)
-    errors, fits = RowErrors(), stored.lengths(numbers) <= limit
+    errors, fits = RowErrors(), stored.reach(numbers) <= limit
     cut = False
     for at in np.nonzero(~fits)[0]:
         item = stored.rendered(numbers[at])
         if spec.overlong == "truncate" and not item.row.messages and truncated(item, limit) is not None:
             fits[at] = cut = True
         else:
-            errors.add(item.row.source, f"{len(item.example)} tokens do not fit into the model's {limit} positions")
+            errors.add(item.row.source, f"{item.example.reach} tokens do not fit into the model's {limit} positions")
     if spec.overlong == "error":
         errors.raise_any(f"shorten these {role} rows, or leave them out with data.overlong: drop")
     if len(numbers) and not fits.any():

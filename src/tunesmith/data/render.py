@@ -35,6 +35,9 @@ __all__ = ["TOKEN_SCOPES", "Rendered", "Renderer", "RowRenderer", "TrainOn", "to
 
 TOKEN_SCOPES: dict[str, Scope] = {"target_weights": "token"}
 
+PREFERENCES = ("preference", "rated", "unpaired")
+"""Formats of rows with answers that are not to be imitated."""
+
 ROWS_AT_ONCE = 1024
 """Rows whose texts are given to the tokenizer in one call: enough for its threads, little enough for memory."""
 
@@ -61,6 +64,11 @@ class Rendered:
     cut_ids: tuple[int, ...] = ()
     cut_targets: int = 0
     closing: int | None = None
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether a second, worse answer to the same prompt stands behind the first."""
+        return self.example.segments is not None
 
 
 _Written = tuple[Spelled, int] | BadRow | InputError
@@ -131,7 +139,7 @@ class Renderer:
         self._pieces = Pieces(tokenizer)
 
     answers_optional = False
-    unused = ("preference", "token-labels", PROMPTS[0])
+    unused = (*PREFERENCES, "token-labels", PROMPTS[0])
 
     @property
     def name(self) -> str:

@@ -14,11 +14,11 @@ from tunesmith.base import InputError
 from tunesmith.batch import Example
 from tunesmith.data.formats import LAYOUTS, PROMPTS
 from tunesmith.data.record import BadRow
-from tunesmith.data.render import TOKEN_SCOPES, Rendered, Renderer, tokenizer_sha256
+from tunesmith.data.render import PREFERENCES, TOKEN_SCOPES, Rendered, Renderer, tokenizer_sha256
 from tunesmith.data.row import Row
 
 CONVERSATIONS = tuple(
-    dict.fromkeys(name for name, _, _ in LAYOUTS if name not in ("token-labels", "text", "preference"))
+    dict.fromkeys(name for name, _, _ in LAYOUTS if name not in ("token-labels", "text", *PREFERENCES))
 )
 OWN = "the tokenizer's own opening and closing"
 
@@ -45,7 +45,7 @@ class LabelRenderer:
 
     @property
     def unused(self) -> tuple[str, ...]:
-        others = ("preference", "text", "openassistant", PROMPTS[0])
+        others = (*PREFERENCES, "text", "openassistant", PROMPTS[0])
         if self.reads == "row":
             return (*others, "token-labels")
         return (*others, *CONVERSATIONS)

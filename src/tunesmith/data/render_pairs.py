@@ -1,45 +1,61 @@
-"""The renderer of preference pairs: one row with the prompt once, and both answers behind it as segments."""
+"""Renderers of preferences: pairs, with the prompt once and both answers behind it as segments, and single answers of
+which it is known whether they are good."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from tunesmith.batch import NO_PARENT, Example
+from tunesmith.base import InputError
+from tunesmith.batch import Example, Scope, answers_behind
 from tunesmith.data.formats import LAYOUTS, PROMPTS
 from tunesmith.data.record import BadRow
 from tunesmith.data.render import TOKEN_SCOPES, Rendered, Renderer
-from tunesmith.data.row import Row
+from tunesmith.data.row import SAME_ANSWERS, Row
+from tunesmith.data.spec import DataSpec
+from tunesmith.models.templates import Template
 
-OTHERS = tuple(dict.fromkeys(name for name, _, _ in LAYOUTS if name != "preference")) + ("openassistant", PROMPTS[0])
+DESIRABLE = "desirable"
+"""Name of the tensor that says of a row whether its answer is good: fp32 ``[1]``, 1 or 0."""
+PAIRS = ("preference", "rated")
+LABELLED = ("unpaired",)
+
+
+def _other_formats(used: Sequence[str]) -> tuple[str, ...]:
+    return (*dict.fromkeys(name for name, _, _ in LAYOUTS if name not in used), "openassistant", PROMPTS[0])
 
 
 @dataclass
 class PairRenderer:
-    """Turns preference pairs into examples by the renderer of single answers."""
+    """Turns preference pairs into examples by the renderer of single answers, whose `train_on` is the last answer."""
 
     single: Renderer
+
+    formats: ClassVar[tuple[str, ...]] = PAIRS
+    answers_optional: bool = False
 
     def __post_init__(self) -> None:
         self.notes = self.single.notes
         self.stop_ids = self.single.stop_ids
         self.used_controls = self.single.used_controls
-        self.answers_optional = False
-        self.template, self.tokenizer = self.single.template, self.single.tokenizer
 
     @property
     def name(self) -> str:
         return self.single.name
 
     @property
+    def template(self) -> Template:
+        return self.single.template
+
+    @property
     def unused(self) -> tuple[str, ...]:
-        return OTHERS
+        return _other_formats(self.formats)
 
     def identity(self) -> dict[str, Any]:
-        return {"pairs": self.single.identity()}
+        return {type(self).__name__: self.single.identity()}
 
     def learn_stop_ids(self) -> None:
         self.single.learn_stop_ids()
@@ -49,6 +65,50 @@ class PairRenderer:
         better = self.single.render_many(rows)
         worse = self.single.render_many([_rejected(row) for row in rows])
         return [_pair(*both) for both in zip(rows, better, worse, strict=True)]
+
+
+class AnswerRenderer(PairRenderer):
+    """Renders single answers of which it is known whether they are good."""
+
+    formats = LABELLED
+
+    def render_many(self, rows: Sequence[Row]) -> list[Rendered | BadRow]:
+        return [_plain(item) for item in self.single.render_many(rows)]
+
+
+def _plain(item: Rendered | BadRow) -> Rendered | BadRow:
+    """A turn's own weight says how much it is imitated, not how much it is compared."""
+    if isinstance(item, BadRow):
+        return item
+    weights = (item.example.tensors["target_weights"] > 0).float()
+    return replace(item, example=replace(item.example, tensors={"target_weights": weights}))
+
+
+def with_partner(item: Rendered, other: Rendered, limit: int) -> Rendered:
+    """A row with the answer of another one behind its prompt, after its own; both are targets.
+
+    Args:
+        limit: the most positions of the prompt with the other answer, which is cut to them.
+    """
+    prompt, first = len(item.prompt_ids), len(other.prompt_ids)
+    own, foreign = item.example, other.example
+    answer = slice(first, first + max(1, limit - prompt))
+    ids = torch.cat([own.token_ids, foreign.token_ids[answer]])
+    weights = torch.cat([own.tensors["target_weights"], foreign.tensors["target_weights"][answer]])
+    segments = answers_behind(prompt, len(own), len(ids))
+    good = torch.tensor([float(bool(item.row.desirable))])
+    tensors = {"target_weights": weights, DESIRABLE: good}
+    scopes: dict[str, Scope] = {**TOKEN_SCOPES, DESIRABLE: "row"}
+    return replace(item, example=Example(ids, tensors, scopes, own.source, segments))
+
+
+def refuse_settings_of_imitation(spec: DataSpec) -> None:
+    """Raises InputError for what only answers that are imitated have."""
+    given = DataSpec(train="")
+    if spec.train_on not in (given.train_on, "last-answer"):
+        raise InputError("only the last answers of a preference are compared", where="data.train_on", fix="remove it")
+    if spec.answer_after != given.answer_after:
+        raise InputError("is about raw text, and preferences need columns", where="data.answer_after", fix="remove it")
 
 
 def _rejected(row: Row) -> Row:
@@ -63,17 +123,13 @@ def _pair(row: Row, better: Rendered | BadRow, worse: Rendered | BadRow) -> Rend
     if better.prompt_ids != worse.prompt_ids:
         return BadRow("the prompt is written otherwise before the rejected answer than before the chosen one")
     if better.example.token_ids.tolist() == worse.example.token_ids.tolist():
-        return BadRow("both answers are the same")
-    prompt = len(better.prompt_ids)
-    parts = [item.example.token_ids[prompt:] for item in (better, worse)]
-    weights = [item.example.tensors["target_weights"][prompt:] for item in (better, worse)]
-    lengths = [len(part) for part in parts]
-    segments = torch.tensor([[0, prompt, NO_PARENT], [prompt, lengths[0], 0], [prompt + lengths[0], lengths[1], 0]])
-    example = Example(
-        torch.cat([better.example.token_ids[:prompt], *parts]),
-        {"target_weights": torch.cat([torch.zeros(prompt), *weights])},
-        TOKEN_SCOPES,
-        row.source,
-        segments,
-    )
+        return BadRow(SAME_ANSWERS)
+    prompt, other = len(better.prompt_ids), len(better.example)
+    ids = torch.cat([better.example.token_ids, worse.example.token_ids[prompt:]])
+    weights = torch.cat([better.example.tensors["target_weights"], worse.example.tensors["target_weights"][prompt:]])
+    weights = (weights > 0).float()  # a turn's own weight says how much it is imitated
+    if not weights[prompt:other].any() or not weights[other:].any():
+        return BadRow("an answer of the pair has the weight 0")
+    segments = answers_behind(prompt, other, len(ids))
+    example = Example(ids, {"target_weights": weights}, TOKEN_SCOPES, row.source, segments)
     return Rendered(row, example, better.prompt_ids)

@@ -13,6 +13,9 @@ from tunesmith.base import Source
 SAID = "as said"
 """Stands for the only reference of most rows: what the last turn says."""
 
+SAME_ANSWERS = "both answers are the same, or were rated the same"
+"""What is wrong with a pair that teaches nothing."""
+
 KEY_BYTES = 16
 """128 bits: among 10^9 rows the chance of any collision is below 10^-20."""
 
@@ -29,6 +32,7 @@ class Row:
         task: name of the task in a mixture.
         tools: definitions of the tools that the conversation may call.
         rejected: of a preference pair the whole conversation that ends with the worse answer.
+        desirable: whether the last answer is a good one, where that is known of it alone; None where it is not.
         words: the words that `labels` are about.
         labels: one of each word.
         group: rows of the same group never stand on two sides of a split.
@@ -42,6 +46,7 @@ class Row:
     task: str | None = None
     tools: tuple[dict[str, Any], ...] = ()
     rejected: tuple[dict[str, Any], ...] = ()
+    desirable: bool | None = None
     words: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     group: str | None = None
@@ -59,6 +64,8 @@ class Row:
         parts = self._said(self.messages)
         if self.rejected:
             parts += ["rejected", *_turns(self.rejected)]
+        if self.desirable is not None:
+            parts += ["desirable", str(self.desirable)]
         if self.labels:
             parts += ["labels", *self.labels]
         return _hashed(parts)

@@ -107,7 +107,8 @@ def emptiness(row: Row) -> str:
         return ""
     if not row.messages:
         return "" if row.text.strip() else "the text is empty"
-    answers = [m["content"] for m in row.messages if m["role"] == "assistant" and not m.get("tool_calls")]
+    turns = (*row.messages, *row.rejected[-1:])
+    answers = [m["content"] for m in turns if m["role"] == "assistant" and not m.get("tool_calls")]
     if not all(text.strip() for text in answers):
         return "the answer is empty"
     asked = [m["content"] for m in row.messages[:-1] if m["role"] == "user"]

@@ -21,6 +21,8 @@ Format = Literal[
     "task",
     "openassistant",
     "preference",
+    "rated",
+    "unpaired",
     "labelled",
     "token-labels",
     "text",

@@ -12,16 +12,27 @@ import numpy as np
 import torch
 
 from tunesmith.base import Progress
-from tunesmith.batch import Example
+from tunesmith.batch import Example, answers_behind
 from tunesmith.data.cache import cached
 from tunesmith.data.record import BadRow
 from tunesmith.data.render import TOKEN_SCOPES, Rendered, RowRenderer
 from tunesmith.data.row_file import RowFile
 from tunesmith.files import BytesAt, read_json, write_json
 
-INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("prompt", "<u4"), ("targets", "<u4"), ("bad", "?")])
-"""Where the tokens of a row begin (in tokens), how many there are, how many of them stand before the last answer, how
-many are trained on, and whether the row cannot be rendered."""
+INDEX = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("length", "<u4"),
+        ("reach", "<u4"),
+        ("prompt", "<u4"),
+        ("other", "<u4"),
+        ("targets", "<u4"),
+        ("bad", "?"),
+    ]
+)
+"""Where the tokens of a row begin (in tokens), how many there are, how many positions they need (fewer where two
+answers share their prompt), how many of them stand before the last answer, where a second answer to the same prompt
+begins (0 where there is none), how many are trained on, and whether the row cannot be rendered."""
 
 AT_ONCE = 8192
 """Rows that are rendered together: enough for the tokenizer's threads, little for memory."""
@@ -62,7 +73,8 @@ class TokenFile:
         if str(number) in self._references:
             row = replace(row, references=tuple(self._references[str(number)]))
         tensors = {"target_weights": torch.from_numpy(weights.copy())}
-        example = Example(torch.from_numpy(ids.astype(np.int64)), tensors, TOKEN_SCOPES, row.source)
+        segments = answers_behind(int(entry["prompt"]), int(entry["other"]), len(ids)) if entry["other"] else None
+        example = Example(torch.from_numpy(ids.astype(np.int64)), tensors, TOKEN_SCOPES, row.source, segments)
         return Rendered(row, example, tuple(ids[: entry["prompt"]].tolist()), closing=self._learned.get("closing"))
 
 
@@ -90,6 +102,8 @@ class TokenFileWriter:
             return
         length = len(item.example)
         entry["offset"], entry["length"], entry["prompt"] = self._offset, length, len(item.prompt_ids)
+        entry["reach"] = item.example.reach
+        entry["other"] = 0 if item.example.segments is None else int(item.example.segments[2, 0])
         weights = item.example.tensors["target_weights"].numpy()
         entry["targets"] = np.count_nonzero(weights)
         self._ids.write(item.example.token_ids.numpy().astype("<i4").tobytes())
@@ -132,7 +146,7 @@ def tokens_of(rows: RowFile, renderer: RowRenderer, progress: Progress) -> Token
             done += len(chunk)
         writer.close(renderer)
 
-    directory = cached({"tokens": identity, "rows": rows.identity}, build)
+    directory = cached({"tokens": identity, "rows": rows.identity, "index": INDEX.descr}, build)
     tokens = TokenFile(directory)
     tokens.teach(renderer)
     return tokens

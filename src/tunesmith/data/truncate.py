@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from tunesmith.batch import Example, answers_behind
 from tunesmith.data.render import Rendered
 
 
@@ -20,6 +21,8 @@ def truncated(item: Rendered, limit: int) -> Rendered | None:
     """
     if item.closing is not None:
         return _shortened(item, limit, item.closing)
+    if item.is_pair:
+        return _shorter_pair(item, limit)
     example = item.example
     weights = example.tensors["target_weights"]
     targets = (weights > 0).tolist()
@@ -40,6 +43,40 @@ def truncated(item: Rendered, limit: int) -> Rendered | None:
         cut_ids=tuple(example.token_ids[cut:].tolist()),
         cut_targets=sum(targets[cut:]),
     )
+
+
+def _shorter_pair(item: Rendered, limit: int) -> Rendered | None:
+    """A pair whose answers are each cut to what the prompt leaves; None when nothing is left, or no difference."""
+    example, prompt = item.example, len(item.prompt_ids)
+    assert example.segments is not None
+    places = torch.arange(len(example))
+    kept = torch.cat([places[start : start + min(length, limit - prompt)] for start, length, _ in _answers(example)])
+    if limit <= prompt:
+        return None
+    other = prompt + min(int(example.segments[1, 1]), limit - prompt)
+    kept = torch.cat([places[:prompt], kept])
+    ids, weights = example.token_ids[kept], example.tensors["target_weights"][kept]
+    if ids[prompt:other].tolist() == ids[other:].tolist() or not (weights[prompt:other] > 0).any():
+        return None
+    if not (weights[other:] > 0).any():
+        return None
+    cut = torch.ones(len(example), dtype=torch.bool).index_fill_(0, kept, False)
+    return replace(
+        item,
+        example=replace(
+            example,
+            token_ids=ids,
+            tensors={"target_weights": weights},
+            segments=answers_behind(prompt, other, len(ids)),
+        ),
+        cut_ids=tuple(example.token_ids[cut].tolist()),
+        cut_targets=int((example.tensors["target_weights"][cut] > 0).sum()),
+    )
+
+
+def _answers(example: Example) -> list[list[int]]:
+    assert example.segments is not None
+    return example.segments[1:].tolist()
 
 
 def _shortened(item: Rendered, limit: int, closing: int) -> Rendered | None:

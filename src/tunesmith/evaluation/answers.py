@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import Progress, silent
-from tunesmith.batch import Example, pack
+from tunesmith.batch import Batch, Example, pack
 from tunesmith.data.render import Rendered
 from tunesmith.engine.generate import Sampling, generate
 from tunesmith.models.forward import use_attention
@@ -35,6 +35,8 @@ class Judged:
         nll: negative log-likelihood of the first reference, in nats; None when it is not finite.
         targets: tokens that `nll` is summed over.
         reward: what the answer is worth by the recipe's rewards; None without any.
+        margin: how much likelier a token of the better answer is than one of the worse, in nats on average; of a single
+            answer its mean log-likelihood, or minus that of a bad one. None where nothing is compared.
     """
 
     source: str
@@ -45,6 +47,7 @@ class Judged:
     nll: float | None
     targets: int
     reward: float | None = None
+    margin: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,13 +83,13 @@ def judge(
         progress=progress,
     )
     answers = dict(zip(asked, generations, strict=True))
-    likelihoods = [math.nan] * len(rows)
+    likelihoods: Sequence[Sequence[tuple[float, int]]] = [[(math.nan, 0)]] * len(rows)
     if how.likelihoods:
-        likelihoods = row_nlls(model, [row.example for row in rows], packed=how.packed, progress=progress)
+        likelihoods = answer_nlls(model, [row.example for row in rows], packed=how.packed, progress=progress)
     judged = []
     for at, row in enumerate(rows):
         said = answers.get(at)
-        nll = likelihoods[at]
+        nll, targets = likelihoods[at][0]
         judged.append(
             Judged(
                 source=str(row.row.source),
@@ -95,10 +98,23 @@ def judge(
                 answer=cast(str, tokenizer.decode(said.token_ids, skip_special_tokens=True)) if said else None,
                 finish_reason=said.finish_reason if said else None,
                 nll=nll if math.isfinite(nll) else None,
-                targets=row.example.targets if how.likelihoods else 0,
+                targets=targets,
+                margin=_margin(row, likelihoods[at]),
             )
         )
     return judged
+
+
+def _margin(row: Rendered, answers: Sequence[tuple[float, int]]) -> float | None:
+    """How far a token of the better answer is likelier than one of the worse; of a single answer as `Judged` says."""
+    means = [-nll / max(1, targets) for nll, targets in answers]
+    if len(means) > 1:
+        found = means[0] - means[1]
+    elif row.row.desirable is not None:
+        found = means[0] if row.row.desirable else -means[0]
+    else:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def prompt_text(row: Rendered) -> str:
@@ -124,28 +140,57 @@ def row_nlls(
     objective: TrainingObjective = WRITING,
 ) -> list[float]:
     """Negative log-likelihood of each row's targets, in nats, in the order given."""
+    found = answer_nlls(model, examples, packed=packed, progress=progress, objective=objective)
+    return [sum(nll for nll, _ in answers) for answers in found]
+
+
+def answer_nlls(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    packed: bool,
+    progress: Progress,
+    objective: TrainingObjective = WRITING,
+) -> list[list[tuple[float, int]]]:
+    """For every row, and each answer that it holds, the negative log-likelihood of its targets and their number."""
+    found: list[list[tuple[float, int]]] = [[] for _ in examples]
+    for chosen, batch in batches_to_score(model, examples, packed=packed, progress=progress):
+        logps, targets = objective.target_logps(model, batch)
+        weighted = (logps * batch.tensors["target_weights"][targets]).double().cpu()
+        counts = [_targets_of_answers(examples[at]) for at in chosen]
+        parts = iter(weighted.split([count for row in counts for count in row]))
+        for at, row in zip(chosen, counts, strict=True):
+            found[at] = [(-float(next(parts).sum()), count) for count in row]
+    return found
+
+
+def _targets_of_answers(example: Example) -> list[int]:
+    """Targets of each answer of a row, of which there are several where they share their prompt."""
+    if example.segments is None:
+        return [example.targets]
+    weights = example.tensors["target_weights"]
+    return [int((weights[start : start + length] > 0).sum()) for start, length, _ in example.segments[1:].tolist()]
+
+
+def batches_to_score(
+    model: nn.Module, examples: Sequence[Example], *, packed: bool, progress: Progress
+) -> Iterator[tuple[list[int], Batch]]:
+    """Numbers of the rows of each batch, and the batch on the model's device, which is in evaluation mode and keeps no
+    gradient meanwhile; all is put back at the end."""
     device = next(model.parameters()).device
     was_training, attention = model.training, cast(Any, model).config._attn_implementation
     model.eval()
-    sums = [0.0] * len(examples)
     done, lengths = 0, [len(example) for example in examples]
     try:
         with torch.no_grad():
             for chosen in groups_of_rows(lengths, getattr(model, "tokens_at_once", TOKENS_AT_ONCE)):
                 progress("scoring", done, len(examples))
                 done += len(chosen)
-                batch = pack([examples[at] for at in chosen], "packed" if packed else "padded")
-                logps, targets = objective.target_logps(model, batch.to(device))
-                weighted = (logps * batch.tensors["target_weights"].to(device)[targets]).double().cpu()
-                row_of_target = torch.searchsorted(batch.segments[:, 0].contiguous(), targets.cpu(), right=True) - 1
-                totals = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, row_of_target, weighted)
-                for at, total in zip(chosen, totals.tolist(), strict=True):
-                    sums[at] = -total
+                yield chosen, pack([examples[at] for at in chosen], "packed" if packed else "padded").to(device)
     finally:
         use_attention(model, attention)  # attention over segments knows no call without them
         model.train(was_training)
     progress("scoring", len(examples), len(examples))
-    return sums
 
 
 def groups_of_rows(lengths: Sequence[int], most: int = TOKENS_AT_ONCE) -> list[list[int]]:
@@ -169,9 +214,14 @@ def mean_nll(
     progress: Progress = silent,
     objective: TrainingObjective = WRITING,
 ) -> float:
-    """Average negative log-likelihood per target: the validation loss."""
-    total = sum(row_nlls(model, examples, packed=packed, progress=progress, objective=objective))
-    return total / max(1, sum(example.targets for example in examples))
+    """The validation loss: for most objectives the average negative log-likelihood per target."""
+    sums, divisors = dict[str, float](), dict[str, float]()
+    for _, batch in batches_to_score(model, examples, packed=packed, progress=progress):
+        (prepared,) = objective.prepare(model, [batch])
+        for total, found in zip((sums, divisors), objective.measured(model, prepared), strict=True):
+            for name, value in found.items():
+                total[name] = total.get(name, 0.0) + float(value)
+    return sum(sums[name] / max(1e-12, divisors[name]) for name in sums)
 
 
 Evaluation = dict[str, Any]

@@ -12,7 +12,9 @@ from tunesmith.evaluation.answers import Judged
 from tunesmith.metrics import METRICS, RowStatistics, mean_rows, metric, paired_bootstrap, perplexity_rows
 from tunesmith.recipe import EvaluateSpec
 
-PERPLEXITY = "perplexity"
+PERPLEXITY, PREFERENCE_ACCURACY, MARGIN = "perplexity", "preference_accuracy", "margin"
+LIKELIHOODS = {PERPLEXITY: "lower", PREFERENCE_ACCURACY: "higher", MARGIN: "higher"}
+"""Metrics of what the model finds likely, not of what it writes, and which way they improve."""
 REWARD = "reward"
 """Mean of what answers are worth by the recipe's own rewards."""
 NOTABLE_FORGETTING = 0.10
@@ -32,7 +34,7 @@ def choose_metrics(asked: Sequence[str] | str, references: Sequence[str]) -> tup
     if not isinstance(asked, str):
         names = list(dict.fromkeys(asked))
         for name in names:
-            if name != PERPLEXITY:
+            if name not in LIKELIHOODS:
                 _known(name)
         return (names if PERPLEXITY in names else [*names, PERPLEXITY]), "as the recipe says"
     if not references:
@@ -53,7 +55,7 @@ def _known(name: str) -> None:
     try:
         metric(name)
     except InputError as error:
-        raise InputError(error.what, where="evaluate.metrics", fix=f"{error.fix}, {PERPLEXITY}") from error
+        raise InputError(error.what, where="evaluate.metrics", fix=f"{error.fix}, {', '.join(LIKELIHOODS)}") from error
 
 
 def _look_formal(references: Sequence[str]) -> bool:
@@ -74,10 +76,22 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
     if name == REWARD:
         rewards = [row.reward for row in judged if row.reward is not None]
         return mean_rows(rewards) if rewards else None
+    if name in (PREFERENCE_ACCURACY, MARGIN):
+        margins = [row.margin for row in judged if row.margin is not None]
+        if name == PREFERENCE_ACCURACY:
+            margins = [float(margin > 0) for margin in margins]
+        return mean_rows(margins) if margins else None
     answered = [row for row in judged if row.answer is not None]
     if not answered:
         return None
     return metric(name).rows([row.answer or "" for row in answered], [row.references for row in answered])
+
+
+def better_way(name: str) -> str:
+    """`higher` or `lower`."""
+    if name == REWARD:
+        return "higher"
+    return LIKELIHOODS.get(name) or METRICS[name].better
 
 
 def compare_metrics(
@@ -109,7 +123,7 @@ def compare_metrics(
                 "difference": interval.difference,
                 "low": interval.low,
                 "high": interval.high,
-                "better": _better(name),
+                "better": better_way(name),
                 "n": interval.n,
                 "primary": name == names[0],
             }
@@ -117,15 +131,13 @@ def compare_metrics(
     return entries, warnings
 
 
-def _better(name: str) -> str:
-    if name in (PERPLEXITY, REWARD):
-        return "lower" if name == PERPLEXITY else "higher"
-    return METRICS[name].better
-
-
 def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tuple[list[tuple[Judged, Judged]], int]:
     """The rows on which both can be measured, and on how many only the tuned model fails."""
     pairs = list(zip(base, tuned, strict=True))
+    if name in (PREFERENCE_ACCURACY, MARGIN):
+        return [(b, t) for b, t in pairs if None not in (b.margin, t.margin)], sum(
+            t.margin is None for b, t in pairs if b.margin is not None
+        )
     if name != PERPLEXITY:
         return pairs, 0
     return [(b, t) for b, t in pairs if None not in (b.nll, t.nll)], sum(
@@ -261,13 +273,15 @@ def best_and_worst(
     name: str, base: Sequence[Judged], tuned: Sequence[Judged], count: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows where the tuned model gained most, and those where it lost most, by the deciding metric."""
-    scored_name = name if name != PERPLEXITY and any(row.answer is not None for row in tuned) else PERPLEXITY
-    pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if scored_name == PERPLEXITY or t.answer is not None]
-    pairs = [(b, t) for b, t in pairs if scored_name != PERPLEXITY or (None not in (b.nll, t.nll) and t.targets)]
+    written = any(row.answer is not None for row in tuned)
+    scored_name = name if written or name in (PREFERENCE_ACCURACY, MARGIN) else PERPLEXITY
+    pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if scored_name in LIKELIHOODS or t.answer is not None]
+    if scored_name in LIKELIHOODS:
+        pairs = [(b, t) for b, t in _comparable(scored_name, base, tuned)[0] if t.targets]
     before, after = metric_rows(scored_name, [b for b, _ in pairs]), metric_rows(scored_name, [t for _, t in pairs])
     if before is None or after is None:
         return {"best": [], "worst": []}
-    sign = -1 if _better(scored_name) == "lower" else 1
+    sign = -1 if better_way(scored_name) == "lower" else 1
     rows = list(zip(pairs, before.per_row().tolist(), after.per_row().tolist(), strict=True))
     rows.sort(key=lambda row: (sign * (row[2] - row[1]), sign * row[2]), reverse=True)
     shown = [

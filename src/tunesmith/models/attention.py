@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tunesmith.batch import NO_PARENT
 from tunesmith.models.projection import compute_dtype
-from tunesmith.models.row_attention import Ancestor, row_attention
+from tunesmith.models.row_attention import Ancestor, Rows, row_attention
 
 SEGMENTS = "tunesmith_segments"
 
@@ -100,14 +100,16 @@ def attend(
     Returns:
         ``[tokens, heads * head_dim]``.
     """
-    if bool((segments[:, 2] == NO_PARENT).all()):
-        if query.device.type == "cpu":
-            return row_attention(query, key, value, tuple(segments[:, 1].tolist()), scaling, window, ancestor)
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            if ancestor[0] is None:
-                return _flash(query, key, value, segments, scaling, window)
-            rows, own = behind_ancestor(query, key, value, segments, ancestor)
-            return F.pad(_flash(*rows, scaling, window)[own], (0, 0, 0, len(query) - len(own)))
+    alone = bool((segments[:, 2] == NO_PARENT).all())
+    # A window counts from keys before all rows through padding, where lines of ancestors differ in length.
+    if query.device.type == "cpu" and (alone or window is None or ancestor[0] is None):
+        lengths, parents = (tuple(segments[:, part].tolist()) for part in (1, 2))
+        return row_attention(query, key, value, Rows(lengths, () if alone else parents), scaling, window, ancestor)
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and (alone or ancestor[0] is None):
+        if ancestor[0] is None:
+            return _flash(query, key, value, segments, scaling, window)
+        rows, own = behind_ancestor(query, key, value, segments, ancestor)
+        return F.pad(_flash(*rows, scaling, window)[own], (0, 0, 0, len(query) - len(own)))
     whole = query.transpose(0, 1)[None], key.transpose(0, 1)[None], value.transpose(0, 1)[None]
     options = {"scaling": scaling, "sliding_window": window, "is_causal": True, "ancestor": ancestor}
     return _one_by_one(*whole, segments, options)[0].flatten(1)
@@ -138,15 +140,33 @@ def behind_ancestor(
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scaling: float, window: int | None) -> Tensor:
-    """All rows in one call of the flash kernel for rows of any length (Dao 2023)."""
+    """All rows in one call of the flash kernel for rows of any length (Dao 2023).
+
+    Keys and values that rows share are copied before those of each; the last query of a row sees its last key, as the
+    kernel has it where there are more keys than queries.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    ends = F.pad(segments[:, 1].cumsum(0), (1, 0)).to(query.device, torch.int32)
-    longest = int(segments[:, 1].max())
-    seen = (-1 if window is None else window - 1, 0)
-    grouped = query.shape[1] != key.shape[1]
+    lengths = seen_lengths = segments[:, 1]
+    if bool((segments[:, 2] != NO_PARENT).any()):
+        families = [_ancestors(segments, at) for at in range(len(segments))]
+        whole = [torch.arange(start, start + length) for start, length, _ in segments.tolist()]
+        index = torch.cat([whole[member] for family in families for member in family]).to(query.device)
+        key, value = key.index_select(0, index), value.index_select(0, index)
+        seen_lengths = torch.tensor([sum(int(lengths[member]) for member in family) for family in families])
+    ends, seen_ends = (F.pad(part.cumsum(0), (1, 0)).to(query.device, torch.int32) for part in (lengths, seen_lengths))
+    reach = (-1 if window is None else window - 1, 0)
     found = varlen_attn(
-        query, key, value, ends, ends, longest, longest, scale=scaling, window_size=seen, enable_gqa=grouped
+        query,
+        key,
+        value,
+        ends,
+        seen_ends,
+        int(lengths.max()),
+        int(seen_lengths.max()),
+        scale=scaling,
+        window_size=reach,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return cast(Tensor, found).flatten(1)
 

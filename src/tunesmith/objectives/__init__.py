@@ -6,22 +6,32 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tunesmith.objectives.kto import Kto
 from tunesmith.objectives.objective import TargetLogps, TrainingObjective
 from tunesmith.objectives.policy import Grpo, Policy, Rloo
 from tunesmith.objectives.ppo import Ppo
+from tunesmith.objectives.preference import Dpo, Orpo, Pairwise, Preference, SimPo
 from tunesmith.objectives.supervised import Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
-Objective = Annotated[Supervised | Classify | Tag | Regress | Grpo | Rloo | Ppo, Field(discriminator="kind")]
+Objective = Annotated[
+    Supervised | Dpo | SimPo | Orpo | Kto | Grpo | Rloo | Ppo | Classify | Tag | Regress, Field(discriminator="kind")
+]
 
 __all__ = [
     "Classify",
+    "Dpo",
     "Grpo",
+    "Kto",
     "Objective",
+    "Orpo",
+    "Pairwise",
     "Policy",
     "Ppo",
+    "Preference",
     "Regress",
     "Rloo",
+    "SimPo",
     "Supervised",
     "Tag",
     "TargetLogps",

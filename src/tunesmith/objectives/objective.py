@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tunesmith.base import Spec
@@ -40,6 +41,9 @@ class TrainingObjective(Spec):
     loss_measures: ClassVar[bool] = True
     """Whether a loss that rises means that the model gets worse."""
 
+    default_rate: ClassVar[float] = 1.0
+    """Factor on the method's default learning rate."""
+
     def prepare(self, model: nn.Module, window: Sequence[Batch]) -> Sequence[Batch]:
         """Adds what must be known before the step, without gradient, to the batches of an optimizer step."""
         return window
@@ -47,6 +51,15 @@ class TrainingObjective(Spec):
     @abstractmethod
     def target_logps(self, model: nn.Module, batch: Batch) -> TargetLogps:
         """The log-likelihood of every target, for validation and judging."""
+
+    def measured(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What validation adds up over batches, and what it divides it by, term by term.
+
+        By default the negative log-likelihood of the targets, and their number.
+        """
+        logps, chosen = self.target_logps(model, batch)
+        total = -(logps * batch.tensors["target_weights"][chosen]).double().sum()
+        return {"nll": total}, {"nll": torch.tensor(len(chosen), dtype=torch.float64)}
 
     @abstractmethod
     def weights(self, batch: Batch) -> dict[str, Tensor]:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from tunesmith.batch import Batch
 from tunesmith.objectives.logps import token_logps
 from tunesmith.objectives.objective import TargetLogps, TrainingObjective
+from tunesmith.objectives.preference import REFERENCE, which_answer
 from tunesmith.objectives.rewards import Rewards
 
-OLD, REFERENCE, ADVANTAGES = "old_logps", "reference_logps", "advantages"
+OLD, ADVANTAGES = "old_logps", "advantages"
 """Names of the tensors of a batch, fp32 ``[targets]`` each."""
 LEAST_DEVIATION = 1e-4
 """Added to standard deviations that are divided by, as TRL does."""
@@ -106,10 +107,7 @@ class Policy(TrainingObjective):
 
 def answers_of(batch: Batch) -> tuple[Tensor, int]:
     """The answer that each target belongs to, int64 ``[targets]``, counted over the batch; and how many there are."""
-    places = torch.nonzero(batch.tensors["target_weights"] > 0).squeeze(1)
-    starts = batch.segments[:, 0].contiguous().to(places.device)
-    segment = torch.searchsorted(starts, places, right=True) - 1
-    _, which = torch.unique_consecutive(segment, return_inverse=True)
+    which = which_answer(batch)
     return which, 0 if not len(which) else int(which[-1]) + 1
 
 

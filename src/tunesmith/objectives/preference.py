@@ -1,13 +1,14 @@
-"""Objectives over pairs of answers: DPO and its relatives, SimPO, CPO, ORPO.
+"""Objectives over pairs of answers: DPO and its relatives, SimPO, ORPO.
 
 Every row holds a prompt and two answers behind it, the better one first; each answer is a segment of its own, so that
-the prompt is computed once. With a reference the batch carries the log-likelihoods that the model gave both answers
-when this stage began, `reference_logps`.
+the prompt is computed once, forward and backward. With a reference the batch carries the log-likelihood that the model
+gave each target when this stage began, `reference_logps`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -15,20 +16,36 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from tunesmith.batch import Batch
+from tunesmith.batch import NO_PARENT, Batch
 from tunesmith.objectives.logps import token_logps
 from tunesmith.objectives.objective import TargetLogps, TrainingObjective
 
 REFERENCE = "reference_logps"
-"""Name of the tensor with what the reference says of a row's two answers: fp32 ``[2]``, summed over tokens."""
+"""Name of the tensor with what the reference says of each target: fp32 ``[targets]``, in nats."""
+
+
+class Preference(TrainingObjective):
+    """What is common to objectives that learn from better and worse answers."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether batches must carry `reference_logps`."""
+        return False
+
+    def target_logps(self, model: nn.Module, batch: Batch) -> TargetLogps:
+        return token_logps(model, batch)
+
+    def measured(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The loss itself: a preference has no likelihood of its own."""
+        return self.loss(model, batch), self.weights(batch)
 
 
 class Answers(NamedTuple):
-    """What a model says of the answers of a batch, those of a pair beside each other.
+    """What is said of the answers of a batch, those of a pair beside each other.
 
     Attributes:
         sums: fp32 ``[pairs, 2]``: log-likelihood in nats of the better and of the worse answer, over their tokens.
-        lengths: ``[pairs, 2]``: weighted tokens of each.
+        lengths: ``[pairs, 2]``: tokens of each.
     """
 
     sums: Tensor
@@ -40,58 +57,64 @@ class Answers(NamedTuple):
         return self.sums / self.lengths
 
 
-def answers_of_pairs(model: nn.Module, batch: Batch) -> Answers:
-    """The log-likelihoods of both answers of every pair."""
-    logps, chosen = token_logps(model, batch)
-    which = which_answer(batch, chosen)
-    weights = batch.tensors["target_weights"][chosen]
-    count = 0 if not len(chosen) else int(which.max()) + 1
-    sums = torch.zeros(count, device=logps.device).index_add(0, which, logps * weights)
-    lengths = torch.zeros(count, device=logps.device).index_add(0, which, weights)
-    return Answers(sums.view(-1, 2), lengths.view(-1, 2))
+def answers_of_pairs(logps: Tensor, batch: Batch) -> Answers:
+    """Log-likelihoods of both answers of every pair.
+
+    Args:
+        logps: of every target of the batch, fp32 ``[targets]``.
+    """
+    which = which_answer(batch)
+    pairs = _count(which)
+    sums = torch.zeros(2 * pairs, device=logps.device).index_add(0, which, logps)
+    lengths = torch.bincount(which, minlength=2 * pairs).to(logps.dtype)
+    return Answers(sums.view(pairs, 2), lengths.view(pairs, 2))
 
 
-def which_answer(batch: Batch, places: Tensor) -> Tensor:
+def which_answer(batch: Batch) -> Tensor:
     """Number of the answer that each target belongs to, counted over the batch: int64 ``[targets]``."""
+    places = torch.nonzero(batch.tensors["target_weights"] > 0).squeeze(1)
     starts = batch.segments[:, 0].contiguous().to(places.device)
     segment = torch.searchsorted(starts, places, right=True) - 1
     return torch.unique_consecutive(segment, return_inverse=True)[1]
 
 
-class Pairwise(TrainingObjective):
+class Pairwise(Preference):
     """What is common to objectives over pairs."""
 
-    needs_reference: ClassVar[bool] = False
     terms: ClassVar[tuple[str, ...]] = ("pairs",)
-    pairs: ClassVar[bool] = True
-
-    def target_logps(self, model: nn.Module, batch: Batch) -> TargetLogps:
-        """Minus the loss of each pair, at the first target of its better answer."""
-        chosen = torch.nonzero(batch.tensors["target_weights"] > 0).squeeze(1)
-        which = which_answer(batch, chosen)
-        first = torch.cat([chosen[:1], chosen[1:][which[1:] != which[:-1]]])[::2]
-        return TargetLogps(-self.losses(answers_of_pairs(model, batch), batch.tensors.get(REFERENCE)), first)
 
     def weights(self, batch: Batch) -> dict[str, Tensor]:
-        return {"pairs": _pairs(batch)}
+        return {"pairs": number_of_pairs(batch)}
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        found = answers_of_pairs(model, batch)
-        return {"pairs": self.losses(found, batch.tensors.get(REFERENCE)).sum()}
+        found = answers_of_pairs(token_logps(model, batch).logps, batch)
+        return {"pairs": self.losses(found, self.reference(batch)).sum()}
+
+    def reference(self, batch: Batch) -> Answers | None:
+        return answers_of_pairs(batch.tensors[REFERENCE], batch) if self.uses_reference else None
 
     @abstractmethod
-    def losses(self, found: Answers, reference: Tensor | None) -> Tensor:
+    def losses(self, found: Answers, reference: Answers | None) -> Tensor:
         """The loss of each pair, fp32 ``[pairs]``.
 
         Args:
-            reference: fp32 ``[2 * pairs]``, as `Answers.sums` laid flat.
+            reference: the same answers as the reference finds them, for objectives that use it.
         """
 
 
-def _pairs(batch: Batch) -> Tensor:
-    chosen = torch.nonzero(batch.tensors["target_weights"] > 0).squeeze(1)
-    answers = 0 if not len(chosen) else int(which_answer(batch, chosen).max()) + 1
-    return torch.tensor(answers / 2, dtype=torch.float64, device=chosen.device)
+def number_of_pairs(batch: Batch) -> Tensor:
+    """fp64 scalar."""
+    which = which_answer(batch)
+    return torch.tensor(_count(which), dtype=torch.float64, device=which.device)
+
+
+def _count(which: Tensor) -> int:
+    return (int(which[-1]) + 1) // 2 if len(which) else 0
+
+
+def tokens_of_better(batch: Batch) -> Tensor:
+    """How many targets the better answers have: fp64 scalar."""
+    return (which_answer(batch) % 2 == 0).double().sum()
 
 
 class Dpo(Pairwise):
@@ -113,13 +136,19 @@ class Dpo(Pairwise):
     """Divide log-likelihoods by the answers' lengths (Meng et al. 2024, section 2), so that long answers weigh no more;
     `ipo` always does."""
     nll_weight: NonNegativeFloat | None = None
-    """Adds the negative log-likelihood of the better answer a token, times this (RPO, Pang et al. 2024, equation 1),
-    against a falling likelihood of both; 1 for `cpo` unless another is given, else 0."""
+    """Adds this times the negative log-likelihood of the better answers, averaged over their tokens, against a falling
+    likelihood of both (RPO, Pang et al. 2024, equation 1; CPO, equation 3); 1 for `cpo` unless another is given, else
+    0."""
+
+    default_rate: ClassVar[float] = 0.1
+    terms: ClassVar[tuple[str, ...]] = ("pairs", "nll")
 
     @model_validator(mode="after")
     def _fits(self) -> Dpo:
         if self.label_smoothing and self.variant in ("ipo", "hinge"):
             raise ValueError(f"variant {self.variant} knows no label_smoothing")
+        if self.length_normalized and self.variant == "ipo":
+            raise ValueError("variant ipo divides by lengths already: remove length_normalized")
         return self
 
     @property
@@ -132,18 +161,20 @@ class Dpo(Pairwise):
             return self.nll_weight
         return 1.0 if self.variant == "cpo" else 0.0
 
-    def losses(self, found: Answers, reference: Tensor | None) -> Tensor:
-        values = found.sums
-        if self.uses_reference:
-            assert reference is not None
-            values = values - reference.view(-1, 2)
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        return {"pairs": number_of_pairs(batch), "nll": tokens_of_better(batch)}
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        found = answers_of_pairs(token_logps(model, batch).logps, batch)
+        nll = -found.sums[:, 0].sum() * self._nll_weight
+        return {"pairs": self.losses(found, self.reference(batch)).sum(), "nll": nll}
+
+    def losses(self, found: Answers, reference: Answers | None) -> Tensor:
+        """The part that compares both answers."""
+        values = found.sums if reference is None else found.sums - reference.sums
         if self.length_normalized or self.variant == "ipo":
             values = values / found.lengths
-        margin = values[:, 0] - values[:, 1]
-        losses = self._of_margin(margin)
-        if self._nll_weight:
-            losses = losses - self._nll_weight * found.means[:, 0]
-        return losses
+        return self._of_margin(values[:, 0] - values[:, 1])
 
     def _of_margin(self, margin: Tensor) -> Tensor:
         scaled, wrong = self.beta * margin, self.label_smoothing
@@ -167,9 +198,9 @@ class SimPo(Pairwise):
     gamma: NonNegativeFloat = 1.0
     """The margin that is aimed at, in units of the scaled difference; about half of beta in the paper."""
 
-    uses_reference: ClassVar[bool] = False
+    default_rate: ClassVar[float] = 0.1
 
-    def losses(self, found: Answers, reference: Tensor | None) -> Tensor:
+    def losses(self, found: Answers, reference: Answers | None) -> Tensor:
         means = found.means
         return -F.logsigmoid(self.beta * (means[:, 0] - means[:, 1]) - self.gamma)
 
@@ -182,24 +213,57 @@ class Orpo(Pairwise):
     beta: PositiveFloat = 0.1
     """Weight of the odds ratio beside the likelihood (lambda in the paper)."""
 
-    uses_reference: ClassVar[bool] = False
+    likelihood: Literal["answer", "conversation"] = "answer"
+    """Which tokens of the better side are learned: those of the answer, or of the prompt too, as the authors' code and
+    TRL do."""
+
+    default_rate: ClassVar[float] = 0.25
     terms: ClassVar[tuple[str, ...]] = ("nll", "pairs")
 
     def weights(self, batch: Batch) -> dict[str, Tensor]:
-        asked = batch.tensors["target_weights"]
-        chosen = torch.nonzero(asked > 0).squeeze(1)
-        better = which_answer(batch, chosen) % 2 == 0
-        return {"nll": asked[chosen][better].double().sum(), "pairs": _pairs(batch)}
+        learned = tokens_of_better(batch)
+        if self.likelihood == "conversation":
+            learned = learned + len(_prompt_places(batch))
+        return {"nll": learned, "pairs": number_of_pairs(batch)}
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        found = answers_of_pairs(model, batch)
-        return {"nll": -found.sums[:, 0].sum(), "pairs": self.beta * self.odds(found).sum()}
+        logps, prompts = self._logps(model, batch)
+        found = answers_of_pairs(logps, batch)
+        return {"nll": -found.sums[:, 0].sum() - prompts.sum(), "pairs": self.losses(found, None).sum()}
 
-    def losses(self, found: Answers, reference: Tensor | None) -> Tensor:
-        return -found.means[:, 0] + self.beta * self.odds(found)
+    def _logps(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-likelihoods of the answers' targets, and of the prompts' tokens where they are learned."""
+        if self.likelihood == "answer":
+            return token_logps(model, batch).logps, torch.zeros(())
+        asked = batch.tensors["target_weights"]
+        with_prompts = asked.index_fill(0, _prompt_places(batch), 1.0)
+        both = replace(batch, tensors={**batch.tensors, "target_weights": with_prompts})
+        logps, places = token_logps(model, both)
+        answers = asked[places] > 0
+        return logps[answers], logps[~answers]
+
+    def losses(self, found: Answers, reference: Answers | None) -> Tensor:
+        """The part that compares both answers."""
+        return self.beta * self.odds(found)
 
     def odds(self, found: Answers) -> Tensor:
         """-log sigmoid of the log odds ratio, ``[pairs]``; odds are p / (1 - p) of the mean token."""
         means = found.means.clamp_max(-1e-7)  # a likelihood of 1 has no odds
         log_odds = means - torch.log1p(-means.exp())
         return -F.logsigmoid(log_odds[:, 0] - log_odds[:, 1])
+
+
+def _prompt_places(batch: Batch) -> Tensor:
+    """Places of the tokens before each better answer, but for the first of a row, which follows nothing: ``[n]``."""
+    asked = batch.tensors["target_weights"] > 0
+    places = torch.nonzero(asked).squeeze(1)
+    which, segments = which_answer(batch), batch.segments.tolist()
+    found = [torch.zeros(0, dtype=torch.long)]
+    for number in range(0, 2 * _count(which), 2):
+        first = int(places[which == number][0])
+        at = int(torch.searchsorted(batch.segments[:, 0].contiguous(), first, right=True)) - 1
+        family = [torch.arange(segments[at][0], first)]
+        while (at := segments[at][2]) != NO_PARENT:
+            family.insert(0, torch.arange(segments[at][0], segments[at][0] + segments[at][1]))
+        found.append(torch.cat(family)[1:])
+    return torch.cat(found).to(asked.device)

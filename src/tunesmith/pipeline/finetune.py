@@ -24,6 +24,7 @@ from tunesmith.pipeline.features import with_features
 from tunesmith.pipeline.lineage import LINEAGE, MANIFEST, describe_lineage, write_manifest
 from tunesmith.pipeline.planning import Planned, plan_job
 from tunesmith.pipeline.proof import Proof, stored_evaluation, write_page, written_report
+from tunesmith.pipeline.reference import with_reference
 from tunesmith.pipeline.reproduce import REPRODUCE, reproduce_script
 from tunesmith.pipeline.resuming import refuse_another_recipe, resumed_plan
 from tunesmith.pipeline.room import refuse_too_little_room
@@ -131,6 +132,7 @@ def _execute(
             teach_tokens(model, dict(zip(recipe.model.add_tokens, cast(list[int], ids), strict=True)))
         planned = planned.with_plan(_with_verified_packing(planned, model))
         planned = with_features(planned, model, watcher.progress)
+        planned = with_reference(planned, model, watcher.progress)
         proof = None if recipe.evaluate == "off" else Proof(planned, recipe.evaluate)
         run = existing or _opened(planned, parent, watcher)
         watcher.plan(planned.plan)

@@ -15,15 +15,16 @@ from tunesmith.data.presets import PRESETS
 from tunesmith.data.read import STANDARD_INPUT
 from tunesmith.data.render import Renderer
 from tunesmith.data.render_labelled import LabelRenderer
+from tunesmith.data.render_pairs import PairRenderer
 from tunesmith.data.render_prompts import PromptRenderer
 from tunesmith.data.sources import readings, source_specs
-from tunesmith.evaluation.compare import choose_metrics
+from tunesmith.evaluation.compare import MARGIN, PREFERENCE_ACCURACY, choose_metrics
 from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
 from tunesmith.models.load import load_tokenizer, locate_model, read_config, read_plain_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
-from tunesmith.objectives import Policy, TaskObjective, TrainingObjective
+from tunesmith.objectives import Pairwise, Policy, Preference, TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
 from tunesmith.pipeline.policy import (
     policy_metrics,
@@ -33,6 +34,7 @@ from tunesmith.pipeline.policy import (
     refuse_unfit_recipe,
     refuse_unfit_rows,
 )
+from tunesmith.pipeline.preference_rows import preference_renderer, with_partners
 from tunesmith.pipeline.rewards import Scorer
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
@@ -62,7 +64,7 @@ class Planned:
     config: PreTrainedConfig
     hardware: Hardware
     tokenizer: PreTrainedTokenizerBase | None
-    renderer: Renderer | LabelRenderer | PromptRenderer | None
+    renderer: Renderer | LabelRenderer | PairRenderer | PromptRenderer | None
     prepared: Prepared | None
     objective: TrainingObjective
     head_is_new: bool = False
@@ -100,6 +102,8 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         if isinstance(objective, Policy):
             refuse_unfit_recipe(recipe, objective)
             renderer = prompt_renderer(recipe.data, tokenizer, stop_ids)
+        elif isinstance(objective, Preference):
+            renderer = preference_renderer(objective, recipe.data, tokenizer, stop_ids)
         else:
             renderer = Renderer.of(recipe.data, tokenizer, stop_ids)
     prepared = prepare(
@@ -114,6 +118,8 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     if isinstance(objective, TaskObjective):
         prepared, objective = with_labels(prepared, objective)
         model = meta_model(config, location, objective.task_head())
+    if isinstance(objective, Preference):
+        prepared = with_partners(prepared, objective, limit)
     teach_tokens(model, added)
     if isinstance(objective, Policy):
         refuse_unfit_rows(prepared, recipe, objective, limit)
@@ -290,7 +296,10 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
         return Judged(*policy_metrics(recipe), count, 0, limit=objective.max_new_tokens)
     rows = prepared.test or prepared.train
     references = [row.row.references[0] for row in rows if row.row.messages]
-    metrics, why = choose_metrics(_asked(recipe), references)
+    asked = _asked(recipe)
+    if isinstance(objective, Preference) and asked == "auto":
+        asked = [PREFERENCE_ACCURACY, MARGIN] if isinstance(objective, Pairwise) else [MARGIN]
+    metrics, why = choose_metrics(asked, references)
     gated = [name for name in recipe.gate if name not in (*metrics, "forgetting")]
     if gated:
         try:

@@ -13,7 +13,7 @@ from torch import nn
 
 from tunesmith.base import InputError, Progress
 from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row_nlls
-from tunesmith.evaluation.compare import best_and_worst, compare_forgetting, compare_metrics, judgement
+from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_forgetting, compare_metrics, judgement
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
 from tunesmith.evaluation.labels import judge_constant, judge_labels
 from tunesmith.models.measure import position_limit
@@ -45,7 +45,7 @@ class Proof:
             batch_size=spec.batch_size,
             stop_ids=frozenset(planned.prepared.stop_ids),
             packed=planned.plan.packing,
-            generates=any(name != "perplexity" for name in planned.plan.metrics),
+            generates=any(name not in LIKELIHOODS for name in planned.plan.metrics),
         )
 
     def evaluate(self, model: nn.Module, progress: Progress) -> Evaluation:

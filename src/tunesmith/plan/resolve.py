@@ -120,8 +120,8 @@ def resolve(
         learning_rate=decided.settle(
             "train.learning_rate",
             recipe.train.learning_rate,
-            recipe.method.default_learning_rate,
-            f"the default for method {recipe.method.kind}",
+            recipe.method.default_learning_rate * recipe.objective.default_rate,
+            _rate_reason(recipe),
         ),
         evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every,
@@ -403,3 +403,9 @@ def _duration(recipe: Recipe, adapted: nn.Module, shape: Shape, given: _Time) ->
         flops=float(flops),
         flops_per_second=rate,
     )
+
+
+def _rate_reason(recipe: Recipe) -> str:
+    factor = recipe.objective.default_rate
+    less = "" if factor == 1 else f", times {factor:g} for objective {recipe.objective.kind}"
+    return f"the default for method {recipe.method.kind}{less}"

@@ -88,6 +88,6 @@ class StepBatches:
 
 
 def _filler(batch: Batch) -> Batch:
-    kept = {name: tensor[:0] if batch.scopes[name] == "target" else tensor for name, tensor in batch.tensors.items()}
+    kept = {name: tensor if batch.scopes[name] == "token" else tensor[:0] for name, tensor in batch.tensors.items()}
     weights = torch.zeros_like(batch.tensors["target_weights"])
     return replace(batch, tensors={**kept, "target_weights": weights}, filler=True)

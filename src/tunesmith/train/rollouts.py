@@ -21,8 +21,9 @@ from tunesmith.data.stored import RenderedRows
 from tunesmith.engine.generate import Generation, Sampling, generate
 from tunesmith.objectives import Policy
 from tunesmith.objectives.logps import token_logps
-from tunesmith.objectives.policy import OLD, REFERENCE, Rollout
+from tunesmith.objectives.policy import OLD, Rollout
 from tunesmith.objectives.ppo import logps_and_values
+from tunesmith.objectives.preference import REFERENCE
 from tunesmith.recipe import Plan
 from tunesmith.train.loop import Emit
 from tunesmith.train.parallel import rank, summed, world_size

@@ -1,0 +1,34 @@
+"""Rows of preferences: their renderer, and what an objective over single answers puts beside them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from tunesmith.data.prepare import Prepared
+from tunesmith.data.render import Renderer
+from tunesmith.data.render_pairs import AnswerRenderer, PairRenderer, refuse_settings_of_imitation
+from tunesmith.data.spec import DataSpec
+from tunesmith.objectives import Pairwise, Preference
+
+
+def preference_renderer(
+    objective: Preference, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]
+) -> PairRenderer:
+    """The renderer of a recipe's `data` section for an objective over preferences.
+
+    Raises:
+        InputError: for settings that only answers to imitate have.
+    """
+    refuse_settings_of_imitation(spec)
+    single = Renderer.of(spec.model_copy(update={"train_on": "last-answer"}), tokenizer, stop_ids)
+    return PairRenderer(single) if isinstance(objective, Pairwise) else AnswerRenderer(single)
+
+
+def with_partners(prepared: Prepared, objective: Preference, limit: int) -> Prepared:
+    """Rows of single answers with the answers of other rows behind their prompts, from which a baseline is measured."""
+    if isinstance(objective, Pairwise):
+        return prepared
+    parts = {name: getattr(prepared, name) for name in ("train", "validation")}
+    return replace(prepared, **{name: rows.with_partners(limit) for name, rows in parts.items() if len(rows)})
