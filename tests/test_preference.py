@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from tests.conftest import WORDS, colour_rows, write_jsonl
 
 from tunesmith.base import InputError
 from tunesmith.batch import pack
-from tunesmith.models.load import load_model
-from tunesmith.objectives import Dpo, Kto, Orpo, SimPo, TrainingObjective
+from tunesmith.models.attention import as_transformers_runs_it
+from tunesmith.models.load import Loading, load_judge, load_model
+from tunesmith.objectives import Dpo, Kto, Orpo, Reward, SimPo, TrainingObjective
 from tunesmith.objectives.logps import token_logps
 from tunesmith.objectives.preference import REFERENCE
 from tunesmith.pipeline.finetune import finetune
@@ -235,3 +237,46 @@ def test_an_answer_that_is_too_long_is_cut_and_the_prompt_never(tiny_model: Path
     assert planned.prepared is not None
     assert all(item.example.reach <= 60 for item in planned.prepared.train)
     assert json.dumps(planned.prepared.manifest())
+
+
+def test_a_reward_model_tells_better_answers_and_is_saved_as_one_number(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    objective = {"kind": "reward", "centering": 0.01}
+    settings = {"steps": 30, "batch_size": 8, "learning_rate": 5e-3, "dtype": "fp32"}
+    run = finetune(recipe(tiny_model, pairs_file, tmp_path / "run", objective, train=settings))
+    report = run.report
+    assert report is not None
+    accuracy, margin, calibration, *_ = report["metrics"]
+    assert accuracy["base"] == 0.5 and accuracy["low"] > 0 and accuracy["tuned"] > 0.8
+    assert margin["base"] == 0 and margin["tuned"] > 0
+    assert calibration["name"] == "calibration_error"
+    head = json.loads((run.path / "adapter" / "head_config.json").read_text())
+    assert head["labels"] == ["reward"] and head["problem"] == "regression" and head["asks"] == "conversation"
+
+
+def test_a_reward_reads_the_end_of_each_answer_like_a_row_by_itself(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    planned = plan_job(recipe(tiny_model, pairs_file, tmp_path / "run", "reward"))
+    assert planned.prepared is not None and planned.judges is not None
+    how = Loading(torch.float32, torch.device("cpu"))
+    model, _, new = load_judge(str(tiny_model), planned.judges.task_head(), how)
+    assert new
+    model.eval()
+    items = [planned.prepared.train[at] for at in range(4)]
+    shared = planned.judges.outputs(model, pack([item.example for item in items]))
+    padded = planned.judges.outputs(model, pack([item.example for item in items], "padded"))
+    torch.testing.assert_close(shared, padded, rtol=1e-4, atol=1e-6)
+    for at, item in enumerate(items):
+        whole = item.example.token_ids[: int(item.example.own_segments()[2, 0])]
+        with as_transformers_runs_it(model):
+            expected = model(input_ids=whole[None]).logits[0]
+        torch.testing.assert_close(shared[2 * at], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_rewards_loss_is_that_of_its_definition() -> None:
+    outputs = torch.tensor([[1.5], [0.2], [-1.0], [0.5]])
+    found = Reward(margin=0.3, centering=0.1).losses(outputs, torch.zeros(4))
+    expected = [math.log(1 + math.exp(-(b - w - 0.3))) + 0.1 * (b + w) ** 2 for b, w in ((1.5, 0.2), (-1.0, 0.5))]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)

@@ -15,7 +15,21 @@ from task_rows import build_trunk, tag_rows
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, QLora
-from tunesmith.objectives import Classify, Grpo, Policy, Ppo, Regress, Rloo, Supervised, Tag
+from tunesmith.objectives import (
+    Classify,
+    Dpo,
+    Grpo,
+    Kto,
+    Orpo,
+    Policy,
+    Ppo,
+    Regress,
+    Reward,
+    Rloo,
+    SimPo,
+    Supervised,
+    Tag,
+)
 from tunesmith.objectives.rewards import (
     ExactReward,
     FunctionReward,
@@ -53,6 +67,13 @@ def judging(kind: str, rows: str, **settings: Any) -> dict[str, Any]:
     return {**JUDGED, **objective, "model": {"path": "TRUNK"}, "data": {"train": rows}}
 
 
+def preferring(kind: str, **settings: Any) -> dict[str, Any]:
+    """A job over preferences."""
+    rows = "UNPAIRED" if kind == "kto" else "PAIRS"
+    return {**JUDGED, "objective": {"kind": kind, **settings}, "data": {"train": rows}}
+
+
+DPO = preferring("dpo")
 LABELS, NUMBERS, TAGS = judging("classify", "LABELS"), judging("regress", "NUMBERS"), judging("tag", "TAGS")
 
 
@@ -207,6 +228,27 @@ CHANGES: dict[str, Any] = {
     "method[head].solver": ({**LABELS, **HEAD}, {**LABELS, "method": {"kind": "head", "solver": "gradient"}}),
     "objective.kind": ({}, REFUSED),
     "objective.label_smoothing": ({}, {"objective": {"kind": "sft", "label_smoothing": 0.2}}),
+    "objective[dpo].kind": (DPO, preferring("simpo")),
+    "objective[dpo].variant": (DPO, preferring("dpo", variant="ipo")),
+    "objective[dpo].beta": (DPO, preferring("dpo", beta=0.5)),
+    "objective[dpo].label_smoothing": (DPO, preferring("dpo", label_smoothing=0.2)),
+    "objective[dpo].length_normalized": (DPO, preferring("dpo", length_normalized=True)),
+    "objective[dpo].nll_weight": (DPO, preferring("dpo", nll_weight=0.5)),
+    "objective[simpo].kind": (preferring("simpo"), DPO),
+    "objective[simpo].beta": (preferring("simpo"), preferring("simpo", beta=3)),
+    "objective[simpo].gamma": (preferring("simpo"), preferring("simpo", gamma=0.3)),
+    "objective[orpo].kind": (preferring("orpo"), DPO),
+    "objective[orpo].beta": (preferring("orpo"), preferring("orpo", beta=0.5)),
+    "objective[orpo].likelihood": (preferring("orpo"), preferring("orpo", likelihood="conversation")),
+    "objective[kto].kind": (DPO, preferring("kto")),
+    "objective[kto].beta": (preferring("kto"), preferring("kto", beta=0.5)),
+    "objective[kto].desirable_weight": (preferring("kto"), preferring("kto", desirable_weight=3)),
+    "objective[kto].undesirable_weight": (preferring("kto"), preferring("kto", undesirable_weight=3)),
+    "objective[reward].kind": (DPO, preferring("reward")),
+    "objective[reward].margin": (preferring("reward"), preferring("reward", margin=1)),
+    "objective[reward].centering": (preferring("reward"), preferring("reward", centering=1)),
+    "objective[reward].head_rate": (preferring("reward"), preferring("reward", head_rate=3)),
+    "objective[reward].layer": (preferring("reward"), preferring("reward", layer=1)),
     "objective[classify].kind": (NUMBERS, judging("classify", "NUMBERS")),
     "objective[classify].labels": (LABELS, judging("classify", "LABELS", labels=["no", "maybe", "yes"])),
     "objective[classify].multi_label": (LABELS, judging("classify", "LABELS", multi_label=True)),
@@ -363,6 +405,11 @@ def schema_fields() -> set[str]:
         "objective[tag]": [Tag],
         "objective[regress]": [Regress],
         "objective": [Supervised],
+        "objective[dpo]": [Dpo],
+        "objective[simpo]": [SimPo],
+        "objective[orpo]": [Orpo],
+        "objective[kto]": [Kto],
+        "objective[reward]": [Reward],
         "objective[grpo]": [Grpo],
         "objective[rloo]": [Rloo],
         "objective[ppo]": [Ppo],
@@ -423,6 +470,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "LABELS": write_jsonl(root / "labels.jsonl", labels),
         "NUMBERS": write_jsonl(root / "numbers.jsonl", numbers),
         "TAGS": write_jsonl(root / "tags.jsonl", tag_rows(36)),
+        "PAIRS": write_jsonl(root / "pairs.jsonl", [_pair(row) for row in rows]),
+        "UNPAIRED": write_jsonl(
+            root / "unpaired.jsonl", [{**row, "label": at % 2 == 0} for at, row in enumerate(rows)]
+        ),
         "GENERAL": general,
         "MINE": Path(f"{_function(root / 'mine.py', 'e')}:score"),
         "OURS": Path(f"{_function(root / 'ours.py', 'o')}:score"),
@@ -433,6 +484,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _function(path: Path, letter: str) -> Path:
     path.write_text(f"def score(prompt, answer, references):\n    return answer.count({letter!r}) + len(answer) / 9\n")
     return path
+
+
+def _pair(row: dict[str, str]) -> dict[str, str]:
+    return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"{row['completion'].lower()} no"}
 
 
 def fingerprint(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:

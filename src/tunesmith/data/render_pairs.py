@@ -67,6 +67,21 @@ class PairRenderer:
         return [_pair(*both) for both in zip(rows, better, worse, strict=True)]
 
 
+class RewardRenderer(PairRenderer):
+    """Renders pairs of which a number is read at the last token of each answer."""
+
+    def render_many(self, rows: Sequence[Row]) -> list[Rendered | BadRow]:
+        return [item if isinstance(item, BadRow) else _read_at_ends(item) for item in super().render_many(rows)]
+
+
+def _read_at_ends(item: Rendered) -> Rendered:
+    example = item.example
+    assert example.segments is not None
+    weights = torch.zeros(len(example))
+    weights[[start + length - 1 for start, length, _ in example.segments[1:].tolist()]] = 1.0
+    return replace(item, example=replace(example, tensors={"target_weights": weights}))
+
+
 class AnswerRenderer(PairRenderer):
     """Renders single answers of which it is known whether they are good."""
 

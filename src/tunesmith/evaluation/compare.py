@@ -9,11 +9,22 @@ from typing import Any, Literal
 
 from tunesmith.base import InputError
 from tunesmith.evaluation.answers import Judged
-from tunesmith.metrics import METRICS, RowStatistics, mean_rows, metric, paired_bootstrap, perplexity_rows
+from tunesmith.metrics import (
+    METRICS,
+    RowStatistics,
+    calibration_rows,
+    mean_rows,
+    metric,
+    paired_bootstrap,
+    perplexity_rows,
+)
 from tunesmith.recipe import EvaluateSpec
 
 PERPLEXITY, PREFERENCE_ACCURACY, MARGIN = "perplexity", "preference_accuracy", "margin"
-LIKELIHOODS = {PERPLEXITY: "lower", PREFERENCE_ACCURACY: "higher", MARGIN: "higher"}
+CALIBRATION_ERROR = "calibration_error"
+COMPARED = {PREFERENCE_ACCURACY: "higher", MARGIN: "higher", CALIBRATION_ERROR: "lower"}
+"""Metrics of how two answers compare, and which way they improve."""
+LIKELIHOODS = {PERPLEXITY: "lower", **COMPARED}
 """Metrics of what the model finds likely, not of what it writes, and which way they improve."""
 REWARD = "reward"
 """Mean of what answers are worth by the recipe's own rewards."""
@@ -76,10 +87,12 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
     if name == REWARD:
         rewards = [row.reward for row in judged if row.reward is not None]
         return mean_rows(rewards) if rewards else None
-    if name in (PREFERENCE_ACCURACY, MARGIN):
+    if name in COMPARED:
         margins = [row.margin for row in judged if row.margin is not None]
         if name == PREFERENCE_ACCURACY:
-            margins = [float(margin > 0) for margin in margins]
+            margins = [float(margin > 0) + 0.5 * (margin == 0) for margin in margins]
+        if name == CALIBRATION_ERROR:
+            return calibration_rows(margins) if margins else None
         return mean_rows(margins) if margins else None
     answered = [row for row in judged if row.answer is not None]
     if not answered:
@@ -134,7 +147,7 @@ def compare_metrics(
 def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tuple[list[tuple[Judged, Judged]], int]:
     """The rows on which both can be measured, and on how many only the tuned model fails."""
     pairs = list(zip(base, tuned, strict=True))
-    if name in (PREFERENCE_ACCURACY, MARGIN):
+    if name in COMPARED:
         return [(b, t) for b, t in pairs if None not in (b.margin, t.margin)], sum(
             t.margin is None for b, t in pairs if b.margin is not None
         )
@@ -274,7 +287,7 @@ def best_and_worst(
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows where the tuned model gained most, and those where it lost most, by the deciding metric."""
     written = any(row.answer is not None for row in tuned)
-    scored_name = name if written or name in (PREFERENCE_ACCURACY, MARGIN) else PERPLEXITY
+    scored_name = name if written or name in COMPARED else PERPLEXITY
     pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if scored_name in LIKELIHOODS or t.answer is not None]
     if scored_name in LIKELIHOODS:
         pairs = [(b, t) for b, t in _comparable(scored_name, base, tuned)[0] if t.targets]

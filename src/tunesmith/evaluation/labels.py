@@ -73,4 +73,5 @@ def _judged(objective: TaskObjective, row: Rendered, outputs: Tensor) -> Judged:
         finish_reason=None,
         nll=nll if nll - nll == 0.0 else None,
         targets=targets,
+        margin=objective.margin_of(outputs),
     )

@@ -3,7 +3,7 @@
 from tunesmith.base import InputError, nearest
 from tunesmith.metrics.intervals import Estimate, Interval, bootstrap, paired_bootstrap
 from tunesmith.metrics.labels import BETWEEN, LABEL_METRICS
-from tunesmith.metrics.statistics import RowStatistics, mean_rows
+from tunesmith.metrics.statistics import RowStatistics, calibration_rows, mean_rows
 from tunesmith.metrics.text import TEXT_METRICS, Metric, perplexity_rows
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Metric",
     "RowStatistics",
     "bootstrap",
+    "calibration_rows",
     "mean_rows",
     "metric",
     "paired_bootstrap",

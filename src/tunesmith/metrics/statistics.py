@@ -62,3 +62,23 @@ def mean_rows(scores: ArrayLike) -> RowStatistics:
 
 def _mean(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return sums[..., 1] / sums[..., 0]
+
+
+BINS = 10
+
+
+def calibration_rows(margins: ArrayLike) -> RowStatistics:
+    """Expected calibration error of the better answer's probability, sigmoid(margin), in ten equal bins of confidence
+    (Guo et al. 2017, equation 3).
+
+    Args:
+        margins: ``[n]``, in nats: by how much the better answer of each pair is found better.
+    """
+    given = np.asarray(margins, dtype=np.float64)
+    confidence = 1 / (1 + np.exp(-np.abs(given)))
+    right = (given > 0) + 0.5 * (given == 0)
+    which = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    values = np.zeros((len(given), 1 + BINS))
+    values[:, 0] = 1.0
+    values[np.arange(len(given)), 1 + which] = confidence - right
+    return RowStatistics(values, lambda sums: np.abs(sums[..., 1:]).sum(axis=-1) / sums[..., 0])

@@ -150,7 +150,7 @@ def layout_of(rows: Rows, tokens: int, heads: int, key_heads: int, device: torch
 
 
 def _before(first: Tensor, lines: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Tokens of the ancestors of rows, ``[rows, longest line]``, shorter lines at the end; and which of them are none."""
+    """Tokens of the ancestors of rows, ``[rows, longest line]``, shorter lines at the end; and which are none."""
     longest = max(len(line) for line in lines)
     tokens, hidden = first[:, None].repeat(1, longest), torch.ones(len(lines), longest, dtype=torch.bool)
     for row, line in enumerate(lines):

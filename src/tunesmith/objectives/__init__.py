@@ -11,11 +11,13 @@ from tunesmith.objectives.objective import TargetLogps, TrainingObjective
 from tunesmith.objectives.policy import Grpo, Policy, Rloo
 from tunesmith.objectives.ppo import Ppo
 from tunesmith.objectives.preference import Dpo, Orpo, Pairwise, Preference, SimPo
+from tunesmith.objectives.reward import Reward
 from tunesmith.objectives.supervised import Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
 Objective = Annotated[
-    Supervised | Dpo | SimPo | Orpo | Kto | Grpo | Rloo | Ppo | Classify | Tag | Regress, Field(discriminator="kind")
+    Supervised | Dpo | SimPo | Orpo | Kto | Reward | Grpo | Rloo | Ppo | Classify | Tag | Regress,
+    Field(discriminator="kind"),
 ]
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Ppo",
     "Preference",
     "Regress",
+    "Reward",
     "Rloo",
     "SimPo",
     "Supervised",

@@ -100,12 +100,16 @@ class TaskObjective(TrainingObjective):
     def baseline(self, answers: Iterable[Sequence[str]]) -> Tensor:
         """Constant outputs ``[labels]`` that are best without looking at a row: what a new head is compared with."""
 
+    def margin_of(self, outputs: Tensor) -> float | None:
+        """By how much one answer of a row is better than the other; None where nothing is compared."""
+        return None
+
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """What the head reads for every target of the batch, ``[targets, width]``."""
         if self.words:
-            return token_features(model, batch, _targets(batch), self.task_head())
+            return token_features(model, batch, places_of_targets(batch), self.task_head())
         found = row_features(model, batch, self.task_head())
-        return found[: len(_targets(batch))]  # a batch that only fills up has rows and no targets
+        return found[: len(places_of_targets(batch))]  # a batch that only fills up has rows and no targets
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """What the head gives for every target, fp32 ``[targets, labels]``."""
@@ -113,7 +117,7 @@ class TaskObjective(TrainingObjective):
         return outputs_of(model, self.features(model, batch) if found is None else found)
 
     def target_logps(self, model: nn.Module, batch: Batch) -> TargetLogps:
-        return TargetLogps(-self.losses(self.outputs(model, batch), batch.tensors["labels"]), _targets(batch))
+        return TargetLogps(-self.losses(self.outputs(model, batch), batch.tensors["labels"]), places_of_targets(batch))
 
     @abstractmethod
     def losses(self, outputs: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
@@ -134,7 +138,8 @@ class TaskObjective(TrainingObjective):
         return {"nll": (losses * asked[asked > 0] * self.importance(labels)).sum()}
 
 
-def _targets(batch: Batch) -> Tensor:
+def places_of_targets(batch: Batch) -> Tensor:
+    """Where outputs are read: int64 ``[targets]``."""
     return torch.nonzero(batch.tensors["target_weights"] > 0).squeeze(1)
 
 

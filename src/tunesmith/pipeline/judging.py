@@ -15,10 +15,11 @@ from tunesmith.data.render import Rendered, Renderer
 from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import RenderedRows
+from tunesmith.evaluation.compare import COMPARED
 from tunesmith.evaluation.labels import answers_of
 from tunesmith.metrics import metric
 from tunesmith.models.task_head import looks_back_only
-from tunesmith.objectives import Classify, Regress, TaskObjective
+from tunesmith.objectives import Classify, Regress, Reward, TaskObjective
 from tunesmith.recipe import Recipe
 
 OWN_TEXT = ("auto", "plain")
@@ -113,6 +114,8 @@ def chosen_metrics(recipe: Recipe, objective: TaskObjective) -> tuple[list[str],
         for name in wanted:
             if name == "perplexity":
                 raise InputError("a model that judges writes no text to be surprised by", where=place, fix="remove it")
+            if name in COMPARED and isinstance(objective, Reward):
+                continue
             try:
                 metric(name)
             except InputError as error:

@@ -24,7 +24,7 @@ from tunesmith.models.load import load_tokenizer, locate_model, read_config, rea
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
-from tunesmith.objectives import Pairwise, Policy, Preference, TaskObjective, TrainingObjective
+from tunesmith.objectives import Pairwise, Policy, Preference, Reward, TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
 from tunesmith.pipeline.policy import (
     policy_metrics,
@@ -34,7 +34,7 @@ from tunesmith.pipeline.policy import (
     refuse_unfit_recipe,
     refuse_unfit_rows,
 )
-from tunesmith.pipeline.preference_rows import preference_renderer, with_partners
+from tunesmith.pipeline.preference_rows import preference_renderer, refuse_encoder, with_partners
 from tunesmith.pipeline.rewards import Scorer
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
@@ -94,7 +94,12 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         refuse_settings_of_writing(recipe, int(config.get_text_config().num_hidden_layers))
         tokenizer = load_tokenizer(location, recipe.model.revision, config, writes=False)
         added = add_tokens(tokenizer, recipe.model.add_tokens)
-        renderer = label_renderer(objective, recipe.data, tokenizer, model, _stop_ids(tokenizer, config, location))
+        stop_ids = _stop_ids(tokenizer, config, location)
+        if isinstance(objective, Reward):
+            refuse_encoder(model)
+            renderer = preference_renderer(objective, recipe.data, tokenizer, stop_ids)
+        else:
+            renderer = label_renderer(objective, recipe.data, tokenizer, model, stop_ids)
     else:
         tokenizer = load_tokenizer(location, recipe.model.revision, config)
         added = add_tokens(tokenizer, recipe.model.add_tokens)

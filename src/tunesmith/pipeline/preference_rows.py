@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.base import InputError
 from tunesmith.data.prepare import Prepared
 from tunesmith.data.render import Renderer
-from tunesmith.data.render_pairs import AnswerRenderer, PairRenderer, refuse_settings_of_imitation
+from tunesmith.data.render_pairs import AnswerRenderer, PairRenderer, RewardRenderer, refuse_settings_of_imitation
 from tunesmith.data.spec import DataSpec
-from tunesmith.objectives import Pairwise, Preference
+from tunesmith.models.task_head import looks_back_only
+from tunesmith.objectives import Pairwise, Preference, Reward
 
 
 def preference_renderer(
-    objective: Preference, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]
+    objective: Preference | Reward, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids: set[int]
 ) -> PairRenderer:
     """The renderer of a recipe's `data` section for an objective over preferences.
 
@@ -23,7 +26,19 @@ def preference_renderer(
     """
     refuse_settings_of_imitation(spec)
     single = Renderer.of(spec.model_copy(update={"train_on": "last-answer"}), tokenizer, stop_ids)
+    if isinstance(objective, Reward):
+        return RewardRenderer(single)
     return PairRenderer(single) if isinstance(objective, Pairwise) else AnswerRenderer(single)
+
+
+def refuse_encoder(trunk: nn.Module) -> None:
+    """Raises InputError for a model in which a prompt sees the answers behind it."""
+    if not looks_back_only(trunk):
+        raise InputError(
+            "a reward is read behind an answer, and tokens of this model see what follows them",
+            where="objective.kind",
+            fix="use a causal language model",
+        )
 
 
 def with_partners(prepared: Prepared, objective: Preference, limit: int) -> Prepared:

@@ -14,7 +14,7 @@ from tunesmith.base import Progress
 from tunesmith.data.stored import RenderedRows
 from tunesmith.methods import HeadOnly
 from tunesmith.models.task_head import HEADS, head_modules
-from tunesmith.objectives import Classify, Regress, TaskObjective
+from tunesmith.objectives import Classify, Regress, Reward, TaskObjective
 from tunesmith.objectives.task import FEATURES
 from tunesmith.pipeline.planning import Planned
 
@@ -44,7 +44,11 @@ def obstacle(planned: Planned, model: nn.Module) -> str | None:
     method, objective = planned.recipe.method, planned.judges
     if not isinstance(method, HeadOnly) or method.solver != "auto":
         return "it was not asked for"
-    if objective is None or (isinstance(objective, Classify) and objective.multi_label):
+    if (
+        objective is None
+        or isinstance(objective, Reward)
+        or (isinstance(objective, Classify) and objective.multi_label)
+    ):
         return "the loss is none that a solver for labels or numbers minimises"
     if getattr(objective, "label_smoothing", 0.0):
         return "labels are smoothed"
