@@ -8,17 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from conftest import write_jsonl
 from tunesmith.base import InputError, Source
+from tunesmith.batch import pack
 from tunesmith.data.row import Row
 from tunesmith.methods import Full, Lora
 from tunesmith.metrics.verifiers import has_keys, has_number, is_exact, last_number
-from tunesmith.objectives import Grpo
+from tunesmith.objectives import Grpo, Reward
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.pipeline.labeller import Labeller
 from tunesmith.pipeline.loaded import load, load_labeller
+from tunesmith.pipeline.planning import plan_job
 from tunesmith.pipeline.rewards import Scorer
 from tunesmith.recipe_file import check_recipe
 
@@ -218,3 +221,29 @@ def test_weights_that_are_trained_are_not_shared(reward_run: Path, tiny_model: P
 def test_a_model_that_gives_no_number_is_no_reward_model(tiny_model: Path) -> None:
     with pytest.raises(InputError, match="gives no single number"):
         scorer({"kind": "model", "path": str(tiny_model)})
+
+
+def test_a_reward_model_of_preferences_says_what_it_was_trained_to_say(tiny_model: Path, tmp_path: Path) -> None:
+    """The number of an answer is read where training read it: at its last token, behind the prompt's conversation."""
+    pairs = [{"prompt": f"Say {at}", "chosen": f"YES {at}", "rejected": f"no {at}"} for at in range(40)]
+    values = {
+        "model": str(tiny_model),
+        "data": {"train": str(write_jsonl(tmp_path / "pairs.jsonl", pairs))},
+        "method": {"kind": "lora", "rank": 2},
+        "objective": "reward",
+        "train": {"steps": 3, "batch_size": 4, "learning_rate": 0.02, "dtype": "fp32"},
+        "evaluate": "off",
+        "output": str(tmp_path / "run"),
+    }
+    recipe = check_recipe(values, "test")
+    run = finetune(recipe)
+    scores = Scorer.of(Grpo(reward=[{"kind": "model", "path": str(run.path)}]).reward, "fp32")
+    planned = plan_job(recipe)
+    assert planned.prepared is not None and isinstance(planned.objective, Reward)
+    item = planned.prepared.train[0]
+    found = scores([item.row, item.row], [item.row.messages[-1]["content"], item.row.rejected[-1]["content"]])
+    labeller = load_labeller(str(run.path), dtype="fp32")
+    assert labeller is not None
+    with torch.no_grad():
+        expected = planned.objective.outputs(labeller.model.eval(), pack([item.example]))[:, 0]
+    assert found == pytest.approx(expected.tolist(), rel=1e-4) and found[0] != found[1]
