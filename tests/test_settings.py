@@ -17,6 +17,7 @@ from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, QLora
 from tunesmith.objectives import (
     Classify,
+    Distill,
     Dpo,
     Grpo,
     Kto,
@@ -82,6 +83,11 @@ def drawing(kind: str = "grpo", reward: Any = None, **settings: Any) -> dict[str
     reward = {"kind": "function", "path": "MINE"} if reward is None else reward
     sizes = {"group_size": 4, "max_new_tokens": 5} if kind != "ppo" else {"max_new_tokens": 5}
     return {"objective": {"kind": kind, "reward": reward, **sizes, **settings}}
+
+
+def distilled(**settings: Any) -> dict[str, Any]:
+    """A job that learns from a teacher."""
+    return {"objective": {"kind": "distill", "teacher": "OTHER", **settings}}
 
 
 CLEANING = {"empty": "drop", "overlong": "drop", "max_length": 40}
@@ -310,6 +316,18 @@ CHANGES: dict[str, Any] = {
     "objective[ppo].value_clip": (drawing("ppo"), drawing("ppo", value_clip=1e-6)),
     "objective[ppo].value_weight": (drawing("ppo"), drawing("ppo", value_weight=5)),
     "objective[ppo].whiten_rewards": (drawing("ppo"), drawing("ppo", whiten_rewards=True)),
+    "objective[distill].kind": ({}, distilled()),
+    "objective[distill].teacher": (distilled(), distilled(teacher="MODEL")),
+    "objective[distill].teacher_prompt": (distilled(), distilled(teacher_prompt="Be brief.")),
+    "objective[distill].answers": (distilled(), distilled(answers="teacher")),
+    "objective[distill].on_policy": (distilled(), distilled(on_policy=1)),
+    "objective[distill].sample_temperature": (distilled(on_policy=1), distilled(on_policy=1, sample_temperature=0)),
+    "objective[distill].max_new_tokens": (distilled(on_policy=1), distilled(on_policy=1, max_new_tokens=3)),
+    "objective[distill].divergence": (distilled(), distilled(divergence="reverse-kl")),
+    "objective[distill].beta": (distilled(divergence="jsd"), distilled(divergence="jsd", beta=0.2)),
+    "objective[distill].temperature": (distilled(), distilled(temperature=2)),
+    "objective[distill].weight": (distilled(), distilled(weight=0.5)),
+    "objective[distill].top_k": (distilled(), distilled(top_k=3)),
     "train.epochs": ({}, {"train": {"epochs": 0.2}}),
     "train.steps": ({}, {"train": {"steps": 3}}),
     "train.batch_size": ({}, {"train": {"batch_size": 6}}),
@@ -419,6 +437,7 @@ def schema_fields() -> set[str]:
         "objective[grpo].reward[number]": [NumberReward],
         "objective[grpo].reward[function]": [FunctionReward],
         "objective[grpo].reward[model]": [ModelReward],
+        "objective[distill]": [Distill],
         "train": [TrainSpec],
         "train.groups[]": [GroupSpec],
         "train.early_stopping": [EarlyStopping],

@@ -25,6 +25,8 @@ RESULTS = ("adapter", "model")
 RESTORE = "restore it from a copy, or start a new run: output=runs/NAME"
 ELSEWHERE = "name another one: output=runs/NAME"
 BASE_EVALUATION, TUNED_EVALUATION = "evaluation.base.json", "evaluation.tuned.json"
+PROMPTED_EVALUATION = "evaluation.prompted.json"
+"""Of the base behind the system text that the student learned to do without."""
 
 
 class Run:

@@ -96,6 +96,9 @@ def report_lines(report: dict[str, Any]) -> list[str]:
                 ]
             )
         lines += aligned(rows, right={1, 2, 3, 5})
+    if prompted := report.get("prompted"):
+        figures = ", ".join(f"{entry['name']} {entry['value']:.4f}" for entry in prompted)
+        lines.append(f"the base with the teacher's prompt: {figures}")
     for task in report["tasks"]:
         for entry in task["metrics"][:1]:
             low, high = entry["low"], entry["high"]

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tunesmith.batch import NO_PARENT, Batch, Example, pack
 from tunesmith.models.attention import SEGMENTS, UnsupportedAttention, use_attention, use_default_attention
 from tunesmith.models.decoder import Decoder, decoder_of
+from tunesmith.models.embeddings import vocabulary_rows
 from tunesmith.models.head import has_plain_head, head_logits, target_logps
+from tunesmith.models.outcomes import Head, Outcomes, likeliest, outcomes_of
 from tunesmith.models.projection import compute_dtype, projection_of, rounded_up
 from tunesmith.models.streamed_head import FileHead
 
@@ -32,12 +35,39 @@ def next_token_logits(model: nn.Module, batch: Batch, positions: Tensor) -> Tens
     Returns:
         ``[n, vocabulary]`` in the model's dtype.
     """
-    batch, positions = _prompted(model, batch, positions)
-    batch = _filled_up(model, batch)
-    hidden = _hidden(model, batch, positions)
-    if hidden is not None:
-        return head_logits(model, hidden)
-    return (_packed if _goes_packed(model, batch) else _padded)(model, batch, positions)
+    rows, head = _rows_and_head(model, batch, positions)
+    return head(rows)
+
+
+def next_token_outcomes(
+    model: nn.Module, batch: Batch, positions: Tensor, targets: Tensor, tokens: Tensor, temperature: float
+) -> Outcomes:
+    """What may follow ``positions``: each of ``tokens`` ``[n, k]`` or something else, and how likely ``targets`` are.
+
+    Arguments as above and in `models.outcomes.outcomes_of`.
+    """
+    rows, head = _rows_and_head(model, batch, positions)
+    return outcomes_of(rows, head, tokens, targets, temperature, vocabulary_rows(model))
+
+
+def hidden_outcomes(model: nn.Module, hidden: Tensor, targets: Tensor, tokens: Tensor, temperature: float) -> Outcomes:
+    """The same from what the head reads before each target, ``[n, width]``."""
+    return outcomes_of(hidden, partial(head_logits, model), tokens, targets, temperature, vocabulary_rows(model))
+
+
+def likeliest_next(
+    model: nn.Module, batch: Batch, positions: Tensor, count: int, temperature: float, student_rows: int
+) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens after ``positions`` with their log-probabilities, as `models.outcomes.likeliest`.
+
+    Tables may have more rows than there are tokens, and two models of one tokenizer different numbers of them.
+
+    Args:
+        student_rows: rows of the vocabulary of the model that is to learn from this one.
+    """
+    rows, head = _rows_and_head(model, batch, positions)
+    own = vocabulary_rows(model)
+    return likeliest(rows, head, count, temperature, min(own, student_rows), spare=own < student_rows)
 
 
 def next_token_logps(
@@ -51,13 +81,24 @@ def next_token_logps(
         smoothing: this share of each target is spread evenly over the vocabulary (Szegedy et al. 2016, section 7), and
             what is returned is the expected log-probability of such a target.
     """
+    rows, head = _rows_and_head(model, batch, positions)
+    if head is not _themselves:
+        return hidden_logps(model, rows, targets, smoothing)
+    return -F.cross_entropy(rows.float(), targets, reduction="none", label_smoothing=smoothing)
+
+
+def _rows_and_head(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[Tensor, Head]:
+    """What logits at ``positions`` are made of, ``[n, …]``, and how: the logits where the model must be asked."""
     batch, positions = _prompted(model, batch, positions)
     batch = _filled_up(model, batch)
     hidden = _hidden(model, batch, positions)
     if hidden is not None:
-        return hidden_logps(model, hidden, targets, smoothing)
-    logits = (_packed if _goes_packed(model, batch) else _padded)(model, batch, positions)
-    return -F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)
+        return hidden, partial(head_logits, model)
+    return (_packed if _goes_packed(model, batch) else _padded)(model, batch, positions), _themselves
+
+
+def _themselves(logits: Tensor) -> Tensor:
+    return logits
 
 
 def hidden_logps(model: nn.Module, hidden: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:

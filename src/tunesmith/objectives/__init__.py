@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from tunesmith.objectives.distill import Distill
 from tunesmith.objectives.kto import Kto
 from tunesmith.objectives.objective import TargetLogps, TrainingObjective
 from tunesmith.objectives.policy import Grpo, Policy, Rloo
@@ -16,12 +17,13 @@ from tunesmith.objectives.supervised import Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
 Objective = Annotated[
-    Supervised | Dpo | SimPo | Orpo | Kto | Reward | Grpo | Rloo | Ppo | Classify | Tag | Regress,
+    Supervised | Dpo | SimPo | Orpo | Kto | Reward | Grpo | Rloo | Ppo | Distill | Classify | Tag | Regress,
     Field(discriminator="kind"),
 ]
 
 __all__ = [
     "Classify",
+    "Distill",
     "Dpo",
     "Grpo",
     "Kto",

@@ -50,6 +50,7 @@ def report_page(report: dict[str, Any]) -> str:
         heed=_heed(part),
         trained=_trained(part["parameters"]),
         metrics=[_metric(row) for row in part["metrics"] or []],
+        prompted=[_alone(row) for row in part["prompted"] or []],
         tasks=[(task["name"], task["rows"], [_metric(row) for row in task["metrics"]]) for task in part["tasks"] or []],
         interval_chart=interval_chart(part["metrics"] or []),
         loss_chart=loss_chart(curves["train"], curves["validation"], curves["best_step"]),
@@ -123,6 +124,12 @@ def _metric(row: Part) -> dict[str, Any]:
         "shown": shown,
         "n": "n not recorded" if row["n"] is None else f"{count(row['n'])} rows",
     }
+
+
+def _alone(row: Part) -> tuple[Any, str | None, str]:
+    """Name, value and interval of one model's metric."""
+    low, high = (number(row[end], 3) for end in ("low", "high"))
+    return row["name"], number(row["value"], 3), "no interval" if row["low"] is None else f"{low} to {high}"
 
 
 def _forgetting(part: Part | None) -> dict[str, Any]:

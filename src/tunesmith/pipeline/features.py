@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from tunesmith.base import InputError, Progress
 from tunesmith.batch import Batch
-from tunesmith.data.cache import cached
 from tunesmith.data.stored import RenderedRows
 from tunesmith.models.attention import use_default_attention
 from tunesmith.models.forward import hidden_at
 from tunesmith.models.head import has_plain_head
 from tunesmith.objectives.task import FEATURES
+from tunesmith.pipeline.by_target import Reading, kept_by_target, weights_sha256
 from tunesmith.pipeline.planning import Planned
-from tunesmith.pipeline.target_tensors import TargetTensors, identity_of_rows, read_target_tensors, weights_sha256
 
 
 def with_features(planned: Planned, model: nn.Module, progress: Progress) -> Planned:
@@ -36,19 +35,18 @@ def with_features(planned: Planned, model: nn.Module, progress: Progress) -> Pla
             where="method.kind",
             fix="use full or lora",
         )
-    read = _reader(planned)
-    trunk, parts = weights_sha256(cast(Any, model).base_model, cast(Any, model).config), {}
+    reading = Reading(
+        lambda: model, _reader(planned), lambda _: planned.plan.packing, "reading rows with the frozen model", progress
+    )
+    made_from, parts = (
+        {"trunk": weights_sha256(cast(Any, model).base_model, cast(Any, model).config), "read": _said(planned)},
+        {},
+    )
     for name in ("train", "validation", "test"):
         rows: RenderedRows = getattr(prepared, name)
         if not len(rows) or (name == "test" and planned.judges is None):
             continue  # text is written token by token, through the trunk
-        made_from = {
-            "trunk": trunk,
-            **identity_of_rows(rows),
-            "read": _said(planned),
-        }
-        directory = cached({FEATURES: made_from}, TargetTensors(model, rows, read, planned.plan.packing, progress))
-        parts[name] = rows.adding(read_target_tensors(directory, FEATURES))
+        parts[name] = kept_by_target({FEATURES: made_from}, rows, reading)
     use_default_attention(model)
     return replace(planned, prepared=replace(prepared, **parts))
 
@@ -61,13 +59,13 @@ def _said(planned: Planned) -> dict[str, Any]:
     return {"where": where, "packed": planned.plan.packing, "text": planned.renderer.identity()}
 
 
-def _reader(planned: Planned) -> Callable[[nn.Module, Batch], Tensor]:
+def _reader(planned: Planned) -> Callable[[nn.Module, Batch], dict[str, Tensor]]:
     objective = planned.judges
     if objective is not None:
-        return objective.features
+        return lambda model, batch: {FEATURES: objective.features(model, batch)}
 
-    def before_targets(model: nn.Module, batch: Batch) -> Tensor:
+    def before_targets(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         chosen = torch.nonzero(batch.tensors["target_weights"] > 0).squeeze(1)
-        return hidden_at(model, batch, chosen - 1)
+        return {FEATURES: hidden_at(model, batch, chosen - 1)}
 
     return before_targets

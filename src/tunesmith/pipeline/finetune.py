@@ -19,6 +19,7 @@ from tunesmith.models.embeddings import teach_tokens
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import Loading, load_judge, load_model, weights_directory
 from tunesmith.models.streamed import load_streamed
+from tunesmith.pipeline.distilling import with_teacher
 from tunesmith.pipeline.environment import describe_environment
 from tunesmith.pipeline.features import with_features
 from tunesmith.pipeline.lineage import LINEAGE, MANIFEST, describe_lineage, write_manifest
@@ -35,7 +36,17 @@ from tunesmith.pipeline.usage import Stopwatch, keep_memory_small, process_peak_
 from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Plan, Recipe, Resolved
 from tunesmith.recipe_file import recipe_yaml
-from tunesmith.run import BASE_EVALUATION, DATA, ENVIRONMENT, PLAN, RECIPE, REPORT, TUNED_EVALUATION, Run
+from tunesmith.run import (
+    BASE_EVALUATION,
+    DATA,
+    ENVIRONMENT,
+    PLAN,
+    PROMPTED_EVALUATION,
+    RECIPE,
+    REPORT,
+    TUNED_EVALUATION,
+    Run,
+)
 from tunesmith.train.loop import Emit
 from tunesmith.train.parallel import is_main, join_processes, leave_processes, wait_for_all, world_size
 
@@ -125,6 +136,7 @@ def _execute(
 ) -> Run:
     recipe = planned.recipe
     with Stopping() as stopping:
+        planned = with_teacher(planned, watcher.progress)
         watcher.progress("loading the model", 0, None)
         model, planned = _loaded(planned)
         if recipe.model.add_tokens and planned.tokenizer is not None:
@@ -182,6 +194,8 @@ def _work(work: Work) -> Run:
     evaluating = Stopwatch()
     if is_main():
         stored_evaluation(run, BASE_EVALUATION, work.proof and partial(work.proof.evaluate_base, model, progress))
+        if work.proof is not None and work.proof.has_prompt:
+            stored_evaluation(run, PROMPTED_EVALUATION, partial(work.proof.evaluate_prompted, model, progress))
     base_seconds = evaluating.seconds
     wait_for_all()
     measured = train_model(work, emit)

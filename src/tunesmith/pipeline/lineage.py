@@ -14,10 +14,11 @@ from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.read import STANDARD_INPUT, Reading, content_hash
 from tunesmith.data.sources import readings
 from tunesmith.files import ASIDE, file_sha256, read_json
-from tunesmith.models.load import DEMO
-from tunesmith.pipeline.fingerprints import fingerprints
+from tunesmith.models.load import DEMO, weights_directory
+from tunesmith.pipeline.fingerprints import Fingerprint, fingerprints
 from tunesmith.pipeline.origin import dependency_versions, tunesmith_origin
 from tunesmith.pipeline.planning import Planned
+from tunesmith.pipeline.teacher import Teacher
 from tunesmith.recipe import Recipe
 from tunesmith.run import HELD, LOCK, PLAN, RECIPE, RESULTS, Run
 
@@ -29,8 +30,9 @@ BESIDE_WEIGHTS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+    "adapter_config.json",
 )  # fmt: skip
-"""What transformers reads beside the weights to build a model and its tokenizer."""
+"""What transformers and PEFT read beside the weights to build a model and its tokenizer."""
 
 
 def describe_lineage(path: Path, planned: Planned, parent: Path | None, progress: Progress = silent) -> dict[str, Any]:
@@ -47,6 +49,7 @@ def describe_lineage(path: Path, planned: Planned, parent: Path | None, progress
     base = _base(planned, progress)
     return {
         "base": base,
+        **_teacher(planned, progress),
         "data": _data(planned.recipe, planned.prepared.sources),
         "texts": _texts(planned.recipe),
         "parents": _parents(path, base["location"], parent),
@@ -121,22 +124,48 @@ def manifest_files(directory: Path) -> list[str]:
 
 def _base(planned: Planned, progress: Progress) -> dict[str, Any]:
     spec = planned.recipe.model
-    directory, commit = _directory_of_base(planned.location, spec.revision)
+    directory, commit = directory_of_model(planned.location, spec.revision)
     here = "directory" if Path(planned.location).is_dir() else "hub"
-    found: dict[str, Any] = {
+    return {
         "name": spec.path,
         "from": DEMO if spec.path == DEMO and not Path(DEMO).exists() else here,
         "location": str(directory) if directory else planned.location,
         "revision": spec.revision,
         "commit": commit,
-        "files": {},
+        "files": {} if directory is None else model_files(directory, "hashing the base", progress),
     }
-    if directory is None:
-        return found
+
+
+def _teacher(planned: Planned, progress: Progress) -> dict[str, Any]:
+    """What a student learned from, where that is another model than its base."""
+    teacher = planned.teacher
+    if teacher is None or teacher.itself:
+        return {}
+    return {"teacher": {"name": teacher.name, "files": teacher_files(teacher, progress)}}
+
+
+def teacher_files(teacher: Teacher, progress: Progress) -> list[dict[str, Fingerprint]]:
+    """Fingerprints of a teacher's files: those of its weights, and of the adapter on them if there is one.
+
+    Raises:
+        InputError: when one cannot be read, or the weights are not on this machine.
+    """
+    directory, _ = directory_of_model(teacher.location.base, teacher.revision)
+    directory = directory or weights_directory(teacher.location.base, teacher.revision)
+    parts = [directory, *([] if teacher.location.adapter is None else [teacher.location.adapter])]
+    return [model_files(part, "hashing the teacher", progress) for part in parts]
+
+
+def model_files(directory: Path, label: str, progress: Progress) -> dict[str, Fingerprint]:
+    """Fingerprints of the files that make a model and its tokenizer, or an adapter.
+
+    Raises:
+        InputError: when one cannot be read.
+    """
     names = {path.name for pattern in WEIGHTS for path in directory.glob(pattern)}
     names |= {name for name in BESIDE_WEIGHTS if (directory / name).is_file()}
     try:
-        return {**found, "files": fingerprints(directory, sorted(names), "hashing the base", progress)}
+        return fingerprints(directory, sorted(names), label, progress)
     except OSError as error:
         raise InputError(
             f"a file of the model cannot be read: {error.strerror}",
@@ -145,7 +174,7 @@ def _base(planned: Planned, progress: Progress) -> dict[str, Any]:
         ) from error
 
 
-def _directory_of_base(location: str, revision: str | None) -> tuple[Path | None, str | None]:
+def directory_of_model(location: str, revision: str | None) -> tuple[Path | None, str | None]:
     """The directory that the weights are read from, and the hub's commit when it is a snapshot of the hub's cache."""
     directory = Path(os.path.abspath(location))
     if not directory.is_dir():

@@ -31,11 +31,12 @@ from tunesmith.pipeline.policy import (
     policy_notes,
     policy_workload,
     prompt_renderer,
+    refuse_unfit_prompts,
     refuse_unfit_recipe,
-    refuse_unfit_rows,
 )
 from tunesmith.pipeline.preference_rows import preference_renderer, refuse_encoder, with_partners
 from tunesmith.pipeline.rewards import Scorer
+from tunesmith.pipeline.teacher import Teacher, find_teacher, kept_on_disk, refuse_unfit_rows
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.plan.streaming import may_stream
@@ -56,6 +57,7 @@ class Planned:
         objective: the recipe's, with what the data and the model settle filled in.
         head_is_new: whether the base has no head for these labels, so that it is compared with a constant answer.
         score: what answers are worth, where the objective rewards them.
+        teacher: whom the model learns from, if anybody.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Planned:
     objective: TrainingObjective
     head_is_new: bool = False
     score: Scorer | None = None
+    teacher: Teacher | None = None
 
     def with_plan(self, plan: Plan) -> Planned:
         return replace(self, plan=plan)
@@ -111,6 +114,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
             renderer = preference_renderer(objective, recipe.data, tokenizer, stop_ids)
         else:
             renderer = Renderer.of(recipe.data, tokenizer, stop_ids)
+    teacher = find_teacher(recipe, tokenizer, progress)
     prepared = prepare(
         recipe.data,
         renderer,
@@ -127,13 +131,16 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         prepared = with_partners(prepared, objective, limit)
     teach_tokens(model, added)
     if isinstance(objective, Policy):
-        refuse_unfit_rows(prepared, recipe, objective, limit)
+        refuse_unfit_prompts(prepared, recipe, objective, limit)
     workload = policy_workload(prepared, objective) if isinstance(objective, Policy) else _counted(prepared)
     hardware = detect_hardware()
     judged = _judged(recipe, prepared, objective)
     plan = resolve(recipe, model, workload, hardware, judged, prepared.max_length)
     found = [*plan.resolved, *_found_in_data(recipe, prepared), *_found_in_labels(recipe.objective, objective)]
     notes = [*plan.notes, *prepared.notes]
+    if teacher is not None and isinstance(renderer, Renderer):
+        found.append(kept_on_disk(recipe, prepared))
+        notes += refuse_unfit_rows(teacher, recipe, prepared, renderer)
     if recipe.train.shard and world_size() == 1:
         notes.append("train.shard spreads nothing over one process; torchrun starts several")
     score = None
@@ -144,7 +151,9 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         ]
         notes += policy_notes(recipe, plan, objective)
     plan = plan.model_copy(update={"notes": notes, "resolved": found})
-    return Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective, score=score)
+    return Planned(
+        recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective, score=score, teacher=teacher
+    )
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, location: str) -> set[int]:

@@ -72,7 +72,7 @@ def refuse_unfit_recipe(recipe: Recipe, objective: Policy) -> None:
         )
 
 
-def refuse_unfit_rows(prepared: Prepared, recipe: Recipe, objective: Policy, limit: int) -> None:
+def refuse_unfit_prompts(prepared: Prepared, recipe: Recipe, objective: Policy, limit: int) -> None:
     """Raises InputError, naming every row, where answers cannot be scored or do not fit behind their prompts.
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from tunesmith.base import InputError, Progress
+from tunesmith.data.render import Renderer
 from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row_nlls
 from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_forgetting, compare_metrics, judgement
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
@@ -19,11 +20,12 @@ from tunesmith.evaluation.labels import judge_constant, judge_labels
 from tunesmith.models.measure import position_limit
 from tunesmith.pages.report import report_page
 from tunesmith.pipeline.judging import baseline_of
+from tunesmith.pipeline.loaded import scores
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.rewards import judge_and_score
 from tunesmith.recipe import EvaluateSpec
 from tunesmith.recipe_file import recipe_yaml
-from tunesmith.run import BASE_EVALUATION, PAGE, TUNED_EVALUATION, Run
+from tunesmith.run import BASE_EVALUATION, PAGE, PROMPTED_EVALUATION, TUNED_EVALUATION, Run
 
 
 class Proof:
@@ -72,6 +74,23 @@ class Proof:
             return self.evaluate(model, progress)
         judged = judge_constant(objective, self.rows, baseline_of(prepared, objective))
         return {"rows": [row.as_json() for row in judged], "general": None}
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether the student learns to answer as if it had read a system text."""
+        return self.planned.teacher is not None and self.planned.teacher.prompt is not None
+
+    def evaluate_prompted(self, model: nn.Module, progress: Progress) -> Evaluation:
+        """Answers of the base behind the teacher's system text."""
+        teacher, renderer = self.planned.teacher, self.planned.renderer
+        assert teacher is not None and isinstance(renderer, Renderer)
+        rows = [teacher.reads(row, renderer) for row in self.rows]
+        judged = judge(model, self.tokenizer, rows, self.how, progress)
+        return {"rows": [row.as_json() for row in judged], "general": None}
+
+    def prompted_scores(self, prompted: Evaluation) -> list[dict[str, Any]]:
+        """Every metric of the base behind the teacher's system text, with its interval."""
+        return scores([Judged(**row) for row in prompted["rows"]], self.planned.plan.metrics, self.spec)
 
     def compare(self, base: Evaluation, tuned: Evaluation) -> dict[str, Any]:
         """The part of the report that is evidence."""
@@ -155,6 +174,8 @@ def written_report(
     }
     if proof is not None:
         evidence = proof.compare(run.read(BASE_EVALUATION), run.read(TUNED_EVALUATION))
+        if proof.has_prompt:
+            evidence["prompted"] = proof.prompted_scores(run.read(PROMPTED_EVALUATION))
     plan = planned.plan
     events = run.events()
     steps = [event for event in events if event["event"] == "step"]

@@ -9,14 +9,12 @@ from torch import Tensor, nn
 
 from tunesmith.base import Progress
 from tunesmith.batch import Batch
-from tunesmith.data.cache import cached
-from tunesmith.data.stored import RenderedRows
 from tunesmith.models.attention import use_default_attention
 from tunesmith.objectives import Preference
 from tunesmith.objectives.logps import token_logps
 from tunesmith.objectives.preference import REFERENCE
+from tunesmith.pipeline.by_target import Reading, kept_by_target, weights_sha256
 from tunesmith.pipeline.planning import Planned
-from tunesmith.pipeline.target_tensors import TargetTensors, identity_of_rows, read_target_tensors, weights_sha256
 from tunesmith.plan.hardware import DTYPES
 from tunesmith.train.precision import Precision
 
@@ -33,24 +31,22 @@ def with_reference(planned: Planned, model: nn.Module, progress: Progress) -> Pl
     casts = method.needs_autocast or plan.dtype != plan.frozen_dtype
     precision = Precision(DTYPES[plan.dtype], planned.hardware.device, autocast=casts)
 
-    def read(model: nn.Module, batch: Batch) -> Tensor:
+    def read(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         with precision.arithmetic():
-            return token_logps(model, batch).logps
+            return {REFERENCE: token_logps(model, batch).logps}
 
-    weights, parts = weights_sha256(model, cast(Any, model).config), dict[str, RenderedRows]()
     assert planned.renderer is not None
-    for name in ("train", "validation"):
-        rows: RenderedRows = getattr(prepared, name)
-        if not len(rows):
-            continue
-        made_from = {
-            "weights": weights,
-            **identity_of_rows(rows),
-            "text": planned.renderer.identity(),
-            "packed": plan.packing,
-            "dtypes": [plan.dtype, plan.frozen_dtype, casts],
-        }
-        directory = cached({REFERENCE: made_from}, TargetTensors(model, rows, read, plan.packing, progress))
-        parts[name] = rows.adding(read_target_tensors(directory, REFERENCE))
+    made_from = {
+        "weights": weights_sha256(model, cast(Any, model).config),
+        "text": planned.renderer.identity(),
+        "packed": plan.packing,
+        "dtypes": [plan.dtype, plan.frozen_dtype, casts],
+    }
+    reading = Reading(lambda: model, read, lambda _: plan.packing, "reading rows with the model as it is", progress)
+    parts = {name: getattr(prepared, name) for name in ("train", "validation")}
+    parts = {
+        name: kept_by_target({REFERENCE: made_from}, rows, reading) if len(rows) else rows
+        for name, rows in parts.items()
+    }
     use_default_attention(model)
     return replace(planned, prepared=replace(prepared, **parts))

@@ -29,6 +29,7 @@ from tunesmith.models.task_head import head_modules
 from tunesmith.models.value_head import take_value_head
 from tunesmith.objectives import Policy
 from tunesmith.pipeline import probe
+from tunesmith.pipeline.distilling import with_own_answers
 from tunesmith.pipeline.environment import code_sha256
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.policy import Kept, reference_of, total_prompts, with_value_head
@@ -99,7 +100,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
         batches = _rollouts(work, planned.objective, saved, emit)
         saved = replace(saved, beside=Kept(batches, model))
     else:
-        batches = _batches(planned)
+        batches = with_own_answers(planned, model, _batches(planned))
     _tell_of_other_blocks(work, emit)
     checkpoints = Checkpoints(run.checkpoints, planned.recipe.train.keep, _identity(planned))
     progress = _where_it_stands(work, checkpoints, saved, emit)

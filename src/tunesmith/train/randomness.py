@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,3 +51,14 @@ def python_random_state() -> list[Any]:
 
 def restore_python_random_state(state: list[Any]) -> None:
     random.setstate((state[0], tuple(state[1]), state[2]))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws what is drawn inside from a seed of its own; what is drawn behind it is as if nothing had been."""
+    before = random_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        restore_random_state(before)
