@@ -14,6 +14,7 @@ import tunesmith
 from conftest import colour_rows, write_jsonl
 from tunesmith.recipe_file import check_recipe, parse_yaml
 from tunesmith.recipe_reference import recipe_reference
+from tunesmith.recipe_stages import staged_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,7 +50,10 @@ def test_the_recipes_of_the_documentation_are_valid() -> None:
             values, lines = parse_yaml(text, page.name)
             if page.name == "import.md":
                 continue
-            check_recipe({"model": "demo", **values}, page.name, lines)
+            if "stages" in values:
+                staged_recipe({"model": "demo", **values}, page.name, lines)
+            else:
+                check_recipe({"model": "demo", **values}, page.name, lines)
             found += 1
     assert found >= 3
 

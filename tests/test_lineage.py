@@ -29,7 +29,7 @@ from tunesmith.pipeline.lineage import (
     run_of_base,
     write_lineage,
 )
-from tunesmith.pipeline.loaded import run_recipe
+from tunesmith.pipeline.locating import run_recipe
 from tunesmith.pipeline.merging import merge_run
 from tunesmith.pipeline.origin import dependency_versions
 from tunesmith.pipeline.planning import plan_job

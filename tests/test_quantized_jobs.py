@@ -146,7 +146,7 @@ def test_a_run_through_simulated_4_bits_says_how_it_is_judged(place: Path) -> No
 
 
 def run_values(path: Path) -> dict[str, Any]:
-    from tunesmith.pipeline.loaded import run_recipe
+    from tunesmith.pipeline.locating import run_recipe
     from tunesmith.run import Run
 
     return run_recipe(Run.open(path)).model_dump(mode="json", exclude_defaults=True)

@@ -45,7 +45,7 @@ def recipe(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shown(recipe: Path, capsys: pytest.CaptureFixture[str], *overrides: str, **options: Any) -> str:
     given: dict[str, Any] = {"rows": 20, "worst": None, "packing": False, "html": None, "as_json": False, **options}
     capsys.readouterr()
-    show_rows(recipe, overrides, **given)
+    show_rows(read_recipe(recipe, overrides), **given)
     return capsys.readouterr().out
 
 

@@ -38,7 +38,8 @@ class ModelSpec(Spec):
     """Which model is adapted, and how its weights are held in memory."""
 
     path: str
-    """A directory, or a hub id. `demo` is the 135 M demo model."""
+    """A directory with a model, a hub id, a run, or an adapter's directory, which is merged into a copy of its base
+    (docs/stages.md); in a stage `stages.NAME` too. `demo` is the 135 M demo model."""
     revision: str | None = None
     """Commit, branch or tag of a hub model."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -260,7 +261,7 @@ class Recipe(Spec):
     """Everything a run was asked to do."""
 
     model: ModelSpec
-    """A path or hub id, or `{path, revision, dtype, quantize}`."""
+    """A path, hub id, run or adapter, or `{path, revision, dtype, quantize}`."""
     data: DataSpec
     """What is trained on and what is judged on."""
     method: Method = Lora()

@@ -19,12 +19,7 @@ from tunesmith.base import InputError, Spec, nearest
 from tunesmith.metrics import METRICS
 from tunesmith.models.quantized import FOUR_BIT
 from tunesmith.recipe import Recipe
-
-COMMAND_LINE = "command line"
-FROM_COMMAND_LINE = 0
-"""Stands for a line in the table of lines, which are counted from 1."""
-
-SHORT_FORMS = {"model": "path", "method": "kind", "objective": "kind"}
+from tunesmith.recipe_overrides import COMMAND_LINE, FROM_COMMAND_LINE, apply_override
 
 PLAIN_WORDS = {
     "model_type": "should be settings, one `key: value` a line",
@@ -55,6 +50,28 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: naming the file, the line and the key, and the nearest valid one.
     """
+    values, lines = read_values(path, overrides)
+    if "stages" in values:
+        raise InputError(
+            "this recipe has stages, and a recipe of one job is asked for",
+            where=place_of("stages", str(path), lines),
+            fix="name the recipe of one stage: that of a run in OUTPUT/stages, or a file of its own",
+        )
+    recipe = check_recipe(values, str(path), lines)
+    return recipe.model_copy(update={"output": named_after(recipe.output, path)})
+
+
+def named_after(output: str, path: str | Path) -> str:
+    """An output directory with the recipe's file name in it."""
+    return output.replace("{name}", Path(path).stem)
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, int]]:
+    """The values of a recipe with ``key=value`` overrides, unchecked, and the line of every key.
+
+    Raises:
+        InputError: for a file that cannot be read, malformed YAML, or an override that fits nowhere.
+    """
     file = Path(path)
     try:
         content = file.read_bytes()
@@ -73,9 +90,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ) from error
     values, lines = parse_yaml(text, str(path))
     for override in overrides:
-        _override(values, override, lines)
-    recipe = check_recipe(values, str(path), lines)
-    return recipe.model_copy(update={"output": recipe.output.replace("{name}", file.stem)})
+        apply_override(values, override, lines)
+    return values, lines
 
 
 def parse_yaml(text: str, shown: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -117,7 +133,7 @@ def check_recipe(values: dict[str, Any], shown: str, lines: dict[str, int] | Non
         raise _explained(error, shown, lines or {}) from None
 
     def refuse(key: str, what: str, fix: str) -> NoReturn:
-        raise InputError(what, where=_place(key, shown, lines or {}), fix=fix)
+        raise InputError(what, where=place_of(key, shown, lines or {}), fix=fix)
 
     _refuse_odd_numbers(values, recipe, "", refuse)
     _refuse_contradictions(recipe, refuse)
@@ -127,7 +143,11 @@ def check_recipe(values: dict[str, Any], shown: str, lines: dict[str, int] | Non
 
 def recipe_yaml(recipe: Recipe) -> str:
     """The recipe with every setting written out, as it is stored with a run."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return plain_yaml(recipe.model_dump(mode="json"))
+
+
+def plain_yaml(values: dict[str, Any]) -> str:
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -164,54 +184,7 @@ def _collect_lines(node: Any, prefix: str, lines: dict[str, int], shown: str, se
             _collect_lines(value, f"{prefix}{index}.", lines, shown, seen)
 
 
-def _override(values: dict[str, Any], override: str, lines: dict[str, int]) -> None:
-    name, equals, text = override.partition("=")
-    name = name.strip()
-    if not equals or not all(name.split(".")):
-        raise InputError(f"{override!r} is not key=value", where=COMMAND_LINE, fix="for example train.steps=100")
-    where = f"{COMMAND_LINE} {name}"
-    try:
-        value = yaml.safe_load(text)
-        if isinstance(value, dict) and not text.lstrip().startswith("{"):
-            value = text  # a marker such as "Answer: " is meant as text, not as a mapping
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"the value is not YAML: {text!r}", where=where, fix="put it into quotes") from error
-    place: Any = values
-    *parents, leaf = name.split(".")
-    for depth, parent in enumerate(parents):
-        inner = _item(place, parent, where)
-        if depth == 0 and isinstance(inner, str) and parent in SHORT_FORMS:
-            inner = {SHORT_FORMS[parent]: inner}
-        if inner is None or inner is False or inner == "off":
-            inner = {}
-        if not isinstance(inner, (dict, list)):
-            raise InputError(f"{parent!r} holds a value, not settings", where=where, fix=f"set {parent} itself")
-        lines.setdefault(".".join(parents[: depth + 1]), FROM_COMMAND_LINE)
-        inner = inner.copy()
-        _set_item(place, parent, inner)
-        place = inner
-    _item(place, leaf, where)
-    _set_item(place, leaf, value)
-    for known in [known for known in lines if known.startswith(f"{name}.")]:
-        del lines[known]
-    lines[name] = FROM_COMMAND_LINE
-
-
-def _item(place: Any, key: str, where: str) -> Any:
-    if isinstance(place, dict):
-        return place.get(key)
-    if not key.isdigit() or int(key) >= len(place):
-        raise InputError(
-            f"there is no item {key} in this list", where=where, fix=f"it has the items 0 to {len(place) - 1}"
-        )
-    return place[int(key)]
-
-
-def _set_item(place: Any, key: str, value: Any) -> None:
-    place[int(key) if isinstance(place, list) else key] = value
-
-
-def _place(key: str, shown: str, lines: dict[str, int]) -> str:
+def place_of(key: str, shown: str, lines: dict[str, int]) -> str:
     """Where a key stands: file and line, the command line, or just the file for one that is missing."""
     parts = key.split(".")
     known = (name for name in (".".join(parts[:n]) for n in range(len(parts), 0, -1)) if name in lines)
@@ -226,7 +199,7 @@ def _explained(error: ValidationError, shown: str, lines: dict[str, int]) -> Inp
     details = error.errors()
     first = max(details, key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
     path, model = _real_path(first)
-    where = _place(".".join(path), shown, lines)
+    where = place_of(".".join(path), shown, lines)
     if first["type"] in ("extra_forbidden", "invalid_key") and model is not None:
         known = list(model.model_fields)
         return InputError(

@@ -40,6 +40,20 @@ Written by `tunesmith recipe --reference`; `tunesmith recipe --schema` prints th
 an error. `auto` is resolved by the plan, which says what it became and why.
 """
 
+STAGES = (
+    "Several jobs one after the other, by name: each is laid over the keys that stand above it and may start from an "
+    "earlier one (`model: stages.NAME`); docs/stages.md."
+)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of recipes, of one job or with stages, whose own keys are those of a recipe."""
+    schema = Recipe.model_json_schema()
+    stages = {"type": "object", "additionalProperties": {"type": ["object", "null"]}, "description": STAGES}
+    needed = schema.pop("required")
+    schema["properties"] = {**schema["properties"], "stages": stages}
+    return {**schema, "anyOf": [{"required": needed}, {"required": ["stages"]}]}
+
 
 def recipe_reference() -> str:
     """Markdown: every field with its type, default and meaning."""
@@ -48,6 +62,8 @@ def recipe_reference() -> str:
         parts.append(f"## {f'`{name}`' if name else 'Top level'}\n")
         parts.append("| key | values | default | meaning |\n|---|---|---|---|")
         parts += [_line(key, field) for key, field in model.model_fields.items()]
+        if model is Recipe:
+            parts.append(f"| `stages` | mapping of names to recipes | none | {STAGES} |")
         parts.append("")
     return "\n".join(parts)
 

@@ -22,6 +22,8 @@ LOCK, HELD = "run.lock", ".held"
 """Who works in a run (process and start time), and the empty file that the operating system locks for it."""
 CHANGES = "changes.json"
 RESULTS = ("adapter", "model")
+MERGED = "merged-"
+"""Opens the name of the directory with a run's adapter folded into a copy of its base; the weights' dtype ends it."""
 RESTORE = "restore it from a copy, or start a new run: output=runs/NAME"
 ELSEWHERE = "name another one: output=runs/NAME"
 BASE_EVALUATION, TUNED_EVALUATION = "evaluation.base.json", "evaluation.tuned.json"

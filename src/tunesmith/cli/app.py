@@ -63,10 +63,14 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     """Say what a job will need, and what every `auto` becomes, before anything is loaded."""
     with importing():
         from tunesmith.cli.display import Display, out, quiet_libraries
+        from tunesmith.cli.stages import show_stage_plans
         from tunesmith.cli.tables import plan_lines
-        from tunesmith.recipe_file import read_recipe
+        from tunesmith.recipe_stages import StagedRecipe, read_job
 
-    asked = read_recipe(recipe, overrides or [])
+    asked = read_job(recipe, overrides or [])
+    if isinstance(asked, StagedRecipe):
+        show_stage_plans(asked, as_json=as_json)
+        return
     with importing():
         from tunesmith.pipeline.planning import estimate_job
 
@@ -92,13 +96,16 @@ def data_show(
         bool, typer.Option("--packing", help="Show too which rows share a block in the first optimizer steps.")
     ] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page instead of printing.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Of a recipe with stages: which one.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show every token of some rows as trained, masked or cut: the trainer's own ids and weights."""
     with importing():
         from tunesmith.cli.show import show_rows
+        from tunesmith.cli.stages import read_stage
 
-    show_rows(recipe, overrides or [], rows=rows, worst=worst, packing=packing, html=html, as_json=as_json)
+    asked = read_stage(recipe, overrides or [], stage)
+    show_rows(asked, rows=rows, worst=worst, packing=packing, html=html, as_json=as_json)
 
 
 @data_app.command("check")
@@ -321,9 +328,9 @@ def recipe_main(
         typer.echo(recipe_reference())
         raise typer.Exit(0)
     if schema:
-        from tunesmith.recipe import Recipe
+        from tunesmith.recipe_reference import recipe_schema
 
-        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+        typer.echo(json.dumps(recipe_schema(), indent=2))
         raise typer.Exit(0)
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

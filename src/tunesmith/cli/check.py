@@ -19,6 +19,8 @@ from tunesmith.files import write_text
 if TYPE_CHECKING:
     from tunesmith.data.spec import DataSpec
     from tunesmith.pipeline.checking import Checked
+    from tunesmith.recipe import Recipe
+    from tunesmith.recipe_stages import StagedRecipe
 
 MARKS = {"problem": ("✗ problem", "bold red"), "warning": ("! warning", "bold yellow"), "note": ("· note", "dim")}
 SHOWN = 3
@@ -36,7 +38,50 @@ def run_check(
     as_json: bool,
 ) -> int:
     """Checks files, or the data of a recipe, and returns the exit code: 2 when training would refuse the rows."""
-    spec, held, own = _asked(files, recipe, benchmarks)
+    asked = None
+    if recipe is not None:
+        from tunesmith.recipe_stages import StagedRecipe, read_job  # not above: files alone need no torch
+
+        asked = read_job(recipe)
+        if isinstance(asked, StagedRecipe):
+            return _check_stages(asked, files, benchmarks, fix=fix, html=html, as_json=as_json)
+    return _check(_asked(files, asked, benchmarks), model=model, fix=fix, html=html, as_json=as_json)
+
+
+def _check_stages(
+    recipe: StagedRecipe,
+    files: Sequence[str],
+    benchmarks: Sequence[str],
+    *,
+    fix: Path | None,
+    html: Path | None,
+    as_json: bool,
+) -> int:
+    """Checks the data of every stage, by the tokens of what it starts from."""
+    from tunesmith.pipeline.stages import recipe_to_plan
+
+    for option, given in (("FILE…", files), ("--fix", fix), ("--html", html)):
+        if given:
+            raise InputError("this is for the data of one job, and the recipe has stages", where=option)
+    codes = []
+    for stage in recipe.stages:
+        if not as_json:
+            out(f"\nstage {stage.name}")
+        job, _, _ = recipe_to_plan(recipe, stage)
+        codes.append(_check(_asked([], job, benchmarks), as_json=as_json, stage=stage.name))
+    return max(codes)
+
+
+def _check(
+    asked: tuple[DataSpec, Sequence[str], str | None],
+    *,
+    model: str | None = None,
+    fix: Path | None = None,
+    html: Path | None = None,
+    as_json: bool = False,
+    stage: str | None = None,
+) -> int:
+    spec, held, own = asked
     from tunesmith.data.ingest import ingesting_aside
     from tunesmith.data.sources import readings
 
@@ -48,7 +93,7 @@ def run_check(
         reading_is_done(display.progress)
         checked = check_data(spec, held=held, counting=counting, progress=display.progress)
         fixed = write_fixed(checked, spec, fix) if fix is not None else None
-    found = checked.as_json()
+    found = checked.as_json() if stage is None else {"stage": stage, **checked.as_json()}
     if fixed is not None:
         found["fixed"] = {
             "path": str(fixed.path),
@@ -68,18 +113,15 @@ def run_check(
 
 
 def _asked(
-    files: Sequence[str], recipe: Path | None, benchmarks: Sequence[str]
+    files: Sequence[str], asked: Recipe | None, benchmarks: Sequence[str]
 ) -> tuple[DataSpec, Sequence[str], str | None]:
     """The `data` section that is checked, files to compare it with, and the recipe's model."""
     from tunesmith.data.spec import DataSpec
 
-    if recipe is None:
+    if asked is None:
         if not files:
             raise InputError("there is nothing to check", fix="name a file, or a recipe with --recipe")
         return DataSpec(train=files[0], benchmarks=list(benchmarks)), files[1:], None
-    from tunesmith.recipe_file import read_recipe
-
-    asked = read_recipe(recipe, [])
     changed: dict[str, Any] = {"benchmarks": [*asked.data.benchmarks, *benchmarks]}
     if files:
         changed |= {"train": files[0], "validation": None, "test": "auto", "replay": None}

@@ -18,8 +18,11 @@ SIGNS = {"ok": "✓", "changed": "✗", "gone": "!", "not checked": "·"}
 
 
 def show_runs(root: Path, *, as_json: bool) -> None:
-    """Lists runs, each below the one that it comes from."""
-    listed = _as_tree([_summary(run) for run in find_runs(root) if (run.path / PLAN).is_file()])
+    """Lists runs, each below the one that it comes from, or below the chain that it is a stage of."""
+    from tunesmith.pipeline.chain import Chain
+
+    found = [run for run in find_runs(root) if (run.path / PLAN).is_file() or Chain.is_here(run.path)]
+    listed = _as_tree([_summary(run) for run in found])
     if as_json:
         out(json.dumps([summary for _, summary in listed]))
     elif not listed:
@@ -37,9 +40,14 @@ def _summary(run: Run) -> dict[str, Any]:
     import yaml
 
     from tunesmith.base import InputError
+    from tunesmith.pipeline.chain import Chain, chain_of
 
     try:
-        return {**run.summary(), "parents": [str(path) for path in _parents(run)]}
+        if Chain.is_here(run.path):
+            return {**Chain.open(run.path).summary(), "parents": []}
+        above = chain_of(run)
+        parents = [*_parents(run), *([] if above is None else [above])]
+        return {**run.summary(), "parents": [str(path) for path in parents]}
     except (InputError, OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return {**dict.fromkeys(COLUMNS), "run": str(run.path), "state": "damaged", "parents": []}
 
@@ -75,8 +83,12 @@ def _as_tree(summaries: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]
 
 def show_verification(path: Path, *, as_json: bool) -> int:
     """Says of every part of a run whether it is what it was; returns the exit code: 0, or 2 when something changed."""
+    from tunesmith.pipeline.chain import Chain
     from tunesmith.pipeline.verifying import verify_run
 
+    if Chain.is_here(path):
+        begun = [stage.run.path for stage in Chain.open(path).stages if stage.begun]
+        return max([0, *(show_verification(one, as_json=as_json) for one in begun)])
     run = Run.open(path)
     with Display(as_json) as display:
         parts = verify_run(run, display.progress)

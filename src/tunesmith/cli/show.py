@@ -19,7 +19,7 @@ from tunesmith.data.render import Rendered
 from tunesmith.data.stored import RenderedRows
 from tunesmith.files import write_text
 from tunesmith.pages.tokens import layout_of, lost_in_all, padding_of, tokens_page
-from tunesmith.recipe_file import read_recipe
+from tunesmith.recipe import Recipe
 
 if TYPE_CHECKING:
     from tunesmith.pipeline.planning import Planned
@@ -49,8 +49,7 @@ PACKED_STEPS = 3
 
 
 def show_rows(
-    path: Path,
-    overrides: Sequence[str],
+    recipe: Recipe,
     *,
     rows: int,
     worst: Worst | None,
@@ -65,7 +64,6 @@ def show_rows(
         worst: which come first; None for those that stand first in the files.
         packing: whether the blocks of the first optimizer steps are shown too.
     """
-    recipe = read_recipe(path, overrides)
     from tunesmith.data.sources import source_specs
     from tunesmith.pipeline.planning import plan_job
 
@@ -73,7 +71,7 @@ def show_rows(
     with Display(as_json) as display:
         planned = plan_job(recipe, display.progress)
     if planned.prepared is None or planned.tokenizer is None:
-        raise InputError("there are no rows to show", where=path, fix="name data in data.train")
+        raise InputError("there are no rows to show", where="data.train", fix="name data there")
     train = planned.prepared.train
     chosen = first_or_worst(train, rows, worst)
     shown = [described(train[at], planned.tokenizer) for at in chosen]

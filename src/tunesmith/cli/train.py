@@ -9,9 +9,11 @@ from typing import Any
 from tunesmith.base import InputError
 from tunesmith.cli.display import Display, out, quiet_libraries
 from tunesmith.cli.importing import importing
+from tunesmith.cli.stages import run_stages
 from tunesmith.cli.tables import plan_lines, report_lines
 from tunesmith.recipe import Plan, Recipe
-from tunesmith.recipe_file import check_recipe, read_recipe
+from tunesmith.recipe_file import check_recipe
+from tunesmith.recipe_stages import StagedRecipe, read_job
 
 
 def run_training(
@@ -20,8 +22,10 @@ def run_training(
     """Runs a recipe and returns the exit code: 0, or 3 when a gate said no."""
     if force and not resume:
         raise InputError("--force is for runs that are resumed", fix="add --resume, or write KEY=VALUE without --force")
-    recipe = read_recipe(path, [*overrides, *force])
-    return run_recipe(recipe, resume=resume, forced=[text.partition("=")[0] for text in force], as_json=as_json)
+    recipe, forced = read_job(path, [*overrides, *force]), [text.partition("=")[0] for text in force]
+    if isinstance(recipe, StagedRecipe):
+        return run_stages(recipe, resume=resume, forced=forced, as_json=as_json)
+    return run_recipe(recipe, resume=resume, forced=forced, as_json=as_json)
 
 
 def run_recipe(recipe: Recipe, *, resume: bool, forced: Sequence[str] = (), as_json: bool) -> int:

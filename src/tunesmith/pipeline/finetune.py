@@ -30,6 +30,7 @@ from tunesmith.pipeline.reproduce import REPRODUCE, reproduce_script
 from tunesmith.pipeline.resuming import refuse_another_recipe, resumed_plan
 from tunesmith.pipeline.room import refuse_too_little_room
 from tunesmith.pipeline.sinks import check_sinks, open_sinks
+from tunesmith.pipeline.starting import with_merged_start
 from tunesmith.pipeline.stopping import Stopping
 from tunesmith.pipeline.training import BLOCKS, Watcher, Work, train_model
 from tunesmith.pipeline.usage import Stopwatch, keep_memory_small, process_peak_bytes
@@ -103,11 +104,12 @@ def finetune(
         planned = plan_job(recipe, watcher.progress)
         if run is not None:
             planned = planned.with_plan(resumed_plan(run, planned, forced))
-        join_processes(planned.hardware.device)
+        joined = join_processes(planned.hardware.device)
         try:
             return _execute(planned, run, watcher, parent, tuple(forced))
         finally:
-            leave_processes()
+            if joined:
+                leave_processes()
 
 
 @contextmanager
@@ -136,7 +138,7 @@ def _execute(
 ) -> Run:
     recipe = planned.recipe
     with Stopping() as stopping:
-        planned = with_teacher(planned, watcher.progress)
+        planned = with_teacher(with_merged_start(planned, watcher.progress), watcher.progress)
         watcher.progress("loading the model", 0, None)
         model, planned = _loaded(planned)
         if recipe.model.add_tokens and planned.tokenizer is not None:

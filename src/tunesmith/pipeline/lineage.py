@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import try_to_load_from_cache
 
@@ -20,7 +20,10 @@ from tunesmith.pipeline.origin import dependency_versions, tunesmith_origin
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.teacher import Teacher
 from tunesmith.recipe import Recipe
-from tunesmith.run import HELD, LOCK, PLAN, RECIPE, RESULTS, Run
+from tunesmith.run import HELD, LOCK, MERGED, PLAN, RECIPE, RESULTS, Run
+
+if TYPE_CHECKING:
+    from tunesmith.pipeline.planning import Planned
 
 LINEAGE, MANIFEST = "lineage.json", "manifest.json"
 CHECKPOINTS, TRACKERS = "checkpoints", ("tensorboard", "wandb")
@@ -98,7 +101,7 @@ def write_manifest(run: Run) -> None:
     """Writes `manifest.json`: size and SHA-256 of every file of a finished run.
 
     Left out are checkpoints, which have manifests of their own, the lock, the folders of trackers, what is not
-    committed yet, and other runs inside this one.
+    committed yet, other runs inside this one, and what later ones started from.
     """
     run.write(MANIFEST, {"files": fingerprints(run.path, manifest_files(run.path), "hashing the run", silent)})
 
@@ -113,7 +116,7 @@ def manifest_files(directory: Path) -> list[str]:
             name
             for name in folders
             if ASIDE not in name
-            and not (top and name in (CHECKPOINTS, *TRACKERS))
+            and not (top and (name in (CHECKPOINTS, *TRACKERS) or name.startswith(MERGED)))
             and not (here / name / RECIPE).is_file()
         ]
         for name in files:
@@ -130,6 +133,7 @@ def _base(planned: Planned, progress: Progress) -> dict[str, Any]:
         "name": spec.path,
         "from": DEMO if spec.path == DEMO and not Path(DEMO).exists() else here,
         "location": str(directory) if directory else planned.location,
+        "within": _within(spec.path, directory),
         "revision": spec.revision,
         "commit": commit,
         "files": {} if directory is None else model_files(directory, "hashing the base", progress),
@@ -172,6 +176,12 @@ def model_files(directory: Path, label: str, progress: Progress) -> dict[str, Fi
             where=error.filename or directory,
             fix="check its permissions and the disk it is on",
         ) from error
+
+
+def _within(named: str, directory: Path | None) -> str:
+    """Where the weights are below what the recipe names, when that is a run or an adapter; else `.`."""
+    place = os.path.expanduser(named)
+    return _relative(str(directory), os.path.abspath(place)) if directory and os.path.isdir(place) else "."
 
 
 def directory_of_model(location: str, revision: str | None) -> tuple[Path | None, str | None]:
@@ -245,7 +255,11 @@ def run_of_base(base: Path) -> Path | None:
 
 def _run_around(result: Path) -> Path | None:
     run = Path(os.path.abspath(result)).parent
-    is_run = result.name in RESULTS and (run / RECIPE).is_file() and (run / PLAN).is_file()
+    is_run = (
+        (result.name in RESULTS or result.name.startswith(MERGED))
+        and (run / RECIPE).is_file()
+        and (run / PLAN).is_file()
+    )
     return run if is_run else None
 
 

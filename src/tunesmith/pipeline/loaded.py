@@ -21,7 +21,6 @@ from tunesmith.engine.generate import Generation, Sampling, generate
 from tunesmith.evaluation.answers import Judged, Judging, judge
 from tunesmith.evaluation.compare import choose_metrics, compare_metrics, metric_rows
 from tunesmith.methods.lora import load_adapter
-from tunesmith.methods.method import read_adapter_config
 from tunesmith.methods.quantized_lora import base_read
 from tunesmith.metrics import bootstrap
 from tunesmith.models.embeddings import cover_tokens
@@ -31,79 +30,17 @@ from tunesmith.models.load import (
     load_judge,
     load_model,
     load_tokenizer,
-    locate_model,
     read_config,
     stop_token_ids,
 )
 from tunesmith.models.measure import position_limit
 from tunesmith.models.quantized import Quantization
-from tunesmith.models.task_head import TaskHead, head_of, saved_head
+from tunesmith.models.task_head import head_of
 from tunesmith.models.templates import resolve_template
 from tunesmith.pipeline.labeller import Labeller
+from tunesmith.pipeline.locating import Location, base_of_run, locate
 from tunesmith.plan.hardware import DTYPES, detect_hardware, native_dtypes
-from tunesmith.recipe import EvaluateSpec, Recipe
-from tunesmith.recipe_file import check_recipe, parse_yaml
-from tunesmith.run import RECIPE, Run
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where the parts of a model stand.
-
-    Attributes:
-        base: directory or hub id of the weights.
-        adapter: directory of an adapter on top, if any.
-        tokenizer: directory or hub id of the tokenizer and template.
-        recipe: of the run, when a run was named.
-    """
-
-    base: str
-    adapter: Path | None
-    tokenizer: str
-    recipe: Recipe | None
-
-    @property
-    def head(self) -> TaskHead | None:
-        """The head of a model that judges; None for one that writes."""
-        directory = self.adapter or Path(self.base)
-        return saved_head(directory) if directory.is_dir() else None
-
-
-def locate(path: str, progress: Progress = silent) -> Location:
-    """Finds out what a name stands for.
-
-    Raises:
-        InputError: when it is none of a run with a result, an adapter, a model directory or a hub id.
-    """
-    directory = Path(path).expanduser()
-    if (directory / RECIPE).is_file():
-        run = Run.open(directory)
-        recipe = run_recipe(run)
-        result = run.result
-        if result is None:
-            raise InputError("the run has no trained result yet", where=path, fix="finish it with --resume")
-        if result.name == "adapter":
-            return Location(locate_model(recipe.model.path, progress), result, str(result), recipe)
-        return Location(str(result), None, str(result), recipe)
-    if (directory / "adapter_config.json").is_file():
-        base = read_adapter_config(directory).get("base_model_name_or_path")
-        if not isinstance(base, str) or not base:
-            raise InputError(
-                "the adapter does not say which model it belongs to",
-                where=directory,
-                fix="set base_model_name_or_path in adapter_config.json",
-            )
-        own_tokenizer = (directory / "tokenizer_config.json").is_file()
-        location = locate_model(base, progress)
-        return Location(location, directory, str(directory) if own_tokenizer else location, None)
-    location = locate_model(path, progress)
-    return Location(location, None, location, None)
-
-
-def run_recipe(run: Run) -> Recipe:
-    path = run.path / RECIPE
-    values, lines = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    return check_recipe(values, str(path), lines)
+from tunesmith.recipe import EvaluateSpec
 
 
 def default_dtype() -> torch.dtype:
@@ -124,11 +61,10 @@ def _load(location: Location, dtype: str, progress: Progress) -> PreTrainedModel
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"unknown dtype {dtype!r}", fix="use auto, fp32, bf16 or fp16")
     progress("loading the model", 0, None)
-    recipe = location.recipe if location.adapter else None
     how = Loading(
         default_dtype() if dtype == "auto" else DTYPES[dtype],
         detect_hardware().device,
-        recipe.model.revision if recipe else None,
+        location.revision,
         held_quantized(location),
     )
     if location.head is not None:
@@ -330,7 +266,9 @@ def _judged_by(
 
 
 def _base_of(location: Location) -> str:
-    return location.recipe.model.path if location.recipe else location.base
+    if location.run is None or location.recipe is None or location.adapter is not None:
+        return location.base
+    return base_of_run(location.run, location.recipe)
 
 
 def judged_rows(

@@ -6,19 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from tunesmith.base import InputError, Progress, TunesmithError, silent
 from tunesmith.compose.merge import MergeCheck, merge_and_check
-from tunesmith.files import committed_directory, write_json
+from tunesmith.data.render import Renderer
+from tunesmith.files import new_directory, write_json
 from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.quantized_lora import Base, base_read
-from tunesmith.models.load import load_model
-from tunesmith.models.load import load_tokenizer as load_tokenizer
+from tunesmith.models.load import Loading, load_model, load_tokenizer
 from tunesmith.models.quantized import in_full
 from tunesmith.models.templates import resolve_template
-from tunesmith.pipeline.loaded import Location, default_dtype, locate, renderer_for
+from tunesmith.pipeline.loaded import default_dtype, renderer_for
+from tunesmith.pipeline.locating import Location, locate
 from tunesmith.pipeline.merging_labels import merge_labels
 from tunesmith.plan.hardware import detect_hardware
-from tunesmith.run import BASE_EVALUATION, Run
+from tunesmith.run import BASE_EVALUATION
 
 PROMPTS = 8
 SPARE_PROMPTS = (
@@ -29,15 +33,28 @@ SPARE_PROMPTS = (
 )
 
 
-def merge_run(path: str, out: Path, *, progress: Progress = silent) -> Merged:
+def merge_run(
+    path: str,
+    out: Path,
+    *,
+    progress: Progress = silent,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Merged:
     """Merges the adapter of a run (or an adapter's directory) into its base and writes a plain model.
 
     An adapter that was trained over a quantized base is merged into the base in full precision, except where it makes
     up for the rounding (LoftQ): then into the rounded weights. The merged model is compared with the adapter on
     held-out prompts and must differ from the base. What was done stands in `merge.json` beside the weights.
 
+    Args:
+        dtype: of the merged weights (those of a model that judges are merged in fp32); by default what the device
+            computes natively.
+        device: where they are merged; by default the machine's best.
+
     Raises:
         InputError: when there is no adapter, or the target exists.
+        FileExistsError: when somebody else has made the target meanwhile.
         TunesmithError: when the merged model is not the trained one; nothing is written then.
     """
     location = locate(path, progress)
@@ -49,17 +66,16 @@ def merge_run(path: str, out: Path, *, progress: Progress = silent) -> Merged:
     trained_over = _trained_over(location)
     head = location.head
     if head is not None:
-        check = merge_labels(location, head, _held_out_prompts(path, location), out)
+        check = merge_labels(location, head, _held_out_prompts(location), out)
         return Merged(check, merging_note(trained_over), "answers")
-    held = trained_over.quantized if trained_over.bound else None
-    device = detect_hardware().device
-    model = in_full(load_model(location.base, dtype=default_dtype(), device=device, quantized=held))
-    load_adapter(model, location.adapter)
-    tokenizer = load_tokenizer(location.tokenizer)
-    plain = location.recipe is not None and location.recipe.data.template == "plain"
-    template = resolve_template("plain" if plain else "auto", tokenizer)
-    renderer = renderer_for(location.base, model, tokenizer, template)
-    prompts = [renderer.prompt_ids([{"role": "user", "content": text}]) for text in _held_out_prompts(path, location)]
+    how = Loading(
+        dtype or default_dtype(),
+        device or detect_hardware().device,
+        location.revision,
+        trained_over.quantized if trained_over.bound else None,
+    )
+    model, renderer = _adapted(location, how)
+    prompts = [renderer.prompt_ids([{"role": "user", "content": text}]) for text in _held_out_prompts(location)]
     progress("merging and comparing", 0, None)
     check = merge_and_check(model, prompts, renderer.stop_ids)
     if not check.passed:
@@ -71,12 +87,24 @@ def merge_run(path: str, out: Path, *, progress: Progress = silent) -> Merged:
         )
     if model.generation_config is not None:
         model.generation_config.eos_token_id = sorted(renderer.stop_ids)
-    with committed_directory(out) as directory:
+    with new_directory(out) as directory:
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        said = {"base": location.base, "adapter": str(location.adapter), **_said_of(trained_over)}
-        write_json(directory / "merge.json", {**check.as_json(), **said})
+        renderer.tokenizer.save_pretrained(directory)
+        write_json(directory / "merge.json", {**check.as_json(), **location.merged_from(), **_said_of(trained_over)})
     return Merged(check, merging_note(trained_over))
+
+
+def _adapted(location: Location, how: Loading) -> tuple[PreTrainedModel, Renderer]:
+    """The model with its adapter beside weights that are whole, and the renderer of its prompts."""
+    assert location.adapter is not None
+    model = in_full(
+        load_model(location.base, dtype=how.dtype, device=how.device, revision=how.revision, quantized=how.quantized)
+    )
+    load_adapter(model, location.adapter)
+    tokenizer = load_tokenizer(location.tokenizer)
+    plain = location.recipe is not None and location.recipe.data.template == "plain"
+    template = resolve_template("plain" if plain else "auto", tokenizer)
+    return model, renderer_for(location.base, model, tokenizer, template)
 
 
 @dataclass(frozen=True)
@@ -122,10 +150,11 @@ def merging_note(trained_over: Base) -> str | None:
     )
 
 
-def _held_out_prompts(path: str, location: Location) -> list[str]:
+def _held_out_prompts(location: Location) -> list[str]:
     """Prompts that the run was judged on; a few plain ones for adapters without a run."""
-    if location.recipe is not None and (Path(path) / BASE_EVALUATION).is_file():
-        rows = Run.open(path).read(BASE_EVALUATION)["rows"]
+    run = location.run
+    if run is not None and (run.path / BASE_EVALUATION).is_file():
+        rows = run.read(BASE_EVALUATION)["rows"]
         prompts = [row["prompt"] for row in rows if row["prompt"]][:PROMPTS]
         if prompts:
             return prompts

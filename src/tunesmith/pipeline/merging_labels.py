@@ -12,14 +12,14 @@ from torch import Tensor
 from tunesmith.base import TunesmithError
 from tunesmith.batch import Example, pack
 from tunesmith.compose.merge import MergeCheck
-from tunesmith.files import committed_directory, write_json
+from tunesmith.files import new_directory, write_json
 from tunesmith.methods.adapted import merge_layers, without_adapter
 from tunesmith.methods.lora import load_adapter
 from tunesmith.models.load import Loading, load_judge, load_tokenizer
 from tunesmith.models.task_head import TaskHead
 from tunesmith.objectives import TaskObjective
 from tunesmith.pipeline.labeller import Labeller
-from tunesmith.pipeline.loaded import Location
+from tunesmith.pipeline.locating import Location
 from tunesmith.plan.hardware import detect_hardware
 
 CLOSE = 1e-5
@@ -34,7 +34,9 @@ def merge_labels(location: Location, head: TaskHead, texts: Sequence[str], out: 
         TunesmithError: when the merged model judges otherwise than the trained one; nothing is written then.
     """
     assert location.adapter is not None
-    model, settled, _ = load_judge(location.base, head, Loading(torch.float32, detect_hardware().device))
+    model, settled, _ = load_judge(
+        location.base, head, Loading(torch.float32, detect_hardware().device, location.revision)
+    )
     load_adapter(model, location.adapter)
     tokenizer = load_tokenizer(location.tokenizer, writes=False)
     labeller = Labeller.of(model.eval(), settled, tokenizer)
@@ -57,13 +59,11 @@ def merge_labels(location: Location, head: TaskHead, texts: Sequence[str], out: 
             where=location.adapter,
             fix="use the adapter unmerged",
         )
-    with committed_directory(out) as directory:
+    with new_directory(out) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         settled.write(directory)
-        write_json(
-            directory / "merge.json", {**check.as_json(), "base": location.base, "adapter": str(location.adapter)}
-        )
+        write_json(directory / "merge.json", {**check.as_json(), **location.merged_from()})
     return check
 
 

@@ -20,12 +20,13 @@ from tunesmith.data.render_prompts import PromptRenderer
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.evaluation.compare import MARGIN, PREFERENCE_ACCURACY, choose_metrics
 from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
-from tunesmith.models.load import load_tokenizer, locate_model, read_config, read_plain_config, stop_token_ids
+from tunesmith.models.load import load_tokenizer, read_config, read_plain_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
 from tunesmith.objectives import Pairwise, Policy, Preference, Reward, TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
+from tunesmith.pipeline.locating import Location
 from tunesmith.pipeline.policy import (
     policy_metrics,
     policy_notes,
@@ -36,6 +37,7 @@ from tunesmith.pipeline.policy import (
 )
 from tunesmith.pipeline.preference_rows import preference_renderer, refuse_encoder, with_partners
 from tunesmith.pipeline.rewards import Scorer
+from tunesmith.pipeline.starting import merged_config, start_of, with_start_told
 from tunesmith.pipeline.teacher import Teacher, find_teacher, kept_on_disk, refuse_unfit_rows
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
@@ -53,6 +55,7 @@ class Planned:
 
     Attributes:
         location: directory or hub id of the model.
+        start: the adapter that the job starts from, where it does; before it is merged, `location` is that of its base.
         prepared: the data; None when the plan was made without it.
         objective: the recipe's, with what the data and the model settle filled in.
         head_is_new: whether the base has no head for these labels, so that it is compared with a constant answer.
@@ -72,6 +75,7 @@ class Planned:
     head_is_new: bool = False
     score: Scorer | None = None
     teacher: Teacher | None = None
+    start: Location | None = None
 
     def with_plan(self, plan: Plan) -> Planned:
         return replace(self, plan=plan)
@@ -88,15 +92,18 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     Raises:
         InputError: for anything wrong with model, data or settings.
     """
-    location = locate_model(recipe.model.path, progress)
-    config = _config(recipe, location)
+    start = start_of(recipe, progress)
+    location, config = start.base, _config(recipe, start)
     objective: TrainingObjective = recipe.objective
     limit = position_limit(config)
+    tokenizer = load_tokenizer(
+        start.tokenizer, recipe.model.revision, config, writes=not isinstance(objective, TaskObjective)
+    )
+    config = merged_config(config, start, tokenizer)
+    added = add_tokens(tokenizer, recipe.model.add_tokens)
     model = _architecture(recipe, config, location)
     if isinstance(objective, TaskObjective):
         refuse_settings_of_writing(recipe, int(config.get_text_config().num_hidden_layers))
-        tokenizer = load_tokenizer(location, recipe.model.revision, config, writes=False)
-        added = add_tokens(tokenizer, recipe.model.add_tokens)
         stop_ids = _stop_ids(tokenizer, config, location)
         if isinstance(objective, Reward):
             refuse_encoder(model)
@@ -104,8 +111,6 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         else:
             renderer = label_renderer(objective, recipe.data, tokenizer, model, stop_ids)
     else:
-        tokenizer = load_tokenizer(location, recipe.model.revision, config)
-        added = add_tokens(tokenizer, recipe.model.add_tokens)
         stop_ids = stop_token_ids(tokenizer, config, location)
         if isinstance(objective, Policy):
             refuse_unfit_recipe(recipe, objective)
@@ -150,10 +155,10 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
             Resolved(name=name, value=value, reason="hash of its content") for name, value in score.record.items()
         ]
         notes += policy_notes(recipe, plan, objective)
-    plan = plan.model_copy(update={"notes": notes, "resolved": found})
-    return Planned(
-        recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective, score=score, teacher=teacher
-    )
+    plan = with_start_told(plan.model_copy(update={"notes": notes, "resolved": found}), recipe, start)
+    adapter = start if start.adapter is not None else None
+    planned = Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective)
+    return replace(planned, score=score, teacher=teacher, start=adapter)
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, location: str) -> set[int]:
@@ -173,9 +178,9 @@ def _found_in_labels(asked: TrainingObjective, settled: TrainingObjective) -> li
     return found
 
 
-def _config(recipe: Recipe, location: str) -> PreTrainedConfig:
+def _config(recipe: Recipe, start: Location) -> PreTrainedConfig:
     read = read_plain_config if recipe.budget.memory is not None and may_stream(recipe) else read_config
-    return read(location, recipe.model.revision)
+    return read(start.base, start.revision or recipe.model.revision)
 
 
 def _architecture(recipe: Recipe, config: PreTrainedConfig, location: str) -> nn.Module:
@@ -206,11 +211,11 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     Raises:
         InputError: when the model's configuration cannot be read, or data that is there is wrong.
     """
-    location = locate_model(recipe.model.path, progress)
+    start = start_of(recipe, progress)
     missing = [source.path for source in source_specs(recipe.data) if not _is_here(source.path)]
-    if not missing and _has_tokenizer(location):
+    if not missing and _has_tokenizer(start.tokenizer):
         return plan_job(recipe, progress)
-    config = _config(recipe, location)
+    location, config = start.base, _config(recipe, start)
     model = _architecture(recipe, config, location)
     first = vocabulary_rows(model)  # the tokenizer, which would know, is not here
     teach_tokens(model, {token: first + at for at, token in enumerate(recipe.model.add_tokens)})
@@ -225,7 +230,7 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     plan = resolve(recipe, model, workload, detect_hardware(), judged, workload.longest)
     what = f"there is no {missing[0]}" if missing else "the model has no tokenizer"
     notes = [*plan.notes, f"tokens are estimated: {what}"]
-    plan = plan.model_copy(update={"notes": notes})
+    plan = with_start_told(plan.model_copy(update={"notes": notes}), recipe, start)
     return Planned(recipe, plan, location, config, detect_hardware(), None, None, None, recipe.objective)
 
 

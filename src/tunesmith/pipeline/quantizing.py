@@ -10,7 +10,8 @@ from tunesmith.base import InputError, Progress, silent
 from tunesmith.files import committed_directory
 from tunesmith.models.load import load_model, load_tokenizer, read_config
 from tunesmith.models.quantized import quantization, stored_quantization
-from tunesmith.pipeline.loaded import default_dtype, locate
+from tunesmith.pipeline.loaded import default_dtype
+from tunesmith.pipeline.locating import locate
 from tunesmith.plan.hardware import detect_hardware
 
 

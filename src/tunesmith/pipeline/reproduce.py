@@ -42,7 +42,7 @@ def reproduce_script(lineage: dict[str, Any], environment: dict[str, Any], outpu
         "TUNESMITH": _tunesmith(lineage["tunesmith"]),
         "SOURCE_SHA256": lineage["tunesmith"]["source_sha256"],
         "INPUTS": _listed([*lineage["data"], *lineage["texts"]]),
-        "BASE": shlex.quote(lineage["base"]["name"]) if is_here else "$(fetch_base)",
+        "BASE": shlex.quote(_joined(lineage["base"])) if is_here else "$(fetch_base)",
         "FETCH_BASE": "" if is_here else _FETCH_BASE.replace("@FETCH@", _fetch(lineage["base"])),
         "BASE_FILES": ascii([(name, entry["sha256"]) for name, entry in lineage["base"]["files"].items()]),
         "THREADS": str(int(environment["threads"])),
@@ -53,6 +53,12 @@ def reproduce_script(lineage: dict[str, Any], environment: dict[str, Any], outpu
         "OUTPUT": shlex.quote(f"{output}-reproduced"),
     }
     return re.sub("@([A-Z_0-9]+)@", lambda match: values[match[1]], _TEMPLATE)
+
+
+def _joined(base: dict[str, Any]) -> str:
+    """The directory of the base's files, as the recipe names it or below that."""
+    within = base.get("within", ".")
+    return base["name"] if within == "." else f"{base['name']}/{within}"
 
 
 def _versions(lineage: dict[str, Any], environment: dict[str, Any]) -> dict[str, str]:

@@ -12,9 +12,10 @@ from typing import Any
 from tunesmith.base import InputError
 from tunesmith.evaluation.answers import Judged
 from tunesmith.evaluation.compare import compare_metrics, judgement
+from tunesmith.pipeline.chain import Chain
 from tunesmith.pipeline.finetune import Watcher, finetune
 from tunesmith.pipeline.lineage import repeated_runs, write_manifest
-from tunesmith.pipeline.loaded import run_recipe
+from tunesmith.pipeline.locating import run_recipe
 from tunesmith.pipeline.resuming import changed_keys
 from tunesmith.recipe import EvaluateSpec, Recipe
 from tunesmith.recipe_file import read_recipe
@@ -54,6 +55,12 @@ def plan_rerun(path: str | Path, overrides: Sequence[str] = (), *, resume: bool 
     Raises:
         InputError: when there is no run, nothing to resume, or a change is wrong.
     """
+    if Chain.is_here(Path(path)):
+        raise InputError(
+            "this holds several runs, one for each stage of a recipe",
+            where=path,
+            fix=f"name one of {Path(path) / 'stages'}, or train {Path(path) / RECIPE} with output=runs/NAME",
+        )
     old = Run.open(path)
     if old.path.name in ("", ".."):
         old = Run(old.path.resolve())

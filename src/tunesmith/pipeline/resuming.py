@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tunesmith.base import InputError
@@ -16,9 +17,14 @@ from tunesmith.run import CHANGES, DATA, PLAN, RECIPE, Run
 
 def changed_keys(run: Run, recipe: Recipe) -> dict[str, list[Any]]:
     """The keys in which a recipe differs from the run's own, each with its value then and now."""
-    before, _ = parse_yaml((run.path / RECIPE).read_text(encoding="utf-8"), str(run.path / RECIPE))
-    now, _ = parse_yaml(recipe_yaml(recipe), "recipe")
-    old, new = _flat_keys(before), _flat_keys(now)
+    return changed_between(run.path / RECIPE, recipe_yaml(recipe))
+
+
+def changed_between(stored: Path, now: str) -> dict[str, list[Any]]:
+    """The keys in which a recipe, as it would be stored, differs from a stored one, with their values then and now."""
+    before, _ = parse_yaml(stored.read_text(encoding="utf-8"), str(stored))
+    after, _ = parse_yaml(now, "recipe")
+    old, new = _flat_keys(before), _flat_keys(after)
     return {
         key: [old.get(key), new.get(key)]
         for key in sorted(old.keys() | new.keys())
@@ -32,12 +38,17 @@ def refuse_another_recipe(run: Run, recipe: Recipe, forced: Sequence[str] = ()) 
     Args:
         forced: keys that may differ, because the user said so.
     """
-    changed = {key: values for key, values in changed_keys(run, recipe).items() if not _is_forced(key, forced)}
+    refuse_changes(run.path / RECIPE, changed_keys(run, recipe), forced)
+
+
+def refuse_changes(stored: Path, changed: dict[str, list[Any]], forced: Sequence[str]) -> None:
+    """Raises InputError for the first changed key that was not forced."""
+    changed = {key: values for key, values in changed.items() if not _is_forced(key, forced)}
     for key, (before, now) in changed.items():
         others = f" ({len(changed) - 1} more keys differ)" if len(changed) > 1 else ""
         raise InputError(
             f"{key} is {now!r} now and was {before!r} when the run began{others}",
-            where=run.path / RECIPE,
+            where=stored,
             fix=f"resume with the run's own recipe, say --force {key}=… to go on with the change, or start a new run: "
             "output=runs/NAME",
         )

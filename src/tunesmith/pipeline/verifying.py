@@ -116,7 +116,8 @@ def _base(base: dict[str, Any], progress: Progress) -> Part:
     name = f"base {base['name']}"
     if not base["files"]:
         return Part(name, "not checked", "its files were not on this machine when the run began")
-    places = [place for place in (base["location"], base["name"]) if Path(place).expanduser().is_dir()]
+    named = str(Path(base["name"], base.get("within", ".")))
+    places = [place for place in (base["location"], named) if Path(place).expanduser().is_dir()]
     if not places:
         return Part(name, "gone", f"it is no longer in {base['location']}", fix="put it back: the run needs its base")
     found = differences(Path(places[0]).expanduser(), base["files"], "checking the base", progress)

@@ -13,12 +13,19 @@ from torch import Tensor, nn
 from tunesmith.models.sharding import gradient_norm, is_part, scale_gradients
 
 
-def join_processes(device: torch.device) -> None:
-    """Joins the other processes when started by torchrun; does nothing otherwise."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+def join_processes(device: torch.device) -> bool:
+    """Joins the other processes when started by torchrun and not joined yet; does nothing otherwise.
+
+    Returns:
+        Whether it was this call, so that who has joined leaves: a process that joined again while another one had not
+        left yet would wait for it for ever.
+    """
+    asked = "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    if asked:
         backend = "nccl" if device.type == "cuda" else "gloo"
         # One process evaluates while the others wait for it, which may take longer than the default of 30 minutes.
         dist.init_process_group(backend, timeout=timedelta(hours=12))
+    return asked
 
 
 def leave_processes() -> None:
