@@ -11,7 +11,7 @@ from torch.optim import SGD
 
 from tunesmith.batch import Batch, Example, pack
 from tunesmith.methods import trainable_parameters
-from tunesmith.objectives import TrainingObjective
+from tunesmith.objectives import StepObjective
 from tunesmith.train.loop import StepResult, step
 
 
@@ -20,7 +20,7 @@ def split(rows: Sequence[Example], parts: Sequence[Sequence[int]], layout: Any) 
 
 
 def gradients(
-    model: nn.Module, objective: TrainingObjective, batches: Sequence[Batch], **options: Any
+    model: nn.Module, objective: StepObjective, batches: Sequence[Batch], **options: Any
 ) -> tuple[dict[str, Tensor], StepResult]:
     """Of a step that moves nothing."""
     optimizer = SGD(trainable_parameters(model).values(), lr=0.0)

@@ -206,6 +206,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "head": ({"method": {"kind": "head"}}, "drawn anew at every step"),
     "memory": ({"budget": {"memory": "900MB"}}, "each token of an answer would read the whole model"),
     "shard": ({"train": {"shard": True}}, "answers cannot be drawn from weights that are spread"),
+    "near": ({"train": {"kl_to_base": 0.1}}, "objective.kl holds a policy near its base"),
     "positions": ({"objective": {"max_new_tokens": 250}}, "250 more do not fit into the model's 256 positions"),
     "reference": ({"objective": {"reward": "exact"}}, "no reference answer, with which the reward exact compares"),
     "perplexity": ({"evaluate": {"metrics": ["perplexity"]}}, "gives its own answers is judged by them"),

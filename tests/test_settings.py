@@ -24,6 +24,7 @@ from tunesmith.objectives import (
     Orpo,
     Policy,
     Ppo,
+    Pretrain,
     Regress,
     Reward,
     Rloo,
@@ -76,6 +77,8 @@ def preferring(kind: str, **settings: Any) -> dict[str, Any]:
 
 DPO = preferring("dpo")
 LABELS, NUMBERS, TAGS = judging("classify", "LABELS"), judging("regress", "NUMBERS"), judging("tag", "TAGS")
+DOCUMENTS = {**JUDGED, "data": {"train": "TEXT"}, "objective": {"kind": "pretrain"}}
+OWN = {"path": "self", "answers": 30, "max_new_tokens": 60}
 
 
 def drawing(kind: str = "grpo", reward: Any = None, **settings: Any) -> dict[str, Any]:
@@ -150,6 +153,10 @@ CHANGES: dict[str, Any] = {
         {"data": {"replay": {"path": "MORE", "subset": "x"}}},
     ),
     "data.replay.split": ({"data": {"replay": {"path": "MORE"}}}, {"data": {"replay": {"path": "MORE", "split": "x"}}}),
+    "data.replay.prompts": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "prompts": "MORE"}}}),
+    "data.replay.answers": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "answers": 20}}}),
+    "data.replay.max_new_tokens": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "max_new_tokens": 30}}}),
+    "data.replay.temperature": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "temperature": 0.5}}}),
     "data.stratify": ({"data": {"train": "FIELDS"}}, {"data": {"train": "FIELDS", "stratify": "colour"}}),
     "data.group": ({"data": {"train": "FIELDS"}}, {"data": {"train": "FIELDS", "group": "colour"}}),
     "data.checks": ({"data": {"train": "ODD"}}, {"data": {"train": "ODD", "checks": False}}),
@@ -234,6 +241,13 @@ CHANGES: dict[str, Any] = {
     "method[head].solver": ({**LABELS, **HEAD}, {**LABELS, "method": {"kind": "head", "solver": "gradient"}}),
     "objective.kind": ({}, REFUSED),
     "objective.label_smoothing": ({}, {"objective": {"kind": "sft", "label_smoothing": 0.2}}),
+    "objective.average": ({}, {"objective": {"kind": "sft", "average": "rows"}}),
+    "objective.noise": ({}, {"objective": {"kind": "sft", "noise": 5}}),
+    "objective[pretrain].kind": ({"data": {"train": "TEXT"}}, DOCUMENTS),
+    "objective[pretrain].label_smoothing": (
+        DOCUMENTS,
+        {**DOCUMENTS, "objective": {"kind": "pretrain", "label_smoothing": 0.2}},
+    ),
     "objective[dpo].kind": (DPO, preferring("simpo")),
     "objective[dpo].variant": (DPO, preferring("dpo", variant="ipo")),
     "objective[dpo].beta": (DPO, preferring("dpo", beta=0.5)),
@@ -336,6 +350,12 @@ CHANGES: dict[str, Any] = {
     "train.schedule": ({}, {"train": {"schedule": "wsd"}}),
     "train.warmup": ({}, {"train": {"warmup": 3}}),
     "train.weight_decay": ({}, {"train": {"weight_decay": 0.5}}),
+    "train.kl_to_base": ({}, {"train": {"kl_to_base": 1}}),
+    "train.kl_on": (
+        {"data": {"replay": {"path": "MORE"}}, "train": {"kl_to_base": 1}},
+        {"data": {"replay": {"path": "MORE"}}, "train": {"kl_to_base": 1, "kl_on": "replay"}},
+    ),
+    "train.l2_to_base": ({}, {"train": {"l2_to_base": 1}}),
     "train.clip": ({}, {"train": {"clip": 0.001}}),
     # bitsandbytes keeps states of fewer than 4,096 weights in 32 bits.
     "train.optimizer": (
@@ -423,6 +443,7 @@ def schema_fields() -> set[str]:
         "objective[tag]": [Tag],
         "objective[regress]": [Regress],
         "objective": [Supervised],
+        "objective[pretrain]": [Pretrain],
         "objective[dpo]": [Dpo],
         "objective[simpo]": [SimPo],
         "objective[orpo]": [Orpo],

@@ -114,6 +114,18 @@ class TrainSpec(Spec):
     """Steps over which the rate rises from zero: a fraction of all steps when below 1, else a number of steps."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay (Loshchilov & Hutter 2019); never on biases, norms and other vectors."""
+    kl_to_base: NonNegativeFloat = 0.0
+    """Adds this times KL(base || model) at the tokens that are trained on (`kl_on`), in nats a token: the base's own
+    predictions are soft targets, against forgetting (Li & Hoiem 2016, Learning without Forgetting, equation 2). The
+    base is the model with its adapter off, so it costs one more forward pass and no second model; for `sft` and
+    `pretrain`, with a method that leaves the base as it is."""
+    kl_on: Literal["targets", "replay"] = "targets"
+    """Where: at every token that is trained on, or only at those of `data.replay`, so that the task is learned without
+    hindrance."""
+    l2_to_base: NonNegativeFloat = 0.0
+    """Adds half of this times the squared distance of the trained weights from where they began (Li et al. 2018,
+    L2-SP, equation 2); for LoRA the squared norm of its update of each weight, scale and all. Unlike weight decay,
+    which pulls towards zero. Full fine-tuning keeps a copy of the start in memory."""
     clip: PositiveFloat | Off = 1.0
     """Largest L2 norm of the gradient (Pascanu et al. 2013)."""
     groups: list[GroupSpec] = Field(default_factory=list)
@@ -170,9 +182,9 @@ class EvaluateSpec(Spec):
     """At most this many test rows are answered, drawn with the recipe's seed."""
     metrics: list[str] | Auto = "auto"
     """The first decides the verdict. Known: `exact_match`, `f1`, `rouge1`, `rouge2`, `rougeL`, `bleu`, `chrf`,
-    `accuracy`, `perplexity`. `auto` chooses from the answers: `accuracy` for a few labels, `exact_match` for short
-    answers, `rougeL` for longer text, `perplexity` for raw text; perplexity is always added. Where answers are
-    rewarded it is `reward`, their mean."""
+    `accuracy`, `perplexity`, and for documents `bits_per_byte`. `auto` chooses from the answers: `accuracy` for a few
+    labels, `exact_match` for short answers, `rougeL` for longer text, `perplexity` for raw text; perplexity is always
+    added. Where answers are rewarded it is `reward`, their mean."""
     max_new_tokens: PositiveInt | Auto = "auto"
     """Longest generated answer; `auto` is one and a half times the longest reference answer, at least 16 tokens."""
     batch_size: PositiveInt = 16

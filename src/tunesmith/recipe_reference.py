@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from tunesmith.data.spec import DataSpec, SourceSpec
+from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Method
 from tunesmith.objectives import Objective
 from tunesmith.objectives.rewards import Reward
@@ -25,6 +25,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("model", ModelSpec),
     ("data", DataSpec),
     ("data.train[]", SourceSpec),
+    ("data.replay", ReplaySpec),
     *((f"method (kind: {kind.model_fields['kind'].default})", kind) for kind in METHODS),
     *((f"objective (kind: {kind.model_fields['kind'].default})", kind) for kind in OBJECTIVES),
     *((f"objective.reward[] (kind: {kind.model_fields['kind'].default})", kind) for kind in REWARDS),

@@ -116,13 +116,15 @@ def _asked(
     files: Sequence[str], asked: Recipe | None, benchmarks: Sequence[str]
 ) -> tuple[DataSpec, Sequence[str], str | None]:
     """The `data` section that is checked, files to compare it with, and the recipe's model."""
-    from tunesmith.data.spec import DataSpec
+    from tunesmith.data.spec import SELF, DataSpec
 
     if asked is None:
         if not files:
             raise InputError("there is nothing to check", fix="name a file, or a recipe with --recipe")
         return DataSpec(train=files[0], benchmarks=list(benchmarks)), files[1:], None
     changed: dict[str, Any] = {"benchmarks": [*asked.data.benchmarks, *benchmarks]}
+    if asked.data.replay is not None and asked.data.replay.path == SELF:  # which is written when the run begins
+        changed["replay"] = None
     if files:
         changed |= {"train": files[0], "validation": None, "test": "auto", "replay": None}
     return asked.data.model_copy(update=changed), files[1:], asked.model.path

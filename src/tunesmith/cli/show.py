@@ -102,7 +102,7 @@ def first_or_worst(train: RenderedRows, count: int, worst: Worst | None) -> list
     """Indices of the rows to show; rows that are equally bad stay in the order of the files."""
     if worst is None:
         return list(range(min(count, len(train))))
-    uncut = train.stored.lengths(train.numbers)
+    uncut = train.uncut
     badness = {"longest": uncut, "most-cut": uncut - train.lengths, "fewest-targets": -train.targets}[worst]
     return np.argsort(-badness, kind="stable")[:count].tolist()
 

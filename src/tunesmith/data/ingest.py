@@ -154,7 +154,7 @@ def _read(reading: Reading, role: str, digest: str, at: int, reader: _Reader) ->
         raise InputError(
             f"these rows are in the format {stream.format!r}, which this objective does not use",
             where=reading.path,
-            fix=_advice(stream, reading),
+            fix=_advice(stream, reader.refused),
         )
     before = reader.writer.count
     for count, row in enumerate(stream):
@@ -165,7 +165,12 @@ def _read(reading: Reading, role: str, digest: str, at: int, reader: _Reader) ->
     return SourceRows(reading.path, role, stream.format, rows, digest, tuple(stream.notes))
 
 
-def _advice(stream: RowStream, reading: Reading) -> str:
+def _advice(stream: RowStream, refused: Collection[str]) -> str:
+    if "text" not in refused and "messages" in refused:
+        return (
+            "use objective.kind: sft, which trains on conversations and answers; or say which column holds raw text: "
+            "data.format: text with data.columns: {text: …}"
+        )
     if stream.format == "preference":
         return preference_advice(stream.columns)
     if stream.format == "rated":

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tunesmith.base import InputError, Progress
+from tunesmith.data.blocks import Blocks
 from tunesmith.data.check import Finding
 from tunesmith.data.clean import (
     Losses,
@@ -36,13 +37,16 @@ from tunesmith.data.stored import RenderedRows, Stored
 from tunesmith.data.token_file import tokens_of
 from tunesmith.data.truncate import truncated
 
+BLOCK = 2048
+"""Tokens of a block when nothing else is said: the context in which Pythia, OLMo and SmolLM2 were pretrained first."""
+
 
 @dataclass(frozen=True)
 class Prepared:
     """All rows of a job, ready for a model.
 
     Attributes:
-        train, validation, test: rendered rows.
+        train, validation, test: rendered rows; `Blocks` where rows are documents.
         order: the stream in which the training rows are visited.
         max_length: the length limit that was applied, in tokens.
         stop_ids: tokens that end an answer.
@@ -72,12 +76,13 @@ class Prepared:
     def manifest(self) -> dict[str, Any]:
         """What `data.json` and the report say about the data."""
         return {
-            "rows_used": len(self.train),
+            "rows_used": len(np.unique(self.train.numbers)),
             "rows_lost": sum(lost.rows for lost in self.lost),
             "tokens": int(self.train.lengths.sum()),
             "target_tokens_used": int(self.train.targets.sum()),
             "target_tokens_lost": sum(lost.target_tokens for lost in self.lost),
             "max_length": self.max_length,
+            "blocks": {"count": len(self.train), "full": self.train.fill} if isinstance(self.train, Blocks) else None,
             "template": self.template,
             "lost": [vars(lost) for lost in self.lost],
             "sources": self.sources,
@@ -123,24 +128,21 @@ def prepare(
     train, equal = without_equal_pairs(train, stored)
     lost.add(SAME_ANSWERS, equal)
     refuse_unrendered(train, stored)
-    longest = int(stored.reach(train).max(initial=0))
+    longest = BLOCK if renderer.in_blocks else int(stored.reach(train).max(initial=0))
     limit = _limit(spec, longest, model_limit)
-    train = with_targets(_some(within_length(train, limit, limit == model_limit, stored, spec, lost)), stored, lost)
-    validation, test = (
-        _fitting(numbers, model_limit, stored, spec, role=role, notes=held.notes)
-        for role, numbers in (("validation", held.validation), ("test", held.test))
-    )
+    if renderer.in_blocks:
+        parts, origins = _in_blocks(splits, stored, limit, notes)
+    else:
+        train = with_targets(_some(within_length(train, limit, limit == model_limit, stored, spec, lost)), stored, lost)
+        parts, origins = _row_by_row({**splits, "train": train}, stored, spec, (limit, model_limit), held.notes)
     notes += held.notes
     notes += [f"{note} ({count} times)" if count > 1 else note for note, count in Counter(renderer.notes).items()]
     findings = inspect(rows, splits, spec.benchmarks, progress).findings if spec.checks else []
     notes += [f"{finding.title}: {finding.fix}" for finding in findings if finding.level != "note"]
-    origins = rows.index["source"][train].astype(np.int64)
     left = np.bincount(origins, minlength=len(tasks)).tolist()
     places = places_in_an_epoch(spec, tasks, left)
     return Prepared(
-        train=RenderedRows(stored, train, limit if spec.overlong == "truncate" else None),
-        validation=validation,
-        test=test,
+        **parts,
         order=RowOrder(torch.from_numpy(origins), places, seed),
         max_length=limit,
         stop_ids=set(renderer.stop_ids),
@@ -173,6 +175,46 @@ def _parted(rows: RowFile, sources: list[SourceRows], holding: Held, lost: Losse
     train = np.sort(np.concatenate([kept, numbers[~may_be_held]]))
     train = without_overlap(train, np.concatenate([held.validation, held.test]), rows, spec, lost)
     return train, held
+
+
+def _row_by_row(
+    splits: dict[str, np.ndarray], stored: Stored, spec: DataSpec, limits: tuple[int, int], notes: list[str]
+) -> tuple[dict[str, RenderedRows], np.ndarray]:
+    """The rows of each split, and the source of each that is trained on.
+
+    Args:
+        limits: the most tokens of a row that is trained on, and of any row.
+    """
+    limit, model_limit = limits
+    parts = {
+        name: _fitting(splits[name], model_limit, stored, spec, role=name, notes=notes)
+        for name in ("validation", "test")
+    }
+    train = RenderedRows(stored, splits["train"], limit if spec.overlong == "truncate" else None)
+    return {"train": train, **parts}, stored.rows.index["source"][splits["train"]].astype(np.int64)
+
+
+def _in_blocks(
+    splits: dict[str, np.ndarray], stored: Stored, block: int, notes: list[str]
+) -> tuple[dict[str, RenderedRows], np.ndarray]:
+    """Documents cut into pieces of a block: those to train on laid together, the held-out ones each for itself.
+
+    Returns:
+        The rows of each split, and the source of each block.
+    """
+    if block < 2:
+        raise InputError("a block of one token has no target", where="data.max_length", fix="use 2 or more")
+    for numbers in splits.values():
+        refuse_unrendered(numbers, stored)
+    documents = {name: RenderedRows(stored, numbers) for name, numbers in splits.items()}
+    origins = stored.rows.index["source"][_some(splits["train"])].astype(np.int64)
+    train, sources = Blocks.filled(documents["train"], origins, block)
+    notes.append(
+        f"{len(splits['train']):,} documents lie in {len(train):,} blocks of at most {block:,} tokens, which are "
+        f"{train.fill:.1%} full; every token is trained on once an epoch"
+    )
+    held = {name: Blocks.one_a_document(documents[name], block) for name in ("validation", "test")}
+    return {"train": train, **held}, sources
 
 
 def _limit(spec: DataSpec, longest: int, model_limit: int) -> int:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy
 import torch
@@ -89,6 +89,8 @@ class RowRenderer(Protocol):
     used_controls: set[int]
     answers_optional: bool
     """Whether a row may leave its answer empty."""
+    in_blocks: ClassVar[bool]
+    """Whether rows are documents, which are cut and laid together into blocks of equal length."""
 
     @property
     def name(self) -> str:
@@ -139,7 +141,8 @@ class Renderer:
         self._pieces = Pieces(tokenizer)
 
     answers_optional = False
-    unused = (*PREFERENCES, "token-labels", PROMPTS[0])
+    in_blocks: ClassVar[bool] = False
+    unused: tuple[str, ...] = (*PREFERENCES, "token-labels", PROMPTS[0])
 
     @property
     def name(self) -> str:

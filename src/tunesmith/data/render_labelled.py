@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -39,6 +39,7 @@ class LabelRenderer:
     reads: Literal["row", "first", "last"]
     conversation: Renderer | None = None
     answers_optional: bool = False
+    in_blocks: ClassVar[bool] = False
     notes: list[str] = field(default_factory=list)
     stop_ids: set[int] = field(default_factory=set)
     used_controls: set[int] = field(default_factory=set)

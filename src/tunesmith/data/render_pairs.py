@@ -35,6 +35,7 @@ class PairRenderer:
     single: Renderer
 
     formats: ClassVar[tuple[str, ...]] = PAIRS
+    in_blocks: ClassVar[bool] = False
     answers_optional: bool = False
 
     def __post_init__(self) -> None:

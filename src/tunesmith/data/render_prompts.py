@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,6 +23,7 @@ class PromptRenderer:
     """
 
     single: Renderer
+    in_blocks: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.notes = self.single.notes

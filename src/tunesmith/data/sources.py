@@ -68,7 +68,7 @@ def _reading(source: SourceSpec, spec: DataSpec, *, parted: bool) -> Reading:
         columns=source.columns,
         subset=source.subset,
         split=source.split,
-        answer_after=spec.answer_after,
+        answer_after=spec.answer_after if parted else None,  # what is replayed is of another kind
         system=spec.system,
         group=spec.group if parted else None,
         stratify=spec.stratify if parted else None,

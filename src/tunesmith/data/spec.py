@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
 from tunesmith.base import Spec
 
@@ -77,11 +77,27 @@ class SourceSpec(Spec):
     columns: Columns = Field(default_factory=dict)
 
 
+SELF = "self"
+"""Path of a replay that the base writes itself."""
+
+
 class ReplaySpec(Spec):
     """Rows of a general kind, mixed in so that the model does not forget what it could."""
 
     path: str
-    """As in `train`; rows that `evaluate.forgetting` is measured on should not stand here."""
+    """As in `train`: conversations or raw text, whatever the task's rows are. Rows that `evaluate.forgetting` is
+    measured on should not stand here. `self` is the base's own answers to general prompts, made once before training
+    and kept on disk (Huang et al. 2024, Self-Synthesized Rehearsal)."""
+    prompts: str = "auto"
+    """With `self`: what the base is asked. A file, of whose conversations everything before the last answer is taken
+    and whose raw texts are prompts, or `auto` for 384 general prompts that come with Tunesmith."""
+    answers: PositiveInt = 256
+    """With `self`: how many prompts are answered at most, drawn with the recipe's seed."""
+    max_new_tokens: PositiveInt = 256
+    """With `self`: longest answer. One that does not end within it is left out."""
+    temperature: NonNegativeFloat = 1.0
+    """With `self`: 1 draws answers as probable as the base finds them, so that training on them pulls it nowhere in the
+    mean; 0 takes its likeliest words, which makes it surer than it was."""
     share: float = Field(default=0.1, gt=0, lt=1)
     """Part of an epoch's rows that is replayed. The other sources keep all of theirs: an epoch grows by these. Source
     for the default: Scialom et al. 2022 (continual instruction tuning) rehearse 1 %, Ibrahim et al. 2024 replay 5 to
@@ -94,6 +110,23 @@ class ReplaySpec(Spec):
     split: str | None = None
     """Which split of a hub data set or of a directory with several is read; `train` when none is named."""
 
+    @model_validator(mode="after")
+    def _asks_only_itself(self) -> ReplaySpec:
+        if self.path == SELF:
+            if self.subset is not None or self.split is not None:
+                raise ValueError("subset and split are for data sets, and the base writes these rows itself")
+            if self.prompts == "auto" and (self.format != "auto" or self.columns):
+                raise ValueError("format and columns are for a file of prompts, and none is named")
+            return self
+        for name in ("prompts", "answers", "max_new_tokens", "temperature"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is for replay.path: self")
+        return self
+
+
+def _from_path(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
 
 class DataSpec(Spec):
     """What is trained on, what is judged on, and what happens to rows that cannot be used as they are."""
@@ -103,8 +136,8 @@ class DataSpec(Spec):
     temperature: float | None = Field(default=None, gt=0)
     """Mixes several sources in proportion to rows^(1/temperature): 1 is as they are, more is nearer to equal shares.
     Source: Raffel et al. 2020 (T5), section 3.5.2."""
-    replay: ReplaySpec | None = None
-    """Rows of a general kind mixed into training, against forgetting."""
+    replay: Annotated[ReplaySpec | None, BeforeValidator(_from_path)] = None
+    """Rows of a general kind mixed into training, against forgetting: a path, `self`, or `{path, share, …}`."""
     validation: Annotated[str | float | None, BeforeValidator(_no_boolean(off=None))] = None
     """A path, or the fraction of the training rows to hold back for early stopping and the best checkpoint. Rows that
     also stand in the test are left out of it, unless `overlap` is `keep`."""

@@ -85,6 +85,11 @@ class RenderedRows(Sequence[Rendered]):
         scopes: dict[str, Scope] = {**item.example.scopes, **dict.fromkeys(more, "target")}
         return replace(item, example=replace(item.example, tensors=tensors, scopes=scopes))
 
+    @property
+    def uncut(self) -> np.ndarray:
+        """int64 ``[rows]``, tokens of each before cutting."""
+        return self.stored.lengths(self.numbers)
+
     def _own(self, at: int) -> Rendered:
         item = self.stored.rendered(int(self.numbers[at]))
         if self.limit is not None and item.example.reach > self.limit:

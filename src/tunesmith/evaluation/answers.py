@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import Progress, silent
-from tunesmith.batch import Batch, Example, pack
+from tunesmith.batch import NO_PARENT, Batch, Example, pack
 from tunesmith.data.render import Rendered
 from tunesmith.engine.generate import Sampling, generate
 from tunesmith.models.forward import use_attention
@@ -35,6 +35,7 @@ class Judged:
         nll: negative log-likelihood of the first reference, in nats; None when it is not finite.
         targets: tokens that `nll` is summed over.
         reward: what the answer is worth by the recipe's rewards; None without any.
+        bytes: of the text in UTF-8 that `nll` is about; None where it is about an answer, or a text that was cut.
         margin: how much likelier a token of the better answer is than one of the worse, in nats on average; of a single
             answer its mean log-likelihood, or minus that of a bad one. None where nothing is compared.
     """
@@ -47,6 +48,7 @@ class Judged:
     nll: float | None
     targets: int
     reward: float | None = None
+    bytes: int | None = None
     margin: float | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -99,6 +101,7 @@ def judge(
                 finish_reason=said.finish_reason if said else None,
                 nll=nll if math.isfinite(nll) else None,
                 targets=targets,
+                bytes=len(row.row.text.encode()) if row.row.text and not row.cut_ids else None,
                 margin=_margin(row, likelihoods[at]),
             )
         )
@@ -153,15 +156,25 @@ def answer_nlls(
     objective: TrainingObjective = WRITING,
 ) -> list[list[tuple[float, int]]]:
     """For every row, and each answer that it holds, the negative log-likelihood of its targets and their number."""
-    found: list[list[tuple[float, int]]] = [[] for _ in examples]
-    for chosen, batch in batches_to_score(model, examples, packed=packed, progress=progress):
+    pieces = [_pieces(example) for example in examples]
+    flat = [piece for row in pieces for piece in row]
+    found: list[list[tuple[float, int]]] = [[] for _ in flat]
+    for chosen, batch in batches_to_score(model, flat, packed=packed, progress=progress):
         logps, targets = objective.target_logps(model, batch)
         weighted = (logps * batch.tensors["target_weights"][targets]).double().cpu()
-        counts = [_targets_of_answers(examples[at]) for at in chosen]
+        counts = [_targets_of_answers(flat[at]) for at in chosen]
         parts = iter(weighted.split([count for row in counts for count in row]))
         for at, row in zip(chosen, counts, strict=True):
             found[at] = [(-float(next(parts).sum()), count) for count in row]
-    return found
+    of_pieces = iter(found)
+    return [_joined([next(of_pieces) for _ in row]) for row in pieces]
+
+
+def _joined(of_pieces: list[list[tuple[float, int]]]) -> list[tuple[float, int]]:
+    """What is found of a row, from what is found of its pieces."""
+    if len(of_pieces) == 1:
+        return of_pieces[0]
+    return [(sum(nll for piece in of_pieces for nll, _ in piece), sum(n for piece in of_pieces for _, n in piece))]
 
 
 def _targets_of_answers(example: Example) -> list[int]:
@@ -193,6 +206,12 @@ def batches_to_score(
     progress("scoring", len(examples), len(examples))
 
 
+def _pieces(example: Example) -> list[Example]:
+    """The pieces of a document, which see nothing of each other; other rows as they are."""
+    parted = example.segments is not None and bool((example.segments[:, 2] == NO_PARENT).all())
+    return example.apart() if parted else [example]
+
+
 def groups_of_rows(lengths: Sequence[int], most: int = TOKENS_AT_ONCE) -> list[list[int]]:
     """Numbers of rows, the shortest first, in groups of at most so many tokens (a longer row is a group by itself)."""
     groups: list[list[int]] = []
@@ -216,7 +235,8 @@ def mean_nll(
 ) -> float:
     """The validation loss: for most objectives the average negative log-likelihood per target."""
     sums, divisors = dict[str, float](), dict[str, float]()
-    for _, batch in batches_to_score(model, examples, packed=packed, progress=progress):
+    flat = [piece for example in examples for piece in _pieces(example)]
+    for _, batch in batches_to_score(model, flat, packed=packed, progress=progress):
         (prepared,) = objective.prepare(model, [batch])
         for total, found in zip((sums, divisors), objective.measured(model, prepared), strict=True):
             for name, value in found.items():

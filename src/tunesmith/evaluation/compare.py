@@ -11,7 +11,9 @@ from tunesmith.base import InputError
 from tunesmith.evaluation.answers import Judged
 from tunesmith.metrics import (
     METRICS,
+    OF_DOCUMENTS,
     RowStatistics,
+    bits_per_byte_rows,
     calibration_rows,
     mean_rows,
     metric,
@@ -20,11 +22,11 @@ from tunesmith.metrics import (
 )
 from tunesmith.recipe import EvaluateSpec
 
-PERPLEXITY, PREFERENCE_ACCURACY, MARGIN = "perplexity", "preference_accuracy", "margin"
-CALIBRATION_ERROR = "calibration_error"
+PERPLEXITY, BITS_PER_BYTE = OF_DOCUMENTS
+PREFERENCE_ACCURACY, MARGIN, CALIBRATION_ERROR = "preference_accuracy", "margin", "calibration_error"
 COMPARED = {PREFERENCE_ACCURACY: "higher", MARGIN: "higher", CALIBRATION_ERROR: "lower"}
 """Metrics of how two answers compare, and which way they improve."""
-LIKELIHOODS = {PERPLEXITY: "lower", **COMPARED}
+LIKELIHOODS = {**dict.fromkeys(OF_DOCUMENTS, "lower"), **COMPARED}
 """Metrics of what the model finds likely, not of what it writes, and which way they improve."""
 REWARD = "reward"
 """Mean of what answers are worth by the recipe's own rewards."""
@@ -87,6 +89,10 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
     if name == REWARD:
         rewards = [row.reward for row in judged if row.reward is not None]
         return mean_rows(rewards) if rewards else None
+    if name == BITS_PER_BYTE:
+        texts = [row for row in judged if row.nll is not None and row.bytes]
+        counts = [row.bytes or 0 for row in texts]
+        return bits_per_byte_rows([row.nll or 0.0 for row in texts], counts) if texts else None
     if name in COMPARED:
         margins = [row.margin for row in judged if row.margin is not None]
         if name == PREFERENCE_ACCURACY:
@@ -151,7 +157,7 @@ def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> t
         return [(b, t) for b, t in pairs if None not in (b.margin, t.margin)], sum(
             t.margin is None for b, t in pairs if b.margin is not None
         )
-    if name != PERPLEXITY:
+    if name not in OF_DOCUMENTS:
         return pairs, 0
     return [(b, t) for b, t in pairs if None not in (b.nll, t.nll)], sum(
         t.nll is None for b, t in pairs if b.nll is not None

@@ -4,15 +4,17 @@ from tunesmith.base import InputError, nearest
 from tunesmith.metrics.intervals import Estimate, Interval, bootstrap, paired_bootstrap
 from tunesmith.metrics.labels import BETWEEN, LABEL_METRICS
 from tunesmith.metrics.statistics import RowStatistics, calibration_rows, mean_rows
-from tunesmith.metrics.text import TEXT_METRICS, Metric, perplexity_rows
+from tunesmith.metrics.text import TEXT_METRICS, Metric, bits_per_byte_rows, perplexity_rows
 
 __all__ = [
     "BETWEEN",
     "METRICS",
+    "OF_DOCUMENTS",
     "Estimate",
     "Interval",
     "Metric",
     "RowStatistics",
+    "bits_per_byte_rows",
     "bootstrap",
     "calibration_rows",
     "mean_rows",
@@ -23,6 +25,9 @@ __all__ = [
 
 METRICS: dict[str, Metric] = {**TEXT_METRICS, **LABEL_METRICS}
 """Every metric that compares predictions with references, by name."""
+
+OF_DOCUMENTS: tuple[str, str] = ("perplexity", "bits_per_byte")
+"""Names of the metrics of held-out text."""
 
 
 def metric(name: str) -> Metric:

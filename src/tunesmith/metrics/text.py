@@ -75,6 +75,26 @@ def _perplexity(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.exp(np.minimum(sums[..., 1] / sums[..., 0], np.log(np.finfo(np.float64).max)))
 
 
+def bits_per_byte_rows(nll_sums: ArrayLike, byte_counts: ArrayLike) -> RowStatistics:
+    """Bits per byte: negative log-likelihoods in bits over bytes of text, over all rows; lower is better, 0 at best.
+
+    Unlike perplexity per token it compares models with different vocabularies (Gao et al. 2020, The Pile, section 3.1).
+
+    Args:
+        nll_sums: ``[n]``, each text's negative log-likelihood in nats, its end included, finite.
+        byte_counts: ``[n]``, bytes of each text in UTF-8, at least 1.
+
+    Raises:
+        ValueError: as `perplexity_rows`.
+    """
+    stat = perplexity_rows(nll_sums, byte_counts)
+    return RowStatistics(stat.values, _bits_per_byte)
+
+
+def _bits_per_byte(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    return sums[..., 1] / sums[..., 0] / np.log(2)
+
+
 def check_rows(predictions: Sequence[str], references: References) -> None:
     """Raises ValueError or TypeError for what is no list of predictions with references each."""
     if len(predictions) != len(references):

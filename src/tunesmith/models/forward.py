@@ -19,6 +19,7 @@ from tunesmith.models.attention import SEGMENTS, UnsupportedAttention, use_atten
 from tunesmith.models.decoder import Decoder, decoder_of
 from tunesmith.models.embeddings import vocabulary_rows
 from tunesmith.models.head import has_plain_head, head_logits, target_logps
+from tunesmith.models.noise import noisy_embeddings
 from tunesmith.models.outcomes import Head, Outcomes, likeliest, outcomes_of
 from tunesmith.models.projection import compute_dtype, projection_of, rounded_up
 from tunesmith.models.streamed_head import FileHead
@@ -91,10 +92,11 @@ def _rows_and_head(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[T
     """What logits at ``positions`` are made of, ``[n, …]``, and how: the logits where the model must be asked."""
     batch, positions = _prompted(model, batch, positions)
     batch = _filled_up(model, batch)
-    hidden = _hidden(model, batch, positions)
-    if hidden is not None:
-        return hidden, partial(head_logits, model)
-    return (_packed if _goes_packed(model, batch) else _padded)(model, batch, positions), _themselves
+    reads_hidden = _reads_hidden(model, batch)  # looked at outside, for it may run the model
+    with noisy_embeddings(model, batch):
+        if reads_hidden:
+            return _states(model, batch, positions), partial(head_logits, model)
+        return (_packed if _goes_packed(model, batch) else _padded)(model, batch, positions), _themselves
 
 
 def _themselves(logits: Tensor) -> Tensor:
@@ -129,7 +131,10 @@ def hidden_at(model: nn.Module, batch: Batch, positions: Tensor, layer: int | No
         positions: int64 ``[n]``, indices into the batch, ascending.
     """
     batch, positions = _prompted(model, batch, positions)
-    return _states(model, _filled_up(model, batch), positions, layer)
+    batch = _filled_up(model, batch)
+    decoder_of(model)  # which may run the model when it is asked for the first time
+    with noisy_embeddings(model, batch):
+        return _states(model, batch, positions, layer)
 
 
 def prompt_ids(model: nn.Module) -> list[int]:
@@ -181,9 +186,9 @@ def _filled_up(model: nn.Module, batch: Batch) -> Batch:
     return replace(batch, token_ids=F.pad(batch.token_ids, filler), positions=F.pad(batch.positions, filler))
 
 
-def _hidden(model: nn.Module, batch: Batch, positions: Tensor) -> Tensor | None:
-    """What the head reads at ``positions``, ``[n, width]``; None when the model must be asked for logits."""
-    return _states(model, batch, positions) if _runs_fused(model, batch) or has_plain_head(model) else None
+def _reads_hidden(model: nn.Module, batch: Batch) -> bool:
+    """Whether the head can be asked apart from the trunk; else the model must be asked for logits."""
+    return _runs_fused(model, batch) or has_plain_head(model)
 
 
 def _runs_fused(model: nn.Module, batch: Batch) -> bool:

@@ -122,3 +122,42 @@ def _head_is_plain(model: Any) -> bool:
         hidden = getattr(backbone(input_ids=token_ids, use_cache=False), "last_hidden_state", None)
         # The same product of the same numbers: a cap or a scale, however gentle, changes some bit.
         return hidden is not None and torch.equal(head(hidden.to(head.weight.dtype)), expected)
+
+
+def divergences(hidden: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+    """KL(softmax(other weight^T) || softmax(hidden weight^T)), fp32 ``[n]`` in nats, with a gradient by ``hidden``.
+
+    The gradient is ``(softmax(hidden weight^T) - softmax(other weight^T)) @ weight``; it is computed in the forward
+    pass, while the logits are there, as in `target_logps`.
+
+    Args:
+        hidden, other: ``[n, width]``; weight: ``[vocabulary, width]``, not trained.
+    """
+    dtype = compute_dtype(weight)
+    filler = rounded_up(len(hidden)) - len(hidden) if dtype != torch.float32 and weight.device.type == "cpu" else 0
+    filled = F.pad(hidden, (0, 0, 0, filler)), F.pad(other.detach(), (0, 0, 0, filler)), weight.detach(), dtype
+    return cast(Tensor, _Divergences.apply(*filled))[: len(hidden)]
+
+
+class _Divergences(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, other: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        x, y, head = hidden.to(dtype), other.to(dtype), weight.to(dtype)
+        found = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        slopes = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        for chunk in _chunks(len(x), len(head), LOGITS_AT_ONCE // 4):
+            own = F.log_softmax(F.linear(x[chunk], head).float(), dim=-1)
+            wanted = F.log_softmax(F.linear(y[chunk], head).float(), dim=-1)
+            shares = wanted.exp()
+            found[chunk] = (shares * wanted.sub_(own)).sum(dim=-1)
+            if slopes is not None:
+                torch.mm(own.exp_().sub_(shares).to(dtype), head, out=slopes[chunk])
+        ctx.save_for_backward(slopes)
+        ctx.input_dtype = hidden.dtype
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (gradient,) = grad_outputs
+        (slopes,) = ctx.saved_tensors
+        return (slopes * gradient[:, None]).to(ctx.input_dtype), None, None, None

@@ -68,3 +68,28 @@ class TrainingObjective(Spec):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The sum of each term over this batch: fp32 scalars with gradient."""
+
+
+class AroundObjective:
+    """Something around an objective, which passes on what it does not change.
+
+    Attributes:
+        terms: as `TrainingObjective.terms`.
+    """
+
+    def __init__(self, objective: StepObjective) -> None:
+        self.objective = objective
+        self.terms: tuple[str, ...] = objective.terms
+
+    def prepare(self, model: nn.Module, window: Sequence[Batch]) -> Sequence[Batch]:
+        return self.objective.prepare(model, window)
+
+    def weights(self, batch: Batch) -> dict[str, Tensor]:
+        return self.objective.weights(batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return self.objective.loss(model, batch)
+
+
+StepObjective = TrainingObjective | AroundObjective
+"""What a step minimises."""

@@ -17,13 +17,12 @@ from tunesmith.files import ASIDE, file_sha256, read_json
 from tunesmith.models.load import DEMO, weights_directory
 from tunesmith.pipeline.fingerprints import Fingerprint, fingerprints
 from tunesmith.pipeline.origin import dependency_versions, tunesmith_origin
-from tunesmith.pipeline.planning import Planned
-from tunesmith.pipeline.teacher import Teacher
 from tunesmith.recipe import Recipe
 from tunesmith.run import HELD, LOCK, MERGED, PLAN, RECIPE, RESULTS, Run
 
 if TYPE_CHECKING:
     from tunesmith.pipeline.planning import Planned
+    from tunesmith.pipeline.teacher import Teacher
 
 LINEAGE, MANIFEST = "lineage.json", "manifest.json"
 CHECKPOINTS, TRACKERS = "checkpoints", ("tensorboard", "wandb")

@@ -14,15 +14,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.batch import Batch, pack
 from tunesmith.data.prepare import Prepared, prepare
+from tunesmith.data.record import RowErrors
 from tunesmith.data.render import Renderer
-from tunesmith.data.sources import held_out_spec
+from tunesmith.data.render_documents import DocumentRenderer
+from tunesmith.data.rows import open_rows
+from tunesmith.data.sources import held_out_spec, readings
 from tunesmith.data.spec import DataSpec
 from tunesmith.engine.generate import Generation, Sampling, generate
 from tunesmith.evaluation.answers import Judged, Judging, judge
-from tunesmith.evaluation.compare import choose_metrics, compare_metrics, metric_rows
+from tunesmith.evaluation.compare import LIKELIHOODS, choose_metrics, compare_metrics, metric_rows
 from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.quantized_lora import base_read
-from tunesmith.metrics import bootstrap
+from tunesmith.metrics import OF_DOCUMENTS, bootstrap
 from tunesmith.models.embeddings import cover_tokens
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import (
@@ -37,6 +40,7 @@ from tunesmith.models.measure import position_limit
 from tunesmith.models.quantized import Quantization
 from tunesmith.models.task_head import head_of
 from tunesmith.models.templates import resolve_template
+from tunesmith.objectives import Pretrain
 from tunesmith.pipeline.labeller import Labeller
 from tunesmith.pipeline.locating import Location, base_of_run, locate
 from tunesmith.plan.hardware import DTYPES, detect_hardware, native_dtypes
@@ -96,6 +100,11 @@ class Speaker:
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     location: Location
+
+    @property
+    def of_documents(self) -> bool:
+        """Whether it was pretrained on documents, and is judged by them."""
+        return self.location.recipe is not None and isinstance(self.location.recipe.objective, Pretrain)
 
     def answer(
         self, conversations: Sequence[Sequence[dict[str, Any]]], sampling: Sampling, progress: Progress = silent
@@ -276,6 +285,8 @@ def judged_rows(
 ) -> tuple[list[Judged], list[str]]:
     """Every row as the model dealt with it, and the metrics that fit the rows."""
     data = data.model_copy(update={"duplicates": "keep", "test": "auto", "validation": None, "checks": False})
+    if speaker.of_documents and open_rows(readings(data)[0][0], RowErrors()).format == "text":
+        return judged_documents(speaker, data, spec, progress)
     rows = prepared_rows(speaker, data, progress).train[: spec.rows]
     references = [row.row.references[0] for row in rows if row.row.messages]
     metrics, _ = choose_metrics(spec.metrics, references)
@@ -286,9 +297,27 @@ def judged_rows(
         spec.batch_size,
         frozenset(speaker.renderer.stop_ids),
         packing_obstacle(speaker.model) is None,
-        any(name != "perplexity" for name in metrics),
+        any(name not in LIKELIHOODS for name in metrics),
     )
     return judge(speaker.model, speaker.tokenizer, rows, how, progress), metrics
+
+
+def judged_documents(
+    speaker: Speaker, data: DataSpec, spec: EvaluateSpec, progress: Progress
+) -> tuple[list[Judged], list[str]]:
+    """As `judged_rows` for a model that was pretrained on documents, with the blocks of its run."""
+    recipe = speaker.location.recipe
+    renderer = DocumentRenderer.of(data, speaker.tokenizer, set(speaker.renderer.stop_ids))
+    limit = position_limit(read_config(speaker.location.base))
+    data = data.model_copy(update={"max_length": "auto" if recipe is None else recipe.data.max_length})
+    held = data.model_copy(update={"validation": data.train, "overlap": "keep"})
+    found = prepare(held, renderer, model_limit=limit, seed=0, wants_test=False, progress=progress)
+    metrics = list(OF_DOCUMENTS) if isinstance(spec.metrics, str) else list(spec.metrics)
+    if wrong := [name for name in metrics if name not in OF_DOCUMENTS]:
+        raise InputError(f"{wrong[0]} needs answers, and documents have none", where="--metric", fix="use perplexity")
+    packed = packing_obstacle(speaker.model) is None
+    how = Judging(0, spec.batch_size, frozenset(), packed, generates=False)
+    return judge(speaker.model, speaker.tokenizer, found.validation[: spec.rows], how, progress), metrics
 
 
 def scores(judged: Sequence[Judged], metrics: Sequence[str], spec: EvaluateSpec) -> list[dict[str, Any]]:

@@ -5,28 +5,35 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.presets import PRESETS
 from tunesmith.data.read import STANDARD_INPUT
-from tunesmith.data.render import Renderer
+from tunesmith.data.render import Rendered, Renderer
+from tunesmith.data.render_documents import DocumentRenderer
 from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.data.render_pairs import PairRenderer
 from tunesmith.data.render_prompts import PromptRenderer
 from tunesmith.data.sources import readings, source_specs
-from tunesmith.evaluation.compare import MARGIN, PREFERENCE_ACCURACY, choose_metrics
+from tunesmith.data.spec import DataSpec
+from tunesmith.data.stored import RenderedRows
+from tunesmith.evaluation.compare import LIKELIHOODS, MARGIN, PREFERENCE_ACCURACY, choose_metrics
+from tunesmith.metrics import OF_DOCUMENTS
 from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
 from tunesmith.models.load import load_tokenizer, read_config, read_plain_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
-from tunesmith.objectives import Pairwise, Policy, Preference, Reward, TaskObjective, TrainingObjective
+from tunesmith.objectives import Pairwise, Policy, Preference, Pretrain, Reward, TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
 from tunesmith.pipeline.locating import Location
+from tunesmith.pipeline.own_answers import Base, are_made, replays_itself, with_own_answers
 from tunesmith.pipeline.policy import (
     policy_metrics,
     policy_notes,
@@ -43,6 +50,7 @@ from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.plan.streaming import may_stream
 from tunesmith.recipe import Plan, Recipe, Resolved, Workload
+from tunesmith.train.near_base import REPLAYED, refuse_unreachable_base
 from tunesmith.train.parallel import world_size
 
 ASSUMED_ROWS, ASSUMED_TOKENS = 1000, 512
@@ -118,10 +126,12 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         elif isinstance(objective, Preference):
             renderer = preference_renderer(objective, recipe.data, tokenizer, stop_ids)
         else:
-            renderer = Renderer.of(recipe.data, tokenizer, stop_ids)
+            reads = DocumentRenderer if isinstance(objective, Pretrain) else Renderer
+            renderer = reads.of(recipe.data, tokenizer, stop_ids)
+    data, said = with_own_answers(recipe, Base.of(start, config, tokenizer), progress)
     teacher = find_teacher(recipe, tokenizer, progress)
     prepared = prepare(
-        recipe.data,
+        data,
         renderer,
         model_limit=limit,
         seed=recipe.seed,
@@ -129,9 +139,19 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         progress=progress,
         alone=recipe.budget.memory is not None,
     )
+    prepared = _named_as_asked(prepared, recipe, data, said)
     if isinstance(objective, TaskObjective):
         prepared, objective = with_labels(prepared, objective)
         model = meta_model(config, location, objective.task_head())
+    refuse_unreachable_base(recipe)
+    if recipe.method.trunk_is_frozen and getattr(objective, "noise", 0.0):
+        raise InputError(
+            "the frozen trunk is read once, and there is no step in which noise could reach it",
+            where="objective.noise",
+            fix="remove it, or use another method",
+        )
+    if recipe.train.kl_on == "replay":
+        prepared = replace(prepared, train=_marked(prepared))
     if isinstance(objective, Preference):
         prepared = with_partners(prepared, objective, limit)
     teach_tokens(model, added)
@@ -159,6 +179,33 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     adapter = start if start.adapter is not None else None
     planned = Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective)
     return replace(planned, score=score, teacher=teacher, start=adapter)
+
+
+def _named_as_asked(prepared: Prepared, recipe: Recipe, data: DataSpec, said: list[str]) -> Prepared:
+    """The data under the names that the recipe has for them: where the base's own answers are kept is nobody's name."""
+    asked, used = recipe.data.replay, data.replay
+    if asked is None or used is None or asked.path == used.path:
+        return prepared
+
+    def named(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**entry, "path": asked.path if entry["path"] == used.path else entry["path"]} for entry in entries]
+
+    return replace(
+        prepared,
+        sources=named(prepared.sources),
+        mixture=named(prepared.mixture),
+        notes=[note.replace(used.path, asked.path) for note in (*said, *prepared.notes)],
+    )
+
+
+def _marked(prepared: Prepared) -> RenderedRows:
+    """Training rows that say of each target whether its row is replayed."""
+    replayed = set(prepared.order.members[-1].tolist())
+
+    def mark(at: int, item: Rendered) -> dict[str, Tensor]:
+        return {REPLAYED: torch.full((item.example.targets,), float(at in replayed))}
+
+    return prepared.train.adding(mark)
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, location: str) -> set[int]:
@@ -198,7 +245,7 @@ def _found_in_data(recipe: Recipe, prepared: Prepared) -> list[Resolved]:
         if declared.get(source["path"], recipe.data.format) == "auto":
             reason = f"the columns of {source['path']}"
             found.append(Resolved(name="data.format", value=source["format"], reason=reason))
-    if recipe.data.template == "auto" and not isinstance(recipe.objective, TaskObjective):
+    if recipe.data.template == "auto" and not isinstance(recipe.objective, TaskObjective | Pretrain):
         found.append(Resolved(name="data.template", value=prepared.template, reason="what the model was made for"))
     if recipe.data.test == "auto" and prepared.test:
         found.append(Resolved(name="data.test", value=f"{len(prepared.test)} rows", reason=prepared.test_from))
@@ -212,6 +259,8 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         InputError: when the model's configuration cannot be read, or data that is there is wrong.
     """
     start = start_of(recipe, progress)
+    if replays_itself(recipe.data):
+        return _without_own_answers(recipe, start, progress)
     missing = [source.path for source in source_specs(recipe.data) if not _is_here(source.path)]
     if not missing and _has_tokenizer(start.tokenizer):
         return plan_job(recipe, progress)
@@ -232,6 +281,25 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     notes = [*plan.notes, f"tokens are estimated: {what}"]
     plan = with_start_told(plan.model_copy(update={"notes": notes}), recipe, start)
     return Planned(recipe, plan, location, config, detect_hardware(), None, None, None, recipe.objective)
+
+
+def _without_own_answers(recipe: Recipe, start: Location, progress: Progress) -> Planned:
+    """A plan for rows that the base may still have to write: without them until they are there."""
+    if _has_tokenizer(start.tokenizer):
+        config = _config(recipe, start)
+        tokenizer = load_tokenizer(start.tokenizer, recipe.model.revision, config)
+        if are_made(recipe, Base.of(start, config, tokenizer)):
+            return plan_job(recipe, progress)
+    assert recipe.data.replay is not None
+    data = recipe.data.model_copy(update={"replay": None})
+    without = recipe.model_copy(update={"data": data, "train": recipe.train.model_copy(update={"kl_on": "targets"})})
+    planned = estimate_job(without, progress)
+    share = recipe.data.replay.share
+    note = (
+        f"without replay: the base first answers up to {recipe.data.replay.answers} prompts, and then an epoch has "
+        f"{share / (1 - share):.0%} more rows"
+    )
+    return planned.with_plan(planned.plan.model_copy(update={"notes": [*planned.plan.notes, note]}))
 
 
 def _guessed_head(objective: TrainingObjective) -> TaskHead | None:
@@ -313,6 +381,8 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
         return Judged(*chosen_metrics(recipe, objective), count, 0, writes=False)
     if isinstance(objective, Policy):
         return Judged(*policy_metrics(recipe), count, 0, limit=objective.max_new_tokens)
+    if isinstance(objective, Pretrain):
+        return Judged(*_metrics_of_documents(recipe), count, 0, writes=False)
     rows = prepared.test or prepared.train
     references = [row.row.references[0] for row in rows if row.row.messages]
     asked = _asked(recipe)
@@ -325,7 +395,11 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
             metrics, _ = choose_metrics([*metrics, *gated], references)
         except InputError as error:
             raise InputError(error.what, where=f"gate.{gated[0]}", fix=error.fix) from error
-    if not references and (generated := [name for name in metrics if name != "perplexity"]):
+    if "bits_per_byte" in metrics:
+        raise InputError(
+            "bits per byte are of whole documents", where="evaluate.metrics", fix="use perplexity, or pretrain"
+        )
+    if not references and (generated := [name for name in metrics if name not in LIKELIHOODS]):
         raise InputError(
             f"{generated[0]} needs prompts and answers; these rows are raw text",
             where="evaluate.metrics",
@@ -333,3 +407,22 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
         )
     answers = [len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids]
     return Judged(metrics, why, count, max(answers, default=0))
+
+
+def _metrics_of_documents(recipe: Recipe) -> tuple[list[str], str]:
+    """What documents are judged by, the deciding metric first, and why; settings about answers are refused."""
+    answers = "documents have no answers"
+    if recipe.train.generate_every != "off":
+        raise InputError(answers, where="train.generate_every", fix="remove it")
+    if recipe.evaluate == "off":
+        return [*OF_DOCUMENTS], "the rows are documents"
+    if recipe.evaluate.max_new_tokens != "auto":
+        raise InputError(answers, where="evaluate.max_new_tokens", fix="remove it")
+    asked = recipe.evaluate.metrics
+    for where, names in (("evaluate.metrics", [] if asked == "auto" else asked), ("gate", [*recipe.gate])):
+        for name in names:
+            if name not in (*OF_DOCUMENTS, "forgetting"):
+                raise InputError(f"{name} needs answers, and {answers}", where=where, fix="use perplexity")
+    metrics = [*asked] if isinstance(asked, list) else []
+    why = "as the recipe says" if metrics else "the rows are documents"
+    return list(dict.fromkeys([*metrics, *OF_DOCUMENTS])), why

@@ -64,6 +64,8 @@ def refuse_unfit_recipe(recipe: Recipe, objective: Policy) -> None:
             where="train.shard",
             fix="leave it out; a quantized base (model.quantize) takes less memory",
         )
+    if recipe.train.kl_to_base:
+        raise InputError("objective.kl holds a policy near its base", where="train.kl_to_base", fix="use objective.kl")
     if objective.has_values and world_size() > 1:
         raise InputError(
             "ppo compares the advantages of all answers of a step, and there are several processes",

@@ -27,7 +27,7 @@ from tunesmith.models.sharding import is_sharded, made_whole, shard, whole
 from tunesmith.models.streamed import parts_in_memory
 from tunesmith.models.task_head import head_modules
 from tunesmith.models.value_head import take_value_head
-from tunesmith.objectives import Policy
+from tunesmith.objectives import Policy, StepObjective
 from tunesmith.pipeline import probe
 from tunesmith.pipeline.distilling import with_own_answers
 from tunesmith.pipeline.environment import code_sha256
@@ -47,6 +47,7 @@ from tunesmith.train.batches import StepBatches
 from tunesmith.train.checkpoint import Checkpoints, Saved
 from tunesmith.train.health import Health, refuse_dead_weights
 from tunesmith.train.loop import Emit, Job, MicroBatches, Progress, train
+from tunesmith.train.near_base import NearBase, refuse_other_heads
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.parallel import is_main, wait_for_all, world_size
 from tunesmith.train.precision import Precision
@@ -101,6 +102,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
         saved = replace(saved, beside=Kept(batches, model))
     else:
         batches = with_own_answers(planned, model, _batches(planned))
+    objective = _near_base(work)
     _tell_of_other_blocks(work, emit)
     checkpoints = Checkpoints(run.checkpoints, planned.recipe.train.keep, _identity(planned))
     progress = _where_it_stands(work, checkpoints, saved, emit)
@@ -124,7 +126,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
 
     job = Job(
         model,
-        planned.objective,
+        objective,
         saved.optimizer,
         saved.precision,
         planned.recipe.train,
@@ -195,6 +197,15 @@ def _adapted(work: Work) -> Saved:
     optimizer = build_optimizer(model, recipe.train, plan.learning_rate, rates, small=plan.streamed_tokens is not None)
     average = None if recipe.train.ema == "off" else Average(model, recipe.train.ema)
     return Saved(model, method, optimizer, precision, average)
+
+
+def _near_base(work: Work) -> StepObjective:
+    """The objective with the recipe's penalties; made before a checkpoint is put back, while the model is the base."""
+    train = work.planned.recipe.train
+    if train.kl_to_base:
+        refuse_other_heads(work.model)
+    asked = train.kl_to_base or train.l2_to_base
+    return NearBase(work.planned.objective, work.model, train) if asked else work.planned.objective
 
 
 def _rates_of_new_head(planned: Planned, model: PreTrainedModel) -> dict[str, float]:

@@ -17,6 +17,7 @@ from tunesmith.models.embeddings import added_tokens
 from tunesmith.models.measure import Shape, shape_of
 from tunesmith.models.quantized import settled_quantization
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
+from tunesmith.objectives import Pretrain
 from tunesmith.plan.hardware import DTYPES, Hardware, multiply_rate, native_dtypes
 from tunesmith.plan.memory import Load, predict_memory
 from tunesmith.plan.streaming import (
@@ -99,7 +100,8 @@ def resolve(
         judged = replace(judged, metrics=["perplexity"], why="each token of an answer would read the whole model")
     evaluate_every, checkpoint_every = _intervals(recipe, steps, decided)
     max_new = _longest_answer(recipe, judged, decided)
-    decided.settle("data.max_length", recipe.data.max_length, max_length, "the longest row")
+    why = "tokens of a block" if isinstance(recipe.objective, Pretrain) else "the longest row"
+    decided.settle("data.max_length", recipe.data.max_length, max_length, why)
     warmup = recipe.train.warmup
     return Plan(
         device=str(hardware.device),

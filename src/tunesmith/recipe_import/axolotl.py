@@ -310,6 +310,8 @@ TABLE: tuple[Entry, ...] = (
         _rate,
     ),
     same("weight_decay", "train.weight_decay", Job.number),
+    same("neftune_noise_alpha", "objective.noise", Job.number, "as it is: NEFTune's alpha"),
+    same("noisy_embedding_alpha", "objective.noise", Job.number, "as it is: NEFTune's alpha"),
     Entry(("max_grad_norm",), "train.clip", "0 is off; 1 when absent", trainer_settings.clip),
     Entry(
         ("optimizer",),

@@ -44,7 +44,6 @@ REST: tuple[Entry, ...] = (
     lost(
         "every weight is trained, or an adapter", "unfrozen_parameters", "lisa_n_layers", "lisa_step_interval", "relora"
     ),
-    lost("embeddings get no noise", "neftune_noise_alpha", "noisy_embedding_alpha"),
     lost("the loss is the cross-entropy of the targets", "use_eaft"),
     lost(
         "rows come in an order drawn at random",

@@ -29,7 +29,6 @@ REST: tuple[Entry, ...] = (
     ),
     lost("the loss is the cross-entropy of the targets", "use_dft_loss", "use_asft_loss", "use_eaft_loss"),
     lost("targets are not smoothed", "label_smoothing_factor"),
-    lost("embeddings get no noise", "neftune_noise_alpha"),
     lost("the tokenizer is used as it is: add tokens to it beforehand", "add_tokens", "add_special_tokens"),
     lost("the tokenizer is used as it is", "resize_vocab", "new_special_tokens_config", "split_special_tokens"),
     lost(

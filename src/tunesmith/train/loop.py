@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from tunesmith.base import Interrupted, TrainingError
 from tunesmith.batch import Batch
 from tunesmith.methods import trainable_parameters
-from tunesmith.objectives import TrainingObjective
+from tunesmith.objectives import StepObjective
 from tunesmith.recipe import Plan, TrainSpec
 from tunesmith.train.average import Average
 from tunesmith.train.health import FIX, Health
@@ -60,7 +60,7 @@ class StepResult:
 
 def step(
     model: nn.Module,
-    objective: TrainingObjective | Stoppable,
+    objective: StepObjective,
     optimizer: Optimizer,
     batches: Sequence[Batch],
     *,
@@ -100,9 +100,7 @@ def step(
     return StepResult(loss_value, grad_norm, int(counts[0]), int(counts[1]), applied)
 
 
-def _count(
-    objective: TrainingObjective | Stoppable, window: Sequence[Batch], device: torch.device
-) -> tuple[dict[str, Tensor], Tensor]:
+def _count(objective: StepObjective, window: Sequence[Batch], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
     """The divisor of every term, and tokens and targets, over the whole step and all processes."""
     weights = [objective.weights(batch) for batch in window]
     names = objective.terms
@@ -160,7 +158,7 @@ class Job:
     """
 
     model: nn.Module
-    objective: TrainingObjective
+    objective: StepObjective
     optimizer: Optimizer
     precision: Precision
     spec: TrainSpec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tunesmith.base import TrainingError
 from tunesmith.batch import Batch
-from tunesmith.objectives import TrainingObjective
+from tunesmith.objectives import AroundObjective, StepObjective
 from tunesmith.recipe import Plan
 
 MIB = 2**20
@@ -27,23 +27,17 @@ class StepAbandoned(Exception):
     """Somebody asked the run to end inside a step."""
 
 
-class Stoppable:
+class Stoppable(AroundObjective):
     """An objective that looks, before each micro-batch, whether the run should end."""
 
-    def __init__(self, objective: TrainingObjective, stop: Callable[[], bool]) -> None:
-        self._objective, self._stop = objective, stop
-        self.terms = objective.terms
-
-    def prepare(self, model: nn.Module, window: Sequence[Batch]) -> Sequence[Batch]:
-        return self._objective.prepare(model, window)
-
-    def weights(self, batch: Batch) -> dict[str, Tensor]:
-        return self._objective.weights(batch)
+    def __init__(self, objective: StepObjective, stop: Callable[[], bool]) -> None:
+        super().__init__(objective)
+        self._stop = stop
 
     def loss(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         if self._stop():
             raise StepAbandoned
-        return self._objective.loss(model, batch)
+        return super().loss(model, batch)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
