@@ -30,7 +30,7 @@ from tunesmith.data.general_text import general_text
 from tunesmith.data.spec import DataSpec
 from tunesmith.evaluation.answers import row_nlls
 from tunesmith.methods.adapted import merge_layers
-from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.low_rank import lora_layers
 from tunesmith.metrics import paired_bootstrap
 from tunesmith.metrics.statistics import RowStatistics

@@ -33,8 +33,7 @@ from tunesmith.base import InputError
 from tunesmith.compose.merge import merge, merge_and_check
 from tunesmith.engine.generate import Sampling, generate
 from tunesmith.methods import Lora, trainable_parameters
-from tunesmith.methods.lora import load_adapter
-from tunesmith.methods.low_rank import lora_layers
+from tunesmith.methods.adapter_files import load_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -126,10 +125,12 @@ def test_whole_modules_from_peft(
 
 @pytest.mark.parametrize("whole", [["embed_tokens"], ["lm_head"], [r"model\.norm"], ["mlp"]], ids=str)
 @pytest.mark.parametrize("overrides", [TIED, UNTIED], ids=["tied", "untied"])
-def test_whole_modules_in_a_bf16_model(whole: list[str], overrides: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_whole_modules_in_a_bf16_model(whole: list[str], overrides: dict[str, Any], dora: bool, tmp_path: Path) -> None:
     """Trained weights are fp32, the rest is not; the model runs without autocast, for validation and generation."""
-    method = Lora(rank=4, targets="attention", modules_to_save=whole)
+    method = Lora(rank=4, targets="attention", modules_to_save=whole, dora=dora)
     model = trained_whole(method, overrides, torch.bfloat16)
+    randomise(model)
     assert {parameter.dtype for parameter in trainable_parameters(model).values()} == {torch.float32}
     expected = logits_of(model)
     assert expected.dtype == torch.bfloat16
@@ -147,7 +148,7 @@ def test_whole_modules_in_a_bf16_model(whole: list[str], overrides: dict[str, An
     assert check.passed, check
     assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in again.modules())
-    assert lora_layers(copied) and not lora_layers(again)
+    assert trainable_parameters(copied) and not trainable_parameters(again)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from tunesmith.base import InputError
 from tunesmith.batch import Batch, pack
 from tunesmith.methods import Adapter, Full, Ia3, Lora, Peft, Prefix, Prompt, QLora, trainable_parameters
 from tunesmith.methods.adapted import merge_layers, without_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.bottleneck import bottlenecks
-from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.low_rank import lora_layers
 from tunesmith.models.forward import next_token_logits
 from tunesmith.models.load import load_model

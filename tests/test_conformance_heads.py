@@ -14,8 +14,8 @@ from tunesmith.base import InputError
 from tunesmith.batch import Batch, Example, pack
 from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, trainable_parameters
 from tunesmith.methods.adapted import merge_layers, without_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.bottleneck import bottlenecks
-from tunesmith.methods.lora import load_adapter
 from tunesmith.methods.method import task_head_tensors
 from tunesmith.models.load import Loading, load_judge
 from tunesmith.models.measure import meta_model
@@ -50,7 +50,7 @@ def trunk(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loaded(trunk: Path, kind: Any) -> nn.Module:
     torch.manual_seed(5)
-    model, _, _ = load_judge(str(trunk), TaskHead(kind, LABELS), Loading(torch.float32, torch.device("cpu")))
+    model, *_ = load_judge(str(trunk), TaskHead(kind, LABELS), Loading(torch.float32, torch.device("cpu")))
     return without_dropout(model)
 
 
@@ -128,9 +128,9 @@ def test_every_promise_holds(name: str, kind: Any, trunk: Path, tmp_path: Path) 
 
     method.save(model, tmp_path, base=str(trunk))
     if method.saved_as == "model":
-        again, _, new = load_judge(str(tmp_path), TaskHead(kind, LABELS), Loading(torch.float32, torch.device("cpu")))
-        assert not new
-        assert torch.allclose(outputs(again, kind), expected, atol=1e-5)
+        found = load_judge(str(tmp_path), TaskHead(kind, LABELS), Loading(torch.float32, torch.device("cpu")))
+        assert not found.is_new
+        assert torch.allclose(outputs(found.model, kind), expected, atol=1e-5)
         return
     again = loaded(trunk, kind)
     load_adapter(again, tmp_path)

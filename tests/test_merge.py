@@ -15,12 +15,16 @@ from peft_cases import (
     adapted,
     assert_same,
     each_case,
+    each_whole,
     logits_of,
+    randomise,
+    trained_whole,
 )
 from tiny import random_rows, shake, tiny
 from tunesmith.base import InputError
 from tunesmith.compose.merge import merge, merge_and_check
 from tunesmith.methods import Lora
+from tunesmith.methods.adapted import without_adapter
 from tunesmith.methods.low_rank import lora_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -45,6 +49,30 @@ def test_merged_equals_adapter_and_is_plain(case: Case, tmp_path: Path) -> None:
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert_same(logits_of(reloaded), expected, 1e-4)
+
+
+@each_whole
+def test_modules_trained_whole_beside_dora_are_merged(
+    whole: list[str], overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    """PEFT keeps such a module and its trained copy in a wrapper, which must not outlive the adapter."""
+    base: Any = tiny(**overrides)
+    model: Any = trained_whole(Lora(rank=4, targets="attention", dora=True, modules_to_save=whole), overrides)
+    randomise(model)
+    with torch.no_grad():
+        expected = logits_of(model)
+        with without_adapter(model):
+            assert_same(logits_of(model), logits_of(base))
+        assert_same(logits_of(model), expected)
+        assert merge_and_check(model, PROMPTS, {2}).passed
+        assert_same(logits_of(model), expected, 1e-4)
+        assert [name for name, _ in model.named_modules()] == [name for name, _ in base.named_modules()]
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        model.save_pretrained(tmp_path)
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        assert_same(logits_of(reloaded), expected, 1e-4)
+    tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
 
 
 def test_quantized_weights_are_not_merged() -> None:

@@ -19,7 +19,7 @@ from tunesmith.batch import NO_PARENT, pack
 from tunesmith.engine.generate import Sampling, generate
 from tunesmith.methods import Prefix, trainable_parameters
 from tunesmith.methods.adapted import without_adapter
-from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.prefix import PrefixedEmbedding
 from tunesmith.methods.prompt import prompted
 from tunesmith.models.attention import attend, behind_ancestor

@@ -17,7 +17,7 @@ from tunesmith.base import InputError
 from tunesmith.batch import pack
 from tunesmith.methods import Full, Lora, QLora, trainable_parameters
 from tunesmith.methods.adapted import merge_layers, without_adapter
-from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.low_rank import lora_layers
 from tunesmith.methods.quantized_lora import base_read
 from tunesmith.models.decoder import Decoder, decoder_of

@@ -20,7 +20,7 @@ from tunesmith.batch import pack
 from tunesmith.engine.generate import Sampling, generate
 from tunesmith.methods import Lora, trainable_parameters
 from tunesmith.methods.adapted import merge_layers, without_adapter
-from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.token_rows import token_rows
 from tunesmith.models.embeddings import grow_vocabulary, teach_tokens
 from tunesmith.models.forward import next_token_logits

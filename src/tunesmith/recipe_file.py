@@ -94,8 +94,13 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[s
     return values, lines
 
 
-def parse_yaml(text: str, shown: str) -> tuple[dict[str, Any], dict[str, int]]:
+def parse_yaml(
+    text: str, shown: str, *, what: str = "a recipe is", needs: str = "at least `model:` and `data: {train: …}`"
+) -> tuple[dict[str, Any], dict[str, int]]:
     """Returns the values and, for every dotted key, its line counted from 1.
+
+    Args:
+        what: the file is, and what it ``needs``, for messages.
 
     Raises:
         InputError: for malformed YAML, a key that stands twice, or a file that is no mapping.
@@ -116,9 +121,9 @@ def parse_yaml(text: str, shown: str) -> tuple[dict[str, Any], dict[str, int]]:
         raise InputError(f"not YAML: {said}", where=shown, fix="write plain keys and values") from error
     if not isinstance(values, dict):
         raise InputError(
-            "a recipe is a mapping of keys to settings",
+            f"{what} a mapping of keys to settings",
             where=shown,
-            fix="it needs at least `model:` and `data: {train: …}`",
+            fix=f"it needs {needs}",
         )
     lines: dict[str, int] = {}
     _collect_lines(node, "", lines, shown, set())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,7 @@ from tunesmith.data.render import RowRenderer
 from tunesmith.data.row import SAME_ANSWERS
 from tunesmith.data.row_file import RowFile
 from tunesmith.data.sources import readings, source_specs
-from tunesmith.data.spec import DataSpec
+from tunesmith.data.spec import DataSpec, SourceSpec
 from tunesmith.data.stored import RenderedRows, Stored
 from tunesmith.data.token_file import tokens_of
 from tunesmith.data.truncate import truncated
@@ -116,10 +117,7 @@ def prepare(
         InputError: for anything wrong with the data or its settings.
     """
     tasks = source_specs(spec)
-    mixture_weights(spec, tasks[:-1] if spec.replay else tasks, [1] * len(tasks))
-    ingested = ingest(readings(spec), progress, refused=renderer.unused)
-    ingested.refuse_wrong_rows()
-    rows, sources = ingested.rows, ingested.sources
+    rows, sources = _read(spec, tasks, renderer, progress)
     lost, notes = Losses(), [note for source in sources for note in source.notes]
     train, held = _parted(rows, sources, Held(spec, seed, wants_test, renderer.answers_optional), lost)
     splits = {"train": train, "validation": held.validation, "test": held.test}
@@ -148,16 +146,30 @@ def prepare(
         stop_ids=set(renderer.stop_ids),
         lost=lost.summary(stored),
         sources=[source.as_json() for source in sources],
-        mixture=[
-            {"path": source.path, "rows": count, "places": place}
-            for source, count, place in zip(tasks, left, places, strict=False)
-        ],
+        mixture=_mixture(tasks, left, places),
         test_from=held.test_from,
         validation_from=held.validation_from,
         template=renderer.name,
         notes=notes,
         findings=findings,
     )
+
+
+def _read(
+    spec: DataSpec, tasks: Sequence[SourceSpec], renderer: RowRenderer, progress: Progress
+) -> tuple[RowFile, list[SourceRows]]:
+    """All rows of all files; settings that cannot be met are refused before any file is opened."""
+    mixture_weights(spec, tasks[:-1] if spec.replay else tasks, [1] * len(tasks))
+    ingested = ingest(readings(spec), progress, refused=renderer.unused)
+    ingested.refuse_wrong_rows()
+    return ingested.rows, ingested.sources
+
+
+def _mixture(tasks: Sequence[SourceSpec], rows: Sequence[int], places: Sequence[int]) -> list[dict[str, Any]]:
+    return [
+        {"path": task.path, "rows": count, "places": place}
+        for task, count, place in zip(tasks, rows, places, strict=False)
+    ]
 
 
 def _parted(rows: RowFile, sources: list[SourceRows], holding: Held, lost: Losses) -> tuple[np.ndarray, HeldOut]:

@@ -8,57 +8,40 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.base import InputError, nearest
-from tunesmith.methods.bottleneck import PEFT_TYPE as BOTTLENECK
-from tunesmith.methods.bottleneck import load_bottlenecks
-from tunesmith.methods.low_rank import lora_layers, names_of, untie, wrap
+from tunesmith.methods.low_rank import lora_layers, names_of, wrap
 from tunesmith.methods.method import (
     AdaptationMethod,
     freeze,
-    read_adapter_config,
     refuse_adapted,
-    task_head_tensors,
     train_in_fp32,
     train_task_head,
     trainable_parameters,
 )
-from tunesmith.methods.prefix import PEFT_TYPE as PREFIX
-from tunesmith.methods.prefix import load_prefix
-from tunesmith.methods.prompt import PEFT_TYPE as PROMPT
-from tunesmith.methods.prompt import load_prompt
 from tunesmith.methods.quantized_lora import base_written, is_quantized, refuse_start, round_to, start_by_loftq
-from tunesmith.methods.targets import available, compile_pattern, matches, select_modules
+from tunesmith.methods.targets import available, compile_pattern, exactly, matches, select_modules
 from tunesmith.methods.through_peft import (
     PEFT_PREFIX,
     Peft,
     has_adapter,
-    load_through_peft,
     peft_task,
     peft_tensors,
     save_peft,
 )
 from tunesmith.methods.token_rows import (
-    SUFFIX,
     chosen_tokens,
     indices_for_peft,
-    indices_from_peft,
-    make_room_for,
     row_tensors,
     train_rows,
 )
 from tunesmith.models.task_head import head_modules
-
-HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of PEFT's `init_lora_weights` that leave the base as it is."""
 
 
 def _grid_name(value: Any) -> Any:
@@ -137,6 +120,7 @@ class Lora(AdaptationMethod):
         if self.dora and is_quantized(model) and any(isinstance(m, nn.Embedding) for m in chosen.values()):
             raise InputError("DoRA cannot change quantized embeddings", where="method.dora", fix="choose other targets")
         start = {"kaiming": True}.get(self.init, self.init)
+        kept_whole = [names_of(model, parameter) for parameter in self._modules_to_save(model, chosen)]
         return Peft.model_validate(
             {
                 "type": "lora",
@@ -149,7 +133,8 @@ class Lora(AdaptationMethod):
                 "init_lora_weights": start,
                 "rank_pattern": self.rank_pattern,
                 "alpha_pattern": self.alpha_pattern,
-                "modules_to_save": self.modules_to_save or None,
+                "modules_to_save": sorted({names[0].rpartition(".")[0] for names in kept_whole}) or None,
+                "ensure_weight_tying": any(len(names) > 1 for names in kept_whole),
                 "trainable_token_indices": self._indices(model),
                 "fan_in_fan_out": any(isinstance(module, Conv1D) for module in chosen.values()),
             }
@@ -269,8 +254,8 @@ class Lora(AdaptationMethod):
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": _shortest_names(model, list(layers)),
-            "rank_pattern": {_exactly(name): rank for name, rank in ranks.items()},
-            "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items()},
+            "rank_pattern": {exactly(name): rank for name, rank in ranks.items()},
+            "alpha_pattern": {exactly(name): alpha for name, alpha in alphas.items()},
             "use_rslora": self.rslora,
             "bias": "none",
             "fan_in_fan_out": all(isinstance(layer.base, Conv1D) for layer in layers.values()),
@@ -303,142 +288,6 @@ def _whole(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def load_adapter(model: nn.Module, directory: Path) -> AdaptationMethod:
-    """Adapts ``model`` by an adapter that PEFT or Tunesmith saved, and returns its method.
-
-    LoRA is loaded into layers of our own, those for which the file holds tensors; other kinds, and variants of LoRA
-    with another arithmetic, into PEFT's.
-
-    Raises:
-        InputError: when files are missing, the adapter is of a kind or uses a variant that would be silently wrong if
-            ignored, or belongs to another architecture.
-    """
-    config = read_adapter_config(directory)
-    weights = directory / "adapter_model.safetensors"
-    refuse_adapted(model)
-    _refuse_unknown_variants(config, directory / "adapter_config.json")
-    tensors = _read_tensors(weights)
-    make_room_for(model, config, tensors)
-    if config.get("peft_type") == BOTTLENECK:
-        return load_bottlenecks(model, config, tensors, weights)
-    if config.get("peft_type") == PREFIX:
-        return load_prefix(model, config, tensors, weights)
-    if config.get("peft_type") == PROMPT:
-        return load_prompt(model, config, tensors, weights)
-    if config.get("peft_type") != "LORA" or _peft_variants(model, config):
-        return load_through_peft(model, directory, config, {f"{PEFT_PREFIX}{name}": t for name, t in tensors.items()})
-    return _load_lora(model, config, tensors, weights)
-
-
-def _load_lora(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], weights: Path) -> Lora:
-    ranks = {
-        name.rpartition(".lora_")[0]: tensor.shape[0]
-        for name, tensor in tensors.items()
-        if name.endswith((".lora_A.weight", ".lora_embedding_A"))
-    }
-    below = {name: tensor for name, tensor in tensors.items() if ".base_layer." in name}
-    rows = indices_from_peft(model, config)
-    plain_tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(SUFFIX)}
-    whole = {name: tensor for name, tensor in plain_tensors.items() if ".lora_" not in name and name not in below}
-    plain = [name.replace(".base_layer.", ".") for name in (*below, *whole)]
-    if unknown := sorted(set(ranks) - dict(model.named_modules()).keys() | set(plain) - model.state_dict().keys()):
-        raise InputError(
-            f"the adapter changes {unknown[0]}, which this model does not have",
-            where=weights,
-            fix=f"load it on the model it was trained on: {config.get('base_model_name_or_path')}",
-        )
-    _refuse_other_base(model, below, weights)
-    _separate(model, whole)
-    patterns = cast(dict[str, float], config.get("alpha_pattern") or {})
-    usual = float(config["lora_alpha"])
-    alphas = {name: next((a for key, a in patterns.items() if matches(key, name)), usual) for name in ranks}
-    freeze(model)
-    for name, rank in ranks.items():
-        wrap(model, name, rank, alphas[name] / (math.sqrt(rank) if config.get("use_rslora") else rank), 0.0)
-    heads = task_head_tensors(model)
-    train_in_fp32(model, [model.get_parameter(name) for name in whole if name not in heads])
-    train_task_head(model)
-    if rows is not None:
-        train_rows(model, rows, ranks)
-    method = Lora(
-        rank=config["r"],
-        alpha=usual,
-        dropout=config.get("lora_dropout") or 0.0,
-        targets=[_exactly(name) for name in ranks],
-        rslora=bool(config.get("use_rslora")),
-        rank_pattern={_exactly(name): rank for name, rank in ranks.items() if rank != config["r"]},
-        alpha_pattern={_exactly(name): alpha for name, alpha in alphas.items() if alpha != usual},
-        modules_to_save=sorted({_exactly(name.rpartition(".")[0]) for name in whole if name not in heads}),
-        trainable_tokens=None if rows is None else [*rows],
-    )
-    again = {name for name in whole if name != names_of(model, model.get_parameter(name))[0]}
-    trained = {f"{PEFT_PREFIX}{name}": tensors[name] for name in tensors.keys() - below.keys() - again}
-    method.load_trained(model, trained, where=weights)
-    return method
-
-
-def _read_tensors(weights: Path) -> dict[str, Tensor]:
-    """The file's tensors under the names that their modules have in the model."""
-    try:
-        return {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in load_file(weights).items()}
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"cannot read the adapter's weights: {error}", where=weights) from error
-
-
-def _refuse_other_base(model: nn.Module, below: dict[str, Tensor], where: Path) -> None:
-    """PEFT saves the embeddings below an adapter along with it; they must be those of this model."""
-    for name, saved in below.items():
-        own = model.get_parameter(name.replace(".base_layer.", "."))
-        narrow = min((own.dtype, saved.dtype), key=lambda dtype: dtype.itemsize)
-        if own.shape != saved.shape or not torch.equal(own.detach().cpu().to(narrow), saved.to(narrow)):
-            raise InputError(
-                f"the adapter was trained over another {name.partition('.base_layer.')[0]} than this model has "
-                f"(its shape is {list(saved.shape)}, here {list(own.shape)})",
-                where=where,
-                fix="merge it with PEFT, which keeps the changed weights in the adapter's file",
-            )
-
-
-def _separate(model: nn.Module, whole: dict[str, Tensor]) -> None:
-    """Gives modules that share a weight in the base, but not in the adapter, weights of their own."""
-    for name, saved in whole.items():
-        sharing = names_of(model, model.get_parameter(name))
-        if any(other not in whole or not torch.equal(whole[other], saved) for other in sharing):
-            untie(model, name)
-
-
-def _refuse_unknown_variants(config: dict[str, Any], path: Path) -> None:
-    changes_the_pass = ["layer_replication", "alora_invocation_tokens", "arrow_config", "monteclora_config"]
-    used = [name for name in changes_the_pass if config.get(name)]
-    if config.get("peft_type") == "LORA" and config.get("bias", "none") != "none":
-        used.append("bias")
-    if used:
-        raise InputError(
-            f"the adapter uses {', '.join(used)}, which is not supported yet",
-            where=path,
-            fix="merge it with PEFT, or train it again without that variant",
-        )
-
-
-def _peft_variants(model: nn.Module, config: dict[str, Any]) -> list[str]:
-    """What an adapter uses that only PEFT's own layers compute."""
-    changes_arithmetic = [
-        "use_dora",
-        "lora_bias",
-        "target_parameters",
-        "use_qalora",
-        "use_bdlora",
-        "velora_config",
-        "kasa_config",
-    ]
-    used = [name for name in changes_arithmetic if config.get(name)]
-    if config.get("init_lora_weights", True) not in HARMLESS_STARTS:  # it changes the base weights too
-        used.append("init_lora_weights")
-    if config.get("trainable_token_indices") and indices_from_peft(model, config) is None:
-        used.append("trainable_token_indices")
-    return used
-
-
 def _matched(patterns: dict[str, Any], modules: dict[str, Any], *, key: str) -> dict[str, Any]:
     """The value of the first matching pattern for each module that one matches."""
     values: dict[str, Any] = {}
@@ -462,11 +311,6 @@ def _shortest_names(model: nn.Module, adapted: list[str]) -> list[str]:
         name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in leaves and not name.startswith(inside)
     }
     return sorted(leaves) if picked == set(adapted) else sorted(adapted)
-
-
-def _exactly(name: str) -> str:
-    """A regular expression for one module."""
-    return "^" + name.replace(".", r"\.")
 
 
 def _unreached(model: nn.Module) -> list[str]:

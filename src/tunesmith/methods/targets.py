@@ -47,6 +47,11 @@ def matches(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
+def exactly(name: str) -> str:
+    """A regular expression for one module."""
+    return "^" + name.replace(".", r"\.")
+
+
 def select_modules(model: nn.Module, targets: str | Sequence[str], *, key: str) -> dict[str, nn.Module]:
     """Resolves a preset, or regular expressions over module names, to modules.
 

@@ -28,6 +28,7 @@ from tunesmith.methods.method import (
     refuse_adapted,
     settle,
     task_head_tensors,
+    train_in_fp32,
     train_task_head,
     trainable_parameters,
 )
@@ -80,6 +81,8 @@ class ThroughPeft(AdaptationMethod):
                 where="method",
                 fix="name modules that the model has in target_modules, or use another method",
             ) from error
+        kept_whole = [p for wrapper in _wrappers(model).values() for p in wrapper.modules_to_save.parameters()]
+        train_in_fp32(model, kept_whole)
         for parameter in trainable_parameters(model).values():
             make_trainable(parameter)
         for layer in _layers(model).values():
@@ -272,10 +275,17 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
+def _wrappers(model: nn.Module) -> dict[str, Any]:
+    """What stands in the place of modules that are trained whole beside PEFT's layers, by name."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+
+
 @contextmanager
 def without_peft(model: nn.Module) -> Iterator[None]:
     """Runs the model as if PEFT's layers were not there."""
-    layers = _layers(model).values()
+    layers = [*_layers(model).values(), *(_wrappers(model).values() if has_adapter(model) else ())]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -304,11 +314,22 @@ def merge_peft(model: nn.Module) -> int:
     for name, layer in layers.items():
         parent, _, leaf = name.removesuffix(".token_adapter").rpartition(".")  # which PEFT puts into a wrapper
         setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    _unwrap(model)
     del cast(Any, model).peft_config
     settle(model)
     freeze(model)
     forget_decoder(model)
     return len(layers)
+
+
+def _unwrap(model: nn.Module) -> None:
+    """Puts modules that were trained whole in the place of the ones they were copied from."""
+    for name, wrapper in _wrappers(model).items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, wrapper.modules_to_save["default"])
+    table, head = cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings()
+    if head is not None and table.weight is not head.weight:  # or it would be one weight again when it is loaded
+        cast(Any, model).config.tie_word_embeddings = False
 
 
 @contextmanager

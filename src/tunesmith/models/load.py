@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # models take seconds to import, and those who count tokens n
     from torch import nn
     from transformers import PreTrainedModel
 
-    from tunesmith.models.task_head import TaskHead
+    from tunesmith.models.task_head import SettledPooling, TaskHead
 
 DEMO = "demo"
 WEIGHT_FILES = ("*.safetensors",)
@@ -157,13 +157,26 @@ class Loading:
     quantized: Quantization | None = None
 
 
-def load_judge(path: str, head: TaskHead, how: Loading) -> tuple[PreTrainedModel, TaskHead, bool]:
+class Judge(NamedTuple):
+    """A trunk with a head for a task.
+
+    Attributes:
+        model: its head is in fp32.
+        head: with its pooling settled.
+        is_new: whether the head was drawn anew.
+        settled: how the pooling was settled.
+    """
+
+    model: PreTrainedModel
+    head: TaskHead
+    is_new: bool
+    settled: SettledPooling
+
+
+def load_judge(path: str, head: TaskHead, how: Loading) -> Judge:
     """Loads a trunk with a head for a task.
 
     The head is new, drawn from torch's random state, unless the files hold one for the same labels.
-
-    Returns:
-        The model with its head in fp32; the head with its pooling settled; and whether the head is new.
 
     Raises:
         InputError: as `load_model`, and when the trunk's own weights are missing.
@@ -185,8 +198,8 @@ def load_judge(path: str, head: TaskHead, how: Loading) -> tuple[PreTrainedModel
         model_class(head), path, how, HEAD_MODULES, **head.settings(), ignore_mismatched_sizes=not same
     )
     own = tuple(f"{name}." for name in head_modules(model))
-    pooling, _ = settled_pooling(head, model, path, missing)
-    unused = [name for name in missing if ".pooler." in name and pooling != "pooler"]
+    how_pooled = settled_pooling(head, model, missing, path, how.revision)
+    unused = [name for name in missing if ".pooler." in name and how_pooled.pooling != "pooler"]
     if lost := [name for name in missing if not name.startswith(own) and name not in unused]:
         raise InputError(
             f"{len(lost)} weights are missing and would be random (first: {lost[0]})",
@@ -198,10 +211,10 @@ def load_judge(path: str, head: TaskHead, how: Loading) -> tuple[PreTrainedModel
         module = model.get_submodule(name).float()
         if new:  # a file may hold a head of the same size for other labels
             draw_anew(module, float(getattr(model.config, "initializer_range", 0.02)))
-    settled = replace(head, pooling=pooling)
+    settled = replace(head, pooling=how_pooled.pooling)
     refuse_another_head(model, settled)
     remember_head(model, settled)
-    return model, settled, new
+    return Judge(model, settled, new, how_pooled)
 
 
 def _from_files(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tunesmith.base import InputError
 from tunesmith.batch import Batch
 from tunesmith.models.forward import hidden_at
+from tunesmith.models.sentence_settings import POOLING_FILE, SentenceSettings, read_sentence_settings
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 """Names of transformers' `problem_type`."""
@@ -23,7 +24,6 @@ HEAD_MODULES = ("score", "classifier", "classification_head", "logits_proj", "pr
 """What transformers calls modules behind a trunk: they are never quantized."""
 HEADS = ("score", "classifier", "classification_head", "logits_proj")
 """What transformers calls the layer that gives the outputs."""
-_SENTENCE_POOLING = Path("1_Pooling", "config.json")
 
 
 @dataclass(frozen=True)
@@ -139,20 +139,39 @@ def looks_back_only(model: nn.Module) -> bool:
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
-def settled_pooling(head: TaskHead, model: nn.Module, location: str, missing: list[str]) -> tuple[Pooling, str]:
-    """What `auto` is for this model, and why.
+@dataclass(frozen=True)
+class SettledPooling:
+    """What `auto` is for a model, why, and what could not be found out about it."""
+
+    pooling: Pooling
+    why: str
+    note: str | None = None
+
+
+def settled_pooling(
+    head: TaskHead, model: nn.Module, missing: list[str], location: str, revision: str | None
+) -> SettledPooling:
+    """What the head reads of a row.
 
     Args:
-        location: where its files are.
-        missing: names of weights that its files lack.
+        missing: names of weights that the model's files lack.
+        location: directory or hub id of those files.
     """
     if head.pooling != "auto":
         if head.pooling == "pooler" and getattr(cast(Any, model).base_model, "pooler", None) is None:
             raise InputError("this model has no pooler", where="objective.pooling", fix="use cls, mean or last")
-        return head.pooling, "as the recipe says"
-    said = _pooling_for_sentences(Path(location) / _SENTENCE_POOLING)
-    if said is not None:
-        return said, "as the model's own settings for sentences say"
+        return SettledPooling(head.pooling, "as the recipe says")
+    said = SentenceSettings() if head.kind == "token" else read_sentence_settings(location, revision)
+    if said.pooling is not None:
+        return SettledPooling(said.pooling, "as the model's own settings for sentences say")
+    pooling, why = _pooling_of_the_architecture(head, model, missing)
+    if said.unknown is None or pooling == "last":
+        return SettledPooling(pooling, why)
+    note = f"whether the model has settings of its own for sentences ({POOLING_FILE}) is not known: {said.unknown}"
+    return SettledPooling(pooling, why, f"{note}; pooling is {pooling}, and objective.pooling chooses another")
+
+
+def _pooling_of_the_architecture(head: TaskHead, model: nn.Module, missing: list[str]) -> tuple[Pooling, str]:
     if looks_back_only(model):
         return "last", "only the last token has seen the whole row"
     trunk = cast(Any, model).base_model
@@ -161,20 +180,6 @@ def settled_pooling(head: TaskHead, model: nn.Module, location: str, missing: li
             return "mean", "the model's files have no weights for its pooler"
         return "pooler", "the model's own pooler"
     return "cls", "the token that the model puts before every row"
-
-
-def _pooling_for_sentences(path: Path) -> Pooling | None:
-    """What sentence-transformers' settings beside a model say; None without them, or where they say something else."""
-    if not path.is_file():
-        return None
-    try:
-        modes = json.loads(path.read_text(encoding="utf-8"))
-        known: dict[str, Pooling] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-        return next((pooling for name, pooling in known.items() if modes.get(name)), None)
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"cannot read the model's settings for sentences: {error}", where=path, fix="name objective.pooling"
-        ) from error
 
 
 def row_features(model: nn.Module, batch: Batch, head: TaskHead) -> Tensor:

@@ -70,8 +70,9 @@ def line_chart(
     notes: Sequence[str] = (),
     mark: int | None = None,
     name: str = "loss",
+    along: str = "step",
 ) -> Markup:
-    """Draws ``lines`` over steps; with nothing to draw, a note that says so."""
+    """Draws ``lines`` over what ``along`` names; with nothing to draw, a note that says so."""
     xs = [x for line in lines for x, y in line.points if y is not None]
     ys = [y for line in lines for _, y in line.points if y is not None]
     if not ys:
@@ -86,7 +87,7 @@ def line_chart(
     def down(y: float) -> float:
         return round(HEIGHT * (high - y) / (high - low), 1)
 
-    body = _axes(ticks(left, right, target=6, whole=True), ticks(low, high), across, down, name)
+    body = _axes(ticks(left, right, target=6, whole=True), ticks(low, high), across, down, (name, along))
     body += Markup(
         '<svg width="100%" height="{}" viewBox="0 0 1000 {}" preserveAspectRatio="none" '
         'overflow="visible" aria-hidden="true">'
@@ -155,7 +156,7 @@ def _ordered(points: Points | None) -> list[Point]:
     return sorted(pairs, key=lambda pair: pair[0])
 
 
-def _axes(columns: list[float], rows: list[float], across: Any, down: Any, name: str) -> Markup:
+def _axes(columns: list[float], rows: list[float], across: Any, down: Any, names: tuple[str, str]) -> Markup:
     body = Markup("")
     for value in rows:
         body += HAIRLINE.format(x1="0", x2="100%", y1=down(value), y2=down(value), colour="rule", more="")
@@ -165,8 +166,8 @@ def _axes(columns: list[float], rows: list[float], across: Any, down: Any, name:
         body += HAIRLINE.format(x1=x, x2=x, y1=HEIGHT, y2=HEIGHT + 5, colour="soft", more="")
         body += TEXT.format(x=x, y=HEIGHT + 20, anchor="middle", colour="soft", text=tick_text(value, columns), more="")
     body += HAIRLINE.format(x1="0", x2="100%", y1=HEIGHT, y2=HEIGHT, colour="soft", more="")
-    body += TEXT.format(x=-10, y=-14, anchor="end", colour="soft", text=name, more="")
-    return body + TEXT.format(x="50%", y=HEIGHT + 40, anchor="middle", colour="soft", text="step", more="")
+    body += TEXT.format(x=-10, y=-14, anchor="end", colour="soft", text=names[0], more="")
+    return body + TEXT.format(x="50%", y=HEIGHT + 40, anchor="middle", colour="soft", text=names[1], more="")
 
 
 def _path(points: Sequence[tuple[float, float | None]]) -> str:

@@ -172,12 +172,12 @@ def _loaded(planned: Planned) -> tuple[PreTrainedModel, Planned]:
         return model, planned
     torch.manual_seed(planned.recipe.seed)  # before a new head is drawn
     loading = Loading(dtype, device, spec.revision, spec.quantization)
-    model, head, new = load_judge(planned.location, planned.judges.task_head(), loading)
+    model, head, new, settled = load_judge(planned.location, planned.judges.task_head(), loading)
     plan, objective = planned.plan, planned.judges
     if head.pooling != planned.judges.task_head().pooling and head.kind == "sequence":
-        why = "what this model was made for, as far as its files tell"
-        found = Resolved(name="objective.pooling", value=head.pooling, reason=why)
-        plan = plan.model_copy(update={"resolved": [*plan.resolved, found]})
+        found = Resolved(name="objective.pooling", value=head.pooling, reason=settled.why)
+        notes = [*plan.notes, settled.note] if settled.note else plan.notes
+        plan = plan.model_copy(update={"resolved": [*plan.resolved, found], "notes": notes})
         objective = objective.model_copy(update={"pooling": head.pooling})
     return model, replace(planned, plan=plan, objective=objective, head_is_new=new)
 

@@ -23,7 +23,7 @@ from tunesmith.data.spec import DataSpec
 from tunesmith.engine.generate import Generation, Sampling, generate
 from tunesmith.evaluation.answers import Judged, Judging, judge
 from tunesmith.evaluation.compare import LIKELIHOODS, choose_metrics, compare_metrics, metric_rows
-from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.quantized_lora import base_read
 from tunesmith.metrics import OF_DOCUMENTS, bootstrap
 from tunesmith.models.embeddings import cover_tokens
@@ -72,7 +72,7 @@ def _load(location: Location, dtype: str, progress: Progress) -> PreTrainedModel
         held_quantized(location),
     )
     if location.head is not None:
-        model, _, _ = load_judge(location.base, location.head, how)
+        model, *_ = load_judge(location.base, location.head, how)
     else:
         model = load_model(
             location.base, dtype=how.dtype, device=how.device, revision=how.revision, quantized=how.quantized
@@ -312,7 +312,7 @@ def judged_documents(
     data = data.model_copy(update={"max_length": "auto" if recipe is None else recipe.data.max_length})
     held = data.model_copy(update={"validation": data.train, "overlap": "keep"})
     found = prepare(held, renderer, model_limit=limit, seed=0, wants_test=False, progress=progress)
-    metrics = list(OF_DOCUMENTS) if isinstance(spec.metrics, str) else list(spec.metrics)
+    metrics: list[str] = [*OF_DOCUMENTS] if isinstance(spec.metrics, str) else list(spec.metrics)
     if wrong := [name for name in metrics if name not in OF_DOCUMENTS]:
         raise InputError(f"{wrong[0]} needs answers, and documents have none", where="--metric", fix="use perplexity")
     packed = packing_obstacle(speaker.model) is None

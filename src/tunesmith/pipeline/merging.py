@@ -13,7 +13,7 @@ from tunesmith.base import InputError, Progress, TunesmithError, silent
 from tunesmith.compose.merge import MergeCheck, merge_and_check
 from tunesmith.data.render import Renderer
 from tunesmith.files import new_directory, write_json
-from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.quantized_lora import Base, base_read
 from tunesmith.models.load import Loading, load_model, load_tokenizer
 from tunesmith.models.quantized import in_full

@@ -14,7 +14,7 @@ from tunesmith.batch import Example, pack
 from tunesmith.compose.merge import MergeCheck
 from tunesmith.files import new_directory, write_json
 from tunesmith.methods.adapted import merge_layers, without_adapter
-from tunesmith.methods.lora import load_adapter
+from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.models.load import Loading, load_judge, load_tokenizer
 from tunesmith.models.task_head import TaskHead
 from tunesmith.objectives import TaskObjective
@@ -34,9 +34,8 @@ def merge_labels(location: Location, head: TaskHead, texts: Sequence[str], out: 
         TunesmithError: when the merged model judges otherwise than the trained one; nothing is written then.
     """
     assert location.adapter is not None
-    model, settled, _ = load_judge(
-        location.base, head, Loading(torch.float32, detect_hardware().device, location.revision)
-    )
+    how = Loading(torch.float32, detect_hardware().device, location.revision)
+    model, settled, *_ = load_judge(location.base, head, how)
     load_adapter(model, location.adapter)
     tokenizer = load_tokenizer(location.tokenizer, writes=False)
     labeller = Labeller.of(model.eval(), settled, tokenizer)

@@ -148,21 +148,26 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
             raise
         finally:
             work.stopping.graceful = False
-    if plan.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-    _take_best(work, checkpoints, progress, saved)
-    saved.optimizer.zero_grad(set_to_none=True)
-    made_whole(model)
-    if is_main():
-        _close_with_solver(work, emit)
-        _commit_result(work)
-        emit(_trained(progress))
+    _finish(work, checkpoints, progress, saved, emit)
     seconds = sum(event["seconds"] for event in run.events() if event["event"] in ("step", "validation"))
     return {
         "peak_bytes": memory.peak_bytes,
         "train_seconds": max(seconds, watch.seconds),
         "tokens_per_second": progress.tokens / max(1e-9, seconds),
     }
+
+
+def _finish(work: Work, checkpoints: Checkpoints, progress: Progress, saved: Saved, emit: Emit) -> None:
+    """From the last step to the committed result."""
+    if work.planned.plan.gradient_checkpointing:
+        work.model.gradient_checkpointing_disable()
+    _take_best(work, checkpoints, progress, saved)
+    saved.optimizer.zero_grad(set_to_none=True)
+    made_whole(work.model)
+    if is_main():
+        _close_with_solver(work, emit)
+        _commit_result(work)
+        emit(_trained(progress))
 
 
 def _trained(progress: Progress) -> dict[str, Any]:

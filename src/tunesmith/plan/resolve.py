@@ -18,7 +18,8 @@ from tunesmith.models.measure import Shape, shape_of
 from tunesmith.models.quantized import settled_quantization
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.objectives import Pretrain
-from tunesmith.plan.hardware import DTYPES, Hardware, multiply_rate, native_dtypes
+from tunesmith.plan.duration import Timed, predict_duration
+from tunesmith.plan.hardware import Hardware, native_dtypes
 from tunesmith.plan.memory import Load, predict_memory
 from tunesmith.plan.streaming import (
     StreamedLoad,
@@ -27,16 +28,12 @@ from tunesmith.plan.streaming import (
     streamed_memory,
     tokens_at_once,
 )
-from tunesmith.recipe import Duration, Memory, Parameters, Plan, Recipe, Resolved, Workload
+from tunesmith.recipe import Memory, Parameters, Plan, Recipe, Resolved, Workload
 
 DEFAULT_EPOCHS = 3.0
 TOKENS_AT_ONCE = {"cpu": 2048, "mps": 4096, "cuda": 16384}
 """Tokens in a micro-batch beyond which a device of this kind is no faster, only fuller."""
 USABLE_MEMORY = 0.85
-EFFICIENCY = {"cpu": 0.11, "mps": 0.25, "cuda": 0.35}
-"""Share of the rate of a large matrix product that a training step reaches; replaced by `measured` in every report."""
-DECODE_OVERHEAD_SECONDS = {"cpu": 1.3e-3, "mps": 1e-3, "cuda": 4e-4}
-"""Of one decoder block for one new token, besides reading its weights."""
 PAGING = ("cuda", "xpu")
 """Kinds of devices for which bitsandbytes keeps optimizer states in memory that the host shares."""
 DTYPE = Literal["fp32", "bf16", "fp16"]
@@ -102,40 +99,50 @@ def resolve(
     max_new = _longest_answer(recipe, judged, decided)
     why = "tokens of a block" if isinstance(recipe.objective, Pretrain) else "the longest row"
     decided.settle("data.max_length", recipe.data.max_length, max_length, why)
-    warmup = recipe.train.warmup
+    parameters = _parameters(adapted)
+    timed = Timed(workload, hardware, dtype, steps, max_new, judged.rows)
     return Plan(
         device=str(hardware.device),
         dtype=dtype,
         frozen_dtype=frozen_dtype,
-        packing=decided.settle(
-            "train.packing",
-            recipe.train.packing,
-            True,
-            "rows laid end to end need no padding; tested when the model is loaded",
-        ),
+        packing=_packing(recipe, decided),
         gradient_checkpointing=checkpointing,
         streamed_tokens=streamed_tokens,
         steps=steps,
         epochs=epochs,
         micro_batch=micro_batch,
-        warmup_steps=round(warmup * steps) if warmup < 1 else int(warmup),
-        learning_rate=decided.settle(
-            "train.learning_rate",
-            recipe.train.learning_rate,
-            recipe.method.default_learning_rate * recipe.objective.default_rate,
-            _rate_reason(recipe),
-        ),
+        warmup_steps=_warmup_steps(recipe, steps),
+        learning_rate=_learning_rate(recipe, decided),
         evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every,
         max_length=max_length,
         max_new_tokens=max_new,
         metrics=judged.metrics,
-        parameters=_parameters(adapted),
+        parameters=parameters,
         memory=memory,
-        time=_duration(recipe, adapted, shape, _Time(workload, hardware, dtype, steps, max_new, judged.rows)),
+        time=predict_duration(recipe, shape, parameters, timed),
         workload=workload,
         resolved=decided.made,
         notes=decided.notes,
+    )
+
+
+def _packing(recipe: Recipe, decided: Decisions) -> bool:
+    why = "rows laid end to end need no padding; tested when the model is loaded"
+    return decided.settle("train.packing", recipe.train.packing, True, why)
+
+
+def _warmup_steps(recipe: Recipe, steps: int) -> int:
+    warmup = recipe.train.warmup
+    return round(warmup * steps) if warmup < 1 else int(warmup)
+
+
+def _learning_rate(recipe: Recipe, decided: Decisions) -> float:
+    factor = recipe.objective.default_rate
+    less = "" if factor == 1 else f", times {factor:g} for objective {recipe.objective.kind}"
+    why = f"the default for method {recipe.method.kind}{less}"
+    return decided.settle(
+        "train.learning_rate", recipe.train.learning_rate, recipe.method.default_learning_rate * factor, why
     )
 
 
@@ -368,46 +375,3 @@ def _fit(recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decided: D
             f"{fit.hardware.memory_bytes / 2**30:.1f} GiB"
         )
     return micro_batch, checkpointing, predicted
-
-
-@dataclass(frozen=True)
-class _Time:
-    workload: Workload
-    hardware: Hardware
-    dtype: DTYPE
-    steps: int
-    max_new_tokens: int
-    judged_rows: int
-
-
-def _duration(recipe: Recipe, adapted: nn.Module, shape: Shape, given: _Time) -> Duration:
-    """Useful operations over the rate of this machine: 4 per frozen weight and token, 6 per trained one."""
-    trained = min(1.0, _parameters(adapted).trainable / max(1, shape.linear_weights + shape.head_weights))
-    rows = given.steps * recipe.train.batch_size
-    tokens = rows * given.workload.tokens / max(1, given.workload.rows)
-    targets = rows * given.workload.targets / max(1, given.workload.rows)
-    per_weight = 4 + 2 * trained
-    flops = per_weight * (tokens * shape.linear_weights + targets * shape.head_weights)
-    kind = given.hardware.device.type
-    rate = multiply_rate(given.hardware.device, DTYPES[given.dtype]) * EFFICIENCY.get(kind, 0.1)
-    training = flops / rate / given.hardware.processes
-    evaluating = 0.0
-    if recipe.evaluate != "off" and given.judged_rows:
-        batches = math.ceil(given.judged_rows / recipe.evaluate.batch_size)
-        token_seconds = shape.layers * DECODE_OVERHEAD_SECONDS.get(kind, 1e-3)
-        prompts = given.judged_rows * given.workload.tokens / max(1, given.workload.rows)
-        reading = 2 * prompts * shape.linear_weights / rate
-        evaluating = 2 * (batches * given.max_new_tokens * token_seconds + 2 * reading)
-    return Duration(
-        train_seconds=training,
-        evaluate_seconds=evaluating,
-        seconds=training + evaluating,
-        flops=float(flops),
-        flops_per_second=rate,
-    )
-
-
-def _rate_reason(recipe: Recipe) -> str:
-    factor = recipe.objective.default_rate
-    less = "" if factor == 1 else f", times {factor:g} for objective {recipe.objective.kind}"
-    return f"the default for method {recipe.method.kind}{less}"
