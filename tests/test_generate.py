@@ -181,12 +181,16 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(architecture: str, top_
     assert first[5] != first[9], "the same prompt twice draws twice"
 
 
+def asked(sampling: Sampling) -> Asked:
+    return Asked([], [], sampling, {2}, 1)
+
+
 def test_samples_follow_the_distribution() -> None:
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, float("-inf")]])
     rows = 8_000
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.5, 0.9), (1.0, 0.6)):
         torch.manual_seed(0)
-        chooser = Chooser(Sampling(1, temperature=temperature, top_p=top_p))
+        chooser = Chooser(asked(Sampling(1, temperature=temperature, top_p=top_p)))
         places = [Place(number, 0) for number in range(rows)]
         chosen = torch.tensor(chooser.choose(logits.expand(rows, -1).clone(), places))
         warped = cast(Any, TopPLogitsWarper(top_p))(torch.zeros(1, 1, dtype=torch.long), logits / temperature)
@@ -202,7 +206,7 @@ def test_a_cut_that_more_than_the_most_probable_tokens_pass(monkeypatch: pytest.
 
     def chosen() -> list[int]:
         torch.manual_seed(0)
-        return Chooser(Sampling(1, temperature=1.0, top_p=0.95)).choose(logits.clone(), places)
+        return Chooser(asked(Sampling(1, temperature=1.0, top_p=0.95))).choose(logits.clone(), places)
 
     whole = chosen()
     monkeypatch.setattr(sampling, "PROBABLE", 3)

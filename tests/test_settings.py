@@ -15,7 +15,32 @@ from task_rows import build_trunk, tag_rows
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, QLora
-from tunesmith.objectives import Classify, Distill, Dpo, Kto, Orpo, Pretrain, Regress, Reward, SimPo, Supervised, Tag
+from tunesmith.objectives import (
+    Classify,
+    Distill,
+    Dpo,
+    Grpo,
+    Kto,
+    Orpo,
+    Policy,
+    Ppo,
+    Pretrain,
+    Regress,
+    Reward,
+    Rloo,
+    SimPo,
+    Supervised,
+    Tag,
+)
+from tunesmith.objectives.rewards import (
+    ExactReward,
+    FunctionReward,
+    JsonReward,
+    ModelReward,
+    NumberReward,
+    RegexReward,
+    RewardSpec,
+)
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
 from tunesmith.recipe_file import check_recipe
@@ -54,6 +79,13 @@ DPO = preferring("dpo")
 LABELS, NUMBERS, TAGS = judging("classify", "LABELS"), judging("regress", "NUMBERS"), judging("tag", "TAGS")
 DOCUMENTS = {**JUDGED, "data": {"train": "TEXT"}, "objective": {"kind": "pretrain"}}
 OWN = {"path": "self", "answers": 30, "max_new_tokens": 60}
+
+
+def drawing(kind: str = "grpo", reward: Any = None, **settings: Any) -> dict[str, Any]:
+    """A job that trains on its own answers."""
+    reward = {"kind": "function", "path": "MINE"} if reward is None else reward
+    sizes = {"group_size": 4, "max_new_tokens": 5} if kind != "ppo" else {"max_new_tokens": 5}
+    return {"objective": {"kind": kind, "reward": reward, **sizes, **settings}}
 
 
 def distilled(**settings: Any) -> dict[str, Any]:
@@ -256,6 +288,48 @@ CHANGES: dict[str, Any] = {
     "objective[regress].head_rate": (NUMBERS, judging("regress", "NUMBERS", head_rate=3)),
     "objective[regress].layer": (NUMBERS, judging("regress", "NUMBERS", layer=1)),
     "objective[regress].spread": (NUMBERS, judging("regress", "NUMBERS", spread=20)),
+    "objective[grpo].kind": ({}, drawing()),
+    "objective[grpo].reward": (drawing(), drawing(reward={"kind": "regex", "pattern": "o"})),
+    "objective[grpo].group_size": (drawing(), drawing(group_size=5)),
+    "objective[grpo].max_new_tokens": (drawing(), drawing(max_new_tokens=6)),
+    "objective[grpo].sample_batch": None,
+    "objective[grpo].passes": (drawing(), drawing(passes=2)),
+    "objective[grpo].clip": (drawing(passes=4), drawing(passes=4, clip=1e-6)),
+    "objective[grpo].cut_penalty": (drawing(), drawing(cut_penalty=0.5)),
+    "objective[grpo].kl": (drawing(), drawing(kl=1)),
+    "objective[grpo].clip_high": (drawing(passes=4, clip=1e-6), drawing(passes=4, clip=1e-6, clip_high=0.3)),
+    "objective[grpo].scale": (drawing(), drawing(scale="none")),
+    "objective[grpo].average": (drawing(max_new_tokens=30), drawing(max_new_tokens=30, average="answer")),
+    "objective[grpo].reward[exact].kind": (drawing(), drawing(reward="exact")),
+    "objective[grpo].reward[number].kind": (drawing(), drawing(reward="number")),
+    "objective[grpo].reward[json].kind": (drawing(), drawing(reward="json")),
+    "objective[grpo].reward[json].keys": None,
+    "objective[grpo].reward[json].schema_file": None,
+    "objective[grpo].reward[regex].kind": (drawing(), drawing(reward={"kind": "regex", "pattern": "e"})),
+    "objective[grpo].reward[regex].pattern": (
+        drawing(reward={"kind": "regex", "pattern": "e"}),
+        drawing(reward={"kind": "regex", "pattern": "o"}),
+    ),
+    "objective[grpo].reward[function].kind": (drawing(reward={"kind": "regex", "pattern": "e"}), drawing()),
+    "objective[grpo].reward[function].path": (drawing(), drawing(reward={"kind": "function", "path": "OURS"})),
+    "objective[grpo].reward[function].weight": (
+        drawing(),
+        drawing(reward={"kind": "function", "path": "MINE", "weight": 2}),
+    ),
+    "objective[grpo].reward[model].kind": None,
+    "objective[grpo].reward[model].path": None,
+    "objective[rloo].kind": (drawing(), drawing("rloo")),
+    "objective[rloo].kl": (drawing("rloo"), drawing("rloo", kl=1)),
+    "objective[ppo].kind": (drawing(), drawing("ppo")),
+    "objective[ppo].group_size": (drawing("ppo"), drawing("ppo", group_size=2)),
+    "objective[ppo].passes": (drawing("ppo"), drawing("ppo", passes=1)),
+    "objective[ppo].kl": (drawing("ppo", passes=1), drawing("ppo", passes=1, kl=1)),
+    "objective[ppo].kl_target": (drawing("ppo", passes=1), drawing("ppo", passes=1, kl_target=9)),
+    "objective[ppo].gamma": (drawing("ppo"), drawing("ppo", gamma=0.5)),
+    "objective[ppo].lam": (drawing("ppo"), drawing("ppo", lam=0.1)),
+    "objective[ppo].value_clip": (drawing("ppo"), drawing("ppo", value_clip=1e-6)),
+    "objective[ppo].value_weight": (drawing("ppo"), drawing("ppo", value_weight=5)),
+    "objective[ppo].whiten_rewards": (drawing("ppo"), drawing("ppo", whiten_rewards=True)),
     "objective[distill].kind": ({}, distilled()),
     "objective[distill].teacher": (distilled(), distilled(teacher="MODEL")),
     "objective[distill].teacher_prompt": (distilled(), distilled(teacher_prompt="Be brief.")),
@@ -341,6 +415,11 @@ ELSEWHERE = {
     "evaluate.batch_size": "answers do not depend on it; test_batch_size_reaches_generation",
     "model.revision": "test_a_revision_reaches_the_hub_client",
     "output": "the directory itself; test_pipeline",
+    "objective[grpo].sample_batch": "no answer depends on it; test_rollouts",
+    "objective[grpo].reward[json].keys": "a random model writes no JSON; test_rewards",
+    "objective[grpo].reward[json].schema_file": "the same",
+    "objective[grpo].reward[model].kind": "it needs a model that was trained before; test_rewards",
+    "objective[grpo].reward[model].path": "the same",
 }
 
 
@@ -370,6 +449,15 @@ def schema_fields() -> set[str]:
         "objective[orpo]": [Orpo],
         "objective[kto]": [Kto],
         "objective[reward]": [Reward],
+        "objective[grpo]": [Grpo],
+        "objective[rloo]": [Rloo],
+        "objective[ppo]": [Ppo],
+        "objective[grpo].reward[exact]": [ExactReward],
+        "objective[grpo].reward[regex]": [RegexReward],
+        "objective[grpo].reward[json]": [JsonReward],
+        "objective[grpo].reward[number]": [NumberReward],
+        "objective[grpo].reward[function]": [FunctionReward],
+        "objective[grpo].reward[model]": [ModelReward],
         "objective[distill]": [Distill],
         "train": [TrainSpec],
         "train.groups[]": [GroupSpec],
@@ -380,7 +468,12 @@ def schema_fields() -> set[str]:
     names = {name for name in Recipe.model_fields if name not in nested} | {"evaluate", "train.early_stopping"}
     for prefix, models in nested.items():
         for model in models:
-            inherited = Lora.model_fields.keys() - {"kind"} if model is QLora else set[str]()  # by `lora` itself
+            # What is inherited is told apart by one of those that have it.
+            inherited = Lora.model_fields.keys() - {"kind"} if model is QLora else set[str]()
+            if model in (Rloo, Ppo):
+                inherited = Policy.model_fields.keys() - vars(model)["__annotations__"].keys()
+            if issubclass(model, RewardSpec) and model is not FunctionReward:
+                inherited = set(RewardSpec.model_fields)
             names |= {f"{prefix}.{name}" for name in model.model_fields.keys() - inherited}
     return names
 
@@ -422,8 +515,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             root / "unpaired.jsonl", [{**row, "label": at % 2 == 0} for at, row in enumerate(rows)]
         ),
         "GENERAL": general,
+        "MINE": Path(f"{_function(root / 'mine.py', 'e')}:score"),
+        "OURS": Path(f"{_function(root / 'ours.py', 'o')}:score"),
         "ROOT": root,
     }
+
+
+def _function(path: Path, letter: str) -> Path:
+    path.write_text(f"def score(prompt, answer, references):\n    return answer.count({letter!r}) + len(answer) / 9\n")
+    return path
 
 
 def _pair(row: dict[str, str]) -> dict[str, str]:

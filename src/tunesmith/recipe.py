@@ -184,7 +184,7 @@ class EvaluateSpec(Spec):
     """The first decides the verdict. Known: `exact_match`, `f1`, `rouge1`, `rouge2`, `rougeL`, `bleu`, `chrf`,
     `accuracy`, `perplexity`, and for documents `bits_per_byte`. `auto` chooses from the answers: `accuracy` for a few
     labels, `exact_match` for short answers, `rougeL` for longer text, `perplexity` for raw text; perplexity is always
-    added."""
+    added. Where answers are rewarded it is `reward`, their mean."""
     max_new_tokens: PositiveInt | Auto = "auto"
     """Longest generated answer; `auto` is one and a half times the longest reference answer, at least 16 tokens."""
     batch_size: PositiveInt = 16

@@ -14,10 +14,12 @@ from pydantic_core import PydanticUndefined
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Method
 from tunesmith.objectives import Objective
+from tunesmith.objectives.rewards import Reward
 from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
 
 METHODS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Method)[0])
 OBJECTIVES: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Objective)[0])
+REWARDS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Reward)[0])
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("", Recipe),
     ("model", ModelSpec),
@@ -26,6 +28,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("data.replay", ReplaySpec),
     *((f"method (kind: {kind.model_fields['kind'].default})", kind) for kind in METHODS),
     *((f"objective (kind: {kind.model_fields['kind'].default})", kind) for kind in OBJECTIVES),
+    *((f"objective.reward[] (kind: {kind.model_fields['kind'].default})", kind) for kind in REWARDS),
     ("train", TrainSpec),
     ("train.groups[]", GroupSpec),
     ("train.early_stopping", EarlyStopping),
@@ -88,7 +91,8 @@ def _values(annotation: Any, metadata: list[Any] | None = None) -> str:
     if origin is Literal:
         return " · ".join(f"`{_plain(value)}`" for value in typing.get_args(annotation))
     if origin in (typing.Union, types.UnionType):
-        return " · ".join(_values(part) for part in typing.get_args(annotation) if part is not type(None))
+        parts = [_values(part) for part in typing.get_args(annotation) if part is not type(None)]
+        return " · ".join(dict.fromkeys(parts))
     if origin is list:
         return f"list of {_values(typing.get_args(annotation)[0])}"
     if origin is dict:

@@ -33,6 +33,7 @@ class Display:
         self.label = ""
         self.label_since = self.last_line = time.monotonic()
         self.last_step = 0.0
+        self.reward: float | None = None
         self.steps = 0
 
     def __enter__(self) -> Display:
@@ -88,6 +89,10 @@ class Display:
         elif kind == "solver":
             losses = f"{event['solver']:.4f}, after gradient steps {event['gradient']:.4f}"
             self.line(f"exact solver: loss on rows held back {losses}; kept: {event['kept']}")
+        elif kind == "rollout":
+            self.reward = event["reward"]
+        elif kind == "note":
+            self.line(event["message"])
         elif kind == "warning":
             self.line(f"warning: {event['message']}")
 
@@ -103,7 +108,8 @@ class Display:
     def _step(self, event: dict[str, Any]) -> None:
         speed = event["tokens"] / max(1e-9, event["seconds"])
         memory = psutil.Process().memory_info().rss / 2**30
-        figures = f"loss {_number(event['loss'])}  {speed:,.0f} tokens/s  {memory:.1f} GiB"
+        measured = f"loss {_number(event['loss'])}" if self.reward is None else f"reward {self.reward:.3f}"
+        figures = f"{measured}  {speed:,.0f} tokens/s  {memory:.1f} GiB"
         if self.bar is not None:
             total = self.steps or None
             self._show_bar("training", event["step"], total, f"step {event['step']}/{self.steps}  {figures}")

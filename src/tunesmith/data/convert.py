@@ -78,6 +78,18 @@ def _prompt_completion(record: Record) -> Row:
     return _exchange(record, _text(record, "prompt"), _answers(record, "completion"))
 
 
+def _prompts(record: Record) -> Row:
+    """A prompt as text or as turns, with a reference answer or without; the last turn is empty where there is none."""
+    prompt = record.fields.get("prompt")
+    answers = _answers(record, "completion") if "completion" in record.fields else ("",)
+    if not isinstance(prompt, list):
+        return _exchange(record, _text(record, "prompt"), answers)
+    answer = {"role": "assistant", "content": answers[0]}
+    messages = with_system([*to_messages(prompt, column="prompt"), answer], _system(record))
+    check_order(messages)
+    return Row(record.source, messages, references=answers, tools=_tools(record))
+
+
 def _with_addition(record: Record, column: str) -> str:
     """An instruction with what it is about."""
     instruction, addition = _text(record, "instruction"), _text(record, column, optional=True)
@@ -211,6 +223,7 @@ CONVERTERS: dict[str, Callable[[Record], Row]] = {
     "dolly": _dolly,
     "instruction-response": _dolly,
     "prompt-completion": _prompt_completion,
+    "prompts": _prompts,
     "task": _task,
     "labelled": _labelled,
     "preference": _preference,

@@ -37,6 +37,9 @@ LAYOUTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 TREE = ("openassistant", ("prompt",), ())
 """A tree of messages in one row; told from a plain prompt by what stands in it."""
 
+PROMPTS = ("prompts", ("prompt",), ("completion", "system", "tools"))
+"""Prompts that a model answers by itself; nothing else that has a prompt is taken for this."""
+
 ALIKE = {"instruction-response": "dolly", "unpaired": "prompt-completion"}
 """Formats whose rows may stand in one file: they are read in the same way, or told apart by the first row."""
 
@@ -77,7 +80,7 @@ def choose_format(
     else:
         name = format_name
     available = present | set(columns)
-    fitting = [layout for layout in (*LAYOUTS, TREE) if layout[0] == name]
+    fitting = [layout for layout in (*LAYOUTS, TREE, PROMPTS) if layout[0] == name]
     layout = next((layout for layout in fitting if available.issuperset(layout[1])), None)
     if layout is None:
         missing = [part for part in fitting[0][1] if part not in available]
@@ -111,15 +114,9 @@ def detect_format(columns: Collection[str], where: str, beside: Collection[str] 
         if all_columns.issuperset(required) and given.issubset(required + optional)
     ]
     name = _exact(given) or next(iter(completed if beside else []), None)
+    name = name or (PROMPTS[0] if given.issuperset(PROMPTS[1]) else None)
     if name is None:
-        unknown = sorted(given.difference(PARTS))
-        hints = [f"{column}{nearest(column, PARTS)}" for column in unknown if nearest(column, PARTS)]
-        raise InputError(
-            f"no known format has the columns {', '.join(sorted(given)) or '(none)'}"
-            + (f" ({'; '.join(hints)})" if hints else ""),
-            where=where,
-            fix=_mapping_advice(all_columns),
-        )
+        raise unknown_columns(given, where, all_columns)
     if name == "text" and (answer := _answer_beside_text(given)):
         raise InputError(
             f"beside the column 'text' there is {answer!r}: are these texts with answers, or raw text?",
@@ -127,6 +124,23 @@ def detect_format(columns: Collection[str], where: str, beside: Collection[str] 
             fix=f"say data.columns: {{prompt: text, completion: {answer}}}, or data.format: text",
         )
     return name
+
+
+def unknown_columns(columns: Collection[str], where: str, all_columns: Collection[str]) -> InputError:
+    """What is said of columns that are no format, or none that has answers.
+
+    Args:
+        columns: of the first row, or the parts that a recipe maps.
+        all_columns: of the file.
+    """
+    unknown = sorted(set(columns).difference(PARTS))
+    hints = [f"{column}{nearest(column, PARTS)}" for column in unknown if nearest(column, PARTS)]
+    return InputError(
+        f"no known format has the columns {', '.join(sorted(columns)) or '(none)'}"
+        + (f" ({'; '.join(hints)})" if hints else ""),
+        where=where,
+        fix=_mapping_advice(all_columns),
+    )
 
 
 def _exact(columns: Collection[str]) -> str | None:
@@ -144,6 +158,8 @@ def other_format(columns: frozenset[str], chosen: str) -> str | None:
     if found == "text" and chosen == "text" and (answer := _answer_beside_text(columns)):
         return f"a text with {answer!r} beside it"
     if found is None or ALIKE.get(found, found) == ALIKE.get(chosen, chosen):
+        return None
+    if chosen == PROMPTS[0] and found == "prompt-completion":
         return None
     return f"in the format {found!r}"
 

@@ -15,7 +15,7 @@ from typing import Any
 from tunesmith.base import InputError, Progress, Source, silent
 from tunesmith.data.aside import running_aside
 from tunesmith.data.cache import cached
-from tunesmith.data.formats import preference_advice
+from tunesmith.data.formats import PROMPTS, preference_advice, unknown_columns
 from tunesmith.data.read import STANDARD_INPUT, Reading, content_hash
 from tunesmith.data.record import RowErrors
 from tunesmith.data.row_file import RowFile, RowFileWriter
@@ -147,6 +147,9 @@ def _hashed(reading: Reading, progress: Progress) -> str:
 
 def _read(reading: Reading, role: str, digest: str, at: int, reader: _Reader) -> SourceRows:
     stream = open_rows(reading, reader.errors)
+    if stream.format == PROMPTS[0] and PROMPTS[0] in reader.refused:
+        columns = dict(reading.columns) or stream.first.fields
+        raise unknown_columns(columns, str(stream.first.source), stream.columns)
     if stream.format in reader.refused:
         raise InputError(
             f"these rows are in the format {stream.format!r}, which this objective does not use",

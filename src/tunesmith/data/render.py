@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Source
 from tunesmith.batch import Example, Scope
-from tunesmith.data.formats import BadRow
+from tunesmith.data.formats import PROMPTS, BadRow
 from tunesmith.data.rows import Row
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.spelling import WHERE, Spelled, Speller, TrainOn, Turn
@@ -142,7 +142,7 @@ class Renderer:
 
     answers_optional = False
     in_blocks: ClassVar[bool] = False
-    unused: tuple[str, ...] = (*PREFERENCES, "token-labels")
+    unused: tuple[str, ...] = (*PREFERENCES, "token-labels", PROMPTS[0])
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import InputError
 from tunesmith.batch import Example
-from tunesmith.data.formats import LAYOUTS
+from tunesmith.data.formats import LAYOUTS, PROMPTS
 from tunesmith.data.record import BadRow
 from tunesmith.data.render import PREFERENCES, TOKEN_SCOPES, Rendered, Renderer, tokenizer_sha256
 from tunesmith.data.row import Row
@@ -46,7 +46,7 @@ class LabelRenderer:
 
     @property
     def unused(self) -> tuple[str, ...]:
-        others = (*PREFERENCES, "text", "openassistant")
+        others = (*PREFERENCES, "text", "openassistant", PROMPTS[0])
         if self.reads == "row":
             return (*others, "token-labels")
         return (*others, *CONVERSATIONS)

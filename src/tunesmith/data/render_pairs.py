@@ -11,7 +11,7 @@ import torch
 
 from tunesmith.base import InputError
 from tunesmith.batch import Example, Scope, answers_behind
-from tunesmith.data.formats import LAYOUTS
+from tunesmith.data.formats import LAYOUTS, PROMPTS
 from tunesmith.data.record import BadRow
 from tunesmith.data.render import TOKEN_SCOPES, Rendered, Renderer
 from tunesmith.data.row import SAME_ANSWERS, Row
@@ -25,7 +25,7 @@ LABELLED = ("unpaired",)
 
 
 def _other_formats(used: Sequence[str]) -> tuple[str, ...]:
-    return (*dict.fromkeys(name for name, _, _ in LAYOUTS if name not in used), "openassistant")
+    return (*dict.fromkeys(name for name, _, _ in LAYOUTS if name not in used), "openassistant", PROMPTS[0])
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 
 from tunesmith.base import InputError, nearest
 from tunesmith.data.convert import CONVERTERS, text_split_at
-from tunesmith.data.formats import LAYOUTS, choose_format, columns_of, mapped, other_format
+from tunesmith.data.formats import LAYOUTS, PROMPTS, choose_format, columns_of, mapped, other_format
 from tunesmith.data.openassistant import Gathered, tree_notes, tree_row
 from tunesmith.data.read import NO_ROWS, Reading, RecordStream, open_records, preset_of
 from tunesmith.data.record import BadRow, Record, RowErrors
@@ -45,6 +45,7 @@ class RowStream:
 
     Attributes:
         format: how the rows are written, for example ``messages``.
+        first: the first record as the source has it.
         columns: the fields of the first rows.
         notes: what a user should know; complete when the iteration has ended.
 
@@ -65,6 +66,7 @@ class RowStream:
         if not head:
             errors.raise_any()
             raise InputError(NO_ROWS, where=reading.path, fix="name a file with at least one row")
+        self.first = head[0]
         self.columns = sorted({name for record in head for name in record.fields})
         self.format, self._parts = choose_format(head, reading.format, dict(reading.columns))
         self._told_apart = reading.format == "auto" and not reading.columns
@@ -183,7 +185,12 @@ class RowStream:
     def _note_unused(self) -> None:
         if self.format == "openassistant":
             return
-        used = {part for name, required, optional in LAYOUTS if name == self.format for part in required + optional}
+        used = {
+            part
+            for name, required, optional in (*LAYOUTS, PROMPTS)
+            if name == self.format
+            for part in required + optional
+        }
         if self._parts:
             used = set().union(*(columns_of(value) for value in self._parts.values()))
         used |= {field.partition(".")[0] for field in (self._reading.group, self._reading.stratify) if field}

@@ -16,6 +16,7 @@ Format = Literal[
     "alpaca",
     "dolly",
     "prompt-completion",
+    "prompts",
     "instruction-response",
     "task",
     "openassistant",

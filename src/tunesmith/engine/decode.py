@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
@@ -62,7 +61,7 @@ class PackedAnswers:
         longest = max(map(len, asked.prompts)) + asked.sampling.max_new_tokens
         self._cache = Cache(decoder.layers, min(asked.batch_size, len(asked.prompts)), longest)
         self._rows: dict[int, _Row] = {}
-        self._chooser, self._lookup = Chooser(asked.sampling), Lookup()
+        self._chooser, self._lookup = Chooser(asked), Lookup()
 
     def run(self, device: torch.device) -> Iterator[tuple[int, Generation]]:
         """Yields the number of a prompt and its answer, as answers end."""
@@ -158,22 +157,22 @@ class PackedAnswers:
         guesses, row.guesses = row.guesses, []
         for at, token in enumerate(chosen):
             if token in self._stop_ids:
-                yield self._end(row, "stop")
+                yield self._end(row, token)
                 return
             row.tokens.append(token)
             if row.answered == self._sampling.max_new_tokens:
-                yield self._end(row, "length")
+                yield self._end(row, None)
                 return
             if at == len(guesses) or guesses[at] != token:
                 break
             row.cached += 1
         self._lookup.learn(row.tokens, learned)
 
-    def _end(self, row: _Row, reason: Literal["stop", "length"]) -> tuple[int, Generation]:
+    def _end(self, row: _Row, stop_id: int | None) -> tuple[int, Generation]:
         self._cache.held[row.slot] = row.tokens[: row.cached]
         del self._rows[row.slot]
         self._chooser.forget(row.number)
-        return row.number, Generation(row.tokens[row.prompt :], reason)
+        return row.number, Generation(row.tokens[row.prompt :], "length" if stop_id is None else "stop", stop_id)
 
 
 def _leaders(prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[list[int], list[int], int]:

@@ -26,17 +26,19 @@ def generate(
     stop_ids: set[int],
     batch_size: int,
     progress: Progress,
+    seeds: Sequence[int] | None = None,
 ) -> list[Generation]:
     """Answers every prompt, in the order given.
 
-    An answer does not depend on the other prompts beyond rounding. Sampling draws one number from torch's global
-    generator, and every answer follows from it and the number of its prompt.
+    An answer does not depend on the other prompts beyond rounding. Sampling without seeds draws one number from torch's
+    global generator, and every answer follows from it and the number of its prompt.
 
     Args:
         model: a causal language model of transformers, adapted or not; its mode and attention are left as they were.
         prompts: token ids, at least one each.
         stop_ids: tokens that end an answer, at least one.
         batch_size: rows at a time.
+        seeds: of each answer, from which alone its random numbers follow.
 
     Raises:
         TrainingError: when the model's logits are not finite.
@@ -52,7 +54,7 @@ def generate(
     answers: dict[int, Generation] = {}
     # Prompts of similar length are answered together, the longest first: memory is then known from the beginning.
     order = sorted(range(len(prompts)), key=lambda at: -len(prompts[at]))
-    asked = Asked(prompts, order, sampling, stop_ids, batch_size)
+    asked = Asked(prompts, order, sampling, stop_ids, batch_size, seeds)
     # Not inference mode: what modules keep from pass to pass must serve training too.
     with as_transformers_runs_it(model), torch.no_grad():
         path = PaddedAnswers(model, asked) if isinstance(decoder, str) else PackedAnswers(decoder, asked)

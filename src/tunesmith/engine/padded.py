@@ -41,7 +41,7 @@ class PaddedAnswers:
         prefix = prefix_of(model)
         self._ancestors: Sequence[tuple[Tensor, Tensor]] | None = None if prefix is None else prefix.ancestors()
         self._more = 0 if self._ancestors is None else len(self._ancestors[0][0])
-        self._chooser = Chooser(asked.sampling)
+        self._chooser = Chooser(asked)
         # Architectures older than transformers' cache (RWKV) mix the rows of a batch up once they decode.
         rows = asked.batch_size if "cache_params" in self._accepted or self._empty() is not None else 1
         equal_lengths = rows > 1 and self._minds_padding(asked.order[-1])
@@ -99,7 +99,7 @@ class PaddedAnswers:
     def _taken(self, answer: list[int], token: int) -> Generation | None:
         """Takes a token over, and gives the answer when it ends with it."""
         if token in self._stop_ids:
-            return Generation(answer, "stop")
+            return Generation(answer, "stop", token)
         answer.append(token)
         return Generation(answer, "length") if len(answer) == self._sampling.max_new_tokens else None
 

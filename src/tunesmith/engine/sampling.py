@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,10 +22,12 @@ class Generation:
     Attributes:
         token_ids: without the prompt, and without the token that ended it.
         finish_reason: ``stop`` when the model ended its answer, ``length`` when the limit did.
+        stop_id: the token that ended it; None where the limit did.
     """
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
+    stop_id: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Asked:
         order: numbers of the prompts, in which they are begun.
         stop_ids: tokens that end an answer, at least one.
         batch_size: rows at a time.
+        seeds: for each prompt, of its answer's random numbers; None draws one number for all from torch's generator.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -53,6 +56,7 @@ class Asked:
     sampling: Sampling
     stop_ids: set[int]
     batch_size: int
+    seeds: Sequence[int] | None = None
 
 
 class Place(NamedTuple):
@@ -65,13 +69,14 @@ class Place(NamedTuple):
 class Chooser:
     """Chooses tokens from logits.
 
-    One number is drawn from torch's global generator, and for each answer a stream of uniform numbers follows from
-    it: what is chosen at a place depends on the logits there and on nothing else.
+    Each answer has a seed, or else one number is drawn from torch's global generator, and a stream of uniform numbers
+    follows from it: what is chosen at a place depends on the logits there and on nothing else.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
-        self._seed = int(torch.randint(2**62, ())) if sampling.temperature > 0 else 0
+    def __init__(self, asked: Asked) -> None:
+        self._sampling, self._seeds = asked.sampling, asked.seeds
+        draws = asked.seeds is None and asked.sampling.temperature > 0
+        self._seed = int(torch.randint(2**62, ())) if draws else 0
         self._streams: dict[int, Tensor] = {}
 
     def choose(self, logits: Tensor, places: Sequence[Place]) -> list[int]:
@@ -103,7 +108,8 @@ class Chooser:
     def _drawn(self, place: Place) -> float:
         stream = self._streams.get(place.number)
         if stream is None:
-            generator = torch.Generator().manual_seed(self._seed + place.number)
+            seed = self._seed + place.number if self._seeds is None else self._seeds[place.number]
+            generator = torch.Generator().manual_seed(seed)
             stream = torch.rand(self._sampling.max_new_tokens, generator=generator)
             self._streams[place.number] = stream
         return float(stream[place.position])

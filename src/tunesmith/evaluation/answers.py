@@ -34,6 +34,7 @@ class Judged:
         finish_reason: `stop` or `length`; None for raw text.
         nll: negative log-likelihood of the first reference, in nats; None when it is not finite.
         targets: tokens that `nll` is summed over.
+        reward: what the answer is worth by the recipe's rewards; None without any.
         bytes: of the text in UTF-8 that `nll` is about; None where it is about an answer, or a text that was cut.
         margin: how much likelier a token of the better answer is than one of the worse, in nats on average; of a single
             answer its mean log-likelihood, or minus that of a bad one. None where nothing is compared.
@@ -46,6 +47,7 @@ class Judged:
     finish_reason: str | None
     nll: float | None
     targets: int
+    reward: float | None = None
     bytes: int | None = None
     margin: float | None = None
 
@@ -55,13 +57,18 @@ class Judged:
 
 @dataclass(frozen=True)
 class Judging:
-    """How rows are answered: the same for base and tuned."""
+    """How rows are answered: the same for base and tuned.
+
+    Attributes:
+        likelihoods: whether reference answers are looked at too.
+    """
 
     max_new_tokens: int
     batch_size: int
     stop_ids: frozenset[int]
     packed: bool
     generates: bool = True
+    likelihoods: bool = True
 
 
 def judge(
@@ -78,7 +85,9 @@ def judge(
         progress=progress,
     )
     answers = dict(zip(asked, generations, strict=True))
-    likelihoods = answer_nlls(model, [row.example for row in rows], packed=how.packed, progress=progress)
+    likelihoods: Sequence[Sequence[tuple[float, int]]] = [[(math.nan, 0)]] * len(rows)
+    if how.likelihoods:
+        likelihoods = answer_nlls(model, [row.example for row in rows], packed=how.packed, progress=progress)
     judged = []
     for at, row in enumerate(rows):
         said = answers.get(at)
@@ -115,7 +124,11 @@ def prompt_text(row: Rendered) -> str:
     """The conversation before the last answer, as people read it."""
     if row.row.words:
         return " ".join(row.row.words)
-    turns = row.row.messages[:-1]
+    return turns_text(row.row.messages[:-1])
+
+
+def turns_text(turns: Sequence[dict[str, Any]]) -> str:
+    """Turns as one text; a single one by itself, without who says it."""
     if len(turns) == 1:
         return str(turns[0]["content"])
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)

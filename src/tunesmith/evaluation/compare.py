@@ -28,6 +28,8 @@ COMPARED = {PREFERENCE_ACCURACY: "higher", MARGIN: "higher", CALIBRATION_ERROR: 
 """Metrics of how two answers compare, and which way they improve."""
 LIKELIHOODS = {**dict.fromkeys(OF_DOCUMENTS, "lower"), **COMPARED}
 """Metrics of what the model finds likely, not of what it writes, and which way they improve."""
+REWARD = "reward"
+"""Mean of what answers are worth by the recipe's own rewards."""
 NOTABLE_FORGETTING = 0.10
 Verdict = Literal["ship", "dont_ship", "no_difference"]
 
@@ -84,6 +86,9 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
     if name == PERPLEXITY:
         scored = [row for row in judged if row.nll is not None and row.targets]
         return perplexity_rows([row.nll or 0.0 for row in scored], [row.targets for row in scored]) if scored else None
+    if name == REWARD:
+        rewards = [row.reward for row in judged if row.reward is not None]
+        return mean_rows(rewards) if rewards else None
     if name == BITS_PER_BYTE:
         texts = [row for row in judged if row.nll is not None and row.bytes]
         counts = [row.bytes or 0 for row in texts]
@@ -103,6 +108,8 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
 
 def better_way(name: str) -> str:
     """`higher` or `lower`."""
+    if name == REWARD:
+        return "higher"
     return LIKELIHOODS.get(name) or METRICS[name].better
 
 

@@ -9,6 +9,8 @@ from pydantic import Field
 from tunesmith.objectives.distill import Distill
 from tunesmith.objectives.kto import Kto
 from tunesmith.objectives.objective import AroundObjective, StepObjective, TargetLogps, TrainingObjective
+from tunesmith.objectives.policy import Grpo, Policy, Rloo
+from tunesmith.objectives.ppo import Ppo
 from tunesmith.objectives.preference import Dpo, Orpo, Pairwise, Preference, SimPo
 from tunesmith.objectives.pretrain import Pretrain
 from tunesmith.objectives.reward import Reward
@@ -16,7 +18,7 @@ from tunesmith.objectives.supervised import NextToken, Supervised
 from tunesmith.objectives.task import Classify, Regress, Tag, TaskObjective
 
 Objective = Annotated[
-    Supervised | Pretrain | Dpo | SimPo | Orpo | Kto | Reward | Distill | Classify | Tag | Regress,
+    Supervised | Pretrain | Dpo | SimPo | Orpo | Kto | Reward | Grpo | Rloo | Ppo | Distill | Classify | Tag | Regress,
     Field(discriminator="kind"),
 ]
 
@@ -25,15 +27,19 @@ __all__ = [
     "Classify",
     "Distill",
     "Dpo",
+    "Grpo",
     "Kto",
     "NextToken",
     "Objective",
     "Orpo",
     "Pairwise",
+    "Policy",
+    "Ppo",
     "Preference",
     "Pretrain",
     "Regress",
     "Reward",
+    "Rloo",
     "SimPo",
     "StepObjective",
     "Supervised",

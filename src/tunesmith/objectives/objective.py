@@ -38,6 +38,8 @@ class TrainingObjective(Spec):
     head: ClassVar[Head] = "lm"
     terms: ClassVar[tuple[str, ...]]
     """Names of the terms of the loss; `weights` and `loss` have exactly these."""
+    loss_measures: ClassVar[bool] = True
+    """Whether a loss that rises means that the model gets worse."""
 
     default_rate: ClassVar[float] = 1.0
     """Factor on the method's default learning rate."""

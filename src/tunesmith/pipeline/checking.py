@@ -13,6 +13,7 @@ import numpy as np
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.check import Finding
 from tunesmith.data.defects import Defects, Splits, find_defects, find_unfit
+from tunesmith.data.formats import PROMPTS
 from tunesmith.data.ingest import Ingested, ingest
 from tunesmith.data.inspection import inspect, inspecting_aside
 from tunesmith.data.read import open_records
@@ -143,7 +144,7 @@ def check_data(
     Raises:
         InputError: for sources that cannot be read at all.
     """
-    ingested = ingest(readings(spec, held), progress)
+    ingested = ingest(readings(spec, held), progress, refused=(PROMPTS[0],))
     rows = ingested.rows
     if not len(rows) and not ingested.errors.count:
         ingested.refuse_wrong_rows()

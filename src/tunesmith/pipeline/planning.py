@@ -19,6 +19,7 @@ from tunesmith.data.render import Rendered, Renderer
 from tunesmith.data.render_documents import DocumentRenderer
 from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.data.render_pairs import PairRenderer
+from tunesmith.data.render_prompts import PromptRenderer
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import RenderedRows
@@ -29,11 +30,20 @@ from tunesmith.models.load import load_tokenizer, read_config, read_plain_config
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
-from tunesmith.objectives import Pairwise, Preference, Pretrain, Reward, TaskObjective, TrainingObjective
+from tunesmith.objectives import Pairwise, Policy, Preference, Pretrain, Reward, TaskObjective, TrainingObjective
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
 from tunesmith.pipeline.locating import Location
 from tunesmith.pipeline.own_answers import Base, are_made, replays_itself, with_own_answers
+from tunesmith.pipeline.policy import (
+    policy_metrics,
+    policy_notes,
+    policy_workload,
+    prompt_renderer,
+    refuse_unfit_prompts,
+    refuse_unfit_recipe,
+)
 from tunesmith.pipeline.preference_rows import preference_renderer, refuse_encoder, with_partners
+from tunesmith.pipeline.rewards import Scorer
 from tunesmith.pipeline.starting import merged_config, start_of, with_start_told
 from tunesmith.pipeline.teacher import Teacher, find_teacher, kept_on_disk, refuse_unfit_rows
 from tunesmith.plan.hardware import Hardware, detect_hardware
@@ -57,6 +67,7 @@ class Planned:
         prepared: the data; None when the plan was made without it.
         objective: the recipe's, with what the data and the model settle filled in.
         head_is_new: whether the base has no head for these labels, so that it is compared with a constant answer.
+        score: what answers are worth, where the objective rewards them.
         teacher: whom the model learns from, if anybody.
     """
 
@@ -66,10 +77,11 @@ class Planned:
     config: PreTrainedConfig
     hardware: Hardware
     tokenizer: PreTrainedTokenizerBase | None
-    renderer: Renderer | LabelRenderer | PairRenderer | None
+    renderer: Renderer | LabelRenderer | PairRenderer | PromptRenderer | None
     prepared: Prepared | None
     objective: TrainingObjective
     head_is_new: bool = False
+    score: Scorer | None = None
     teacher: Teacher | None = None
     start: Location | None = None
 
@@ -108,7 +120,10 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
             renderer = label_renderer(objective, recipe.data, tokenizer, model, stop_ids)
     else:
         stop_ids = stop_token_ids(tokenizer, config, location)
-        if isinstance(objective, Preference):
+        if isinstance(objective, Policy):
+            refuse_unfit_recipe(recipe, objective)
+            renderer = prompt_renderer(recipe.data, tokenizer, stop_ids)
+        elif isinstance(objective, Preference):
             renderer = preference_renderer(objective, recipe.data, tokenizer, stop_ids)
         else:
             reads = DocumentRenderer if isinstance(objective, Pretrain) else Renderer
@@ -140,7 +155,9 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     if isinstance(objective, Preference):
         prepared = with_partners(prepared, objective, limit)
     teach_tokens(model, added)
-    workload = _counted(prepared)
+    if isinstance(objective, Policy):
+        refuse_unfit_prompts(prepared, recipe, objective, limit)
+    workload = policy_workload(prepared, objective) if isinstance(objective, Policy) else _counted(prepared)
     hardware = detect_hardware()
     judged = _judged(recipe, prepared, objective)
     plan = resolve(recipe, model, workload, hardware, judged, prepared.max_length)
@@ -151,10 +168,17 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         notes += refuse_unfit_rows(teacher, recipe, prepared, renderer)
     if recipe.train.shard and world_size() == 1:
         notes.append("train.shard spreads nothing over one process; torchrun starts several")
+    score = None
+    if isinstance(objective, Policy):
+        score = Scorer.of(objective.reward, plan.frozen_dtype)
+        found += [
+            Resolved(name=name, value=value, reason="hash of its content") for name, value in score.record.items()
+        ]
+        notes += policy_notes(recipe, plan, objective)
     plan = with_start_told(plan.model_copy(update={"notes": notes, "resolved": found}), recipe, start)
     adapter = start if start.adapter is not None else None
     planned = Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective)
-    return replace(planned, teacher=teacher, start=adapter)
+    return replace(planned, score=score, teacher=teacher, start=adapter)
 
 
 def _named_as_asked(prepared: Prepared, recipe: Recipe, data: DataSpec, said: list[str]) -> Prepared:
@@ -247,6 +271,8 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     workload = _estimated(recipe, position_limit(config), missing)
     if isinstance(recipe.objective, TaskObjective):
         metrics, why = chosen_metrics(recipe, recipe.objective)
+    elif isinstance(recipe.objective, Policy):
+        metrics, why = policy_metrics(recipe)
     else:
         metrics, why = choose_metrics(_asked(recipe), [])
     judged = Judged(metrics, why if not missing else "there are no rows to look at", 0, 64)
@@ -353,6 +379,8 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
     count = 0 if recipe.evaluate == "off" else min(recipe.evaluate.rows, len(prepared.test))
     if isinstance(objective, TaskObjective):
         return Judged(*chosen_metrics(recipe, objective), count, 0, writes=False)
+    if isinstance(objective, Policy):
+        return Judged(*policy_metrics(recipe), count, 0, limit=objective.max_new_tokens)
     if isinstance(objective, Pretrain):
         return Judged(*_metrics_of_documents(recipe), count, 0, writes=False)
     rows = prepared.test or prepared.train

@@ -22,6 +22,7 @@ from tunesmith.pages.report import report_page
 from tunesmith.pipeline.judging import baseline_of
 from tunesmith.pipeline.loaded import scores
 from tunesmith.pipeline.planning import Planned
+from tunesmith.pipeline.rewards import judge_and_score
 from tunesmith.recipe import EvaluateSpec
 from tunesmith.recipe_file import recipe_yaml
 from tunesmith.run import BASE_EVALUATION, PAGE, PROMPTED_EVALUATION, TUNED_EVALUATION, Run
@@ -55,7 +56,11 @@ class Proof:
         if objective is not None:
             judged = judge_labels(model, objective, self.rows, packed=self.how.packed, progress=progress)
             return {"rows": [row.as_json() for row in judged], "general": None}
-        judged = judge(model, self.tokenizer, self.rows, self.how, progress)
+        score = self.planned.score
+        if score is not None:
+            judged = judge_and_score(model, self.tokenizer, self.rows, self.how, score, progress)
+        else:
+            judged = judge(model, self.tokenizer, self.rows, self.how, progress)
         general = None
         if self.general is not None:
             nlls = row_nlls(model, self.general.passages, packed=self.how.packed, progress=progress)

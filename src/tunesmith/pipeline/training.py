@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from tunesmith.base import Interrupted, TrainingError, TunesmithError, silent
 from tunesmith.base import Progress as ShowProgress
 from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.evaluation.answers import Judging, judge, mean_nll
-from tunesmith.evaluation.compare import metric_rows
+from tunesmith.evaluation.compare import REWARD, metric_rows
 from tunesmith.files import committed_directory
 from tunesmith.methods import trainable_parameters
 from tunesmith.methods.low_rank import lora_layers
@@ -25,13 +26,16 @@ from tunesmith.models.embeddings import untrained_tokens
 from tunesmith.models.sharding import is_sharded, made_whole, shard, whole
 from tunesmith.models.streamed import parts_in_memory
 from tunesmith.models.task_head import head_modules
-from tunesmith.objectives import StepObjective
+from tunesmith.models.value_head import take_value_head
+from tunesmith.objectives import Policy, StepObjective
 from tunesmith.pipeline import probe
 from tunesmith.pipeline.distilling import with_own_answers
 from tunesmith.pipeline.environment import code_sha256
 from tunesmith.pipeline.planning import Planned
+from tunesmith.pipeline.policy import Kept, reference_of, total_prompts, with_value_head
 from tunesmith.pipeline.proof import Proof
 from tunesmith.pipeline.resuming import record_changes
+from tunesmith.pipeline.rewards import judge_and_score
 from tunesmith.pipeline.stopping import Stopping
 from tunesmith.pipeline.usage import PeakMemory, Stopwatch, keep_memory_small
 from tunesmith.plan.hardware import DTYPES
@@ -42,12 +46,13 @@ from tunesmith.train.average import Average
 from tunesmith.train.batches import StepBatches
 from tunesmith.train.checkpoint import Checkpoints, Saved
 from tunesmith.train.health import Health, refuse_dead_weights
-from tunesmith.train.loop import Emit, Job, Progress, train
+from tunesmith.train.loop import Emit, Job, MicroBatches, Progress, train
 from tunesmith.train.near_base import NearBase, refuse_other_heads
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.parallel import is_main, wait_for_all, world_size
 from tunesmith.train.precision import Precision
 from tunesmith.train.randomness import random_states_of_all
+from tunesmith.train.rollouts import Drawing, Rollouts
 from tunesmith.train.small_adamw import SmallAdamW
 
 if TYPE_CHECKING:
@@ -55,6 +60,8 @@ if TYPE_CHECKING:
 
 BLOCKS = "decoder blocks"
 """Name of what a plan says about them."""
+VALUE_HEAD, HEAD_FILE = "value_head", "head.safetensors"
+"""Where a run keeps the value head of PPO."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,12 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
     planned, run, model = work.planned, work.run, work.model
     plan = planned.plan
     saved = _adapted(work)
+    batches: MicroBatches
+    if isinstance(planned.objective, Policy):
+        batches = _rollouts(work, planned.objective, saved, emit)
+        saved = replace(saved, beside=Kept(batches, model))
+    else:
+        batches = with_own_answers(planned, model, _batches(planned))
     objective = _near_base(work)
     _tell_of_other_blocks(work, emit)
     checkpoints = Checkpoints(run.checkpoints, planned.recipe.train.keep, _identity(planned))
@@ -118,7 +131,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
         saved.precision,
         planned.recipe.train,
         plan,
-        with_own_answers(planned, model, _batches(planned)),
+        batches,
         save,
         work.stopping.asked,
         go_back,
@@ -178,6 +191,7 @@ def _adapted(work: Work) -> Saved:
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     method.adapt(model)
+    with_value_head(model, planned.objective)
     if plan.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.shard and world_size() > 1:
@@ -221,7 +235,8 @@ def _where_it_stands(work: Work, checkpoints: Checkpoints, saved: Saved, emit: E
     """The progress of the newest sound checkpoint, from which everything is put back; a fresh one without any."""
     planned, warnings = work.planned, list[str]()
     newest = checkpoints.newest_sound(warnings.append)
-    progress = Progress(health=Health(vocabulary=_choices(planned)))
+    health = Health(vocabulary=_choices(planned), loss_measures=planned.objective.loss_measures)
+    progress = Progress(health=health)
     if newest is not None:
         progress = checkpoints.restore(newest, saved, warnings.append)
     if is_main():
@@ -284,6 +299,28 @@ def _batches(planned: Planned) -> StepBatches:
     return StepBatches.of_job(planned.recipe, planned.plan, planned.prepared.train, planned.prepared.order)
 
 
+def _rollouts(work: Work, objective: Policy, saved: Saved, emit: Emit) -> Rollouts:
+    planned, model = work.planned, work.model
+    recipe, plan, prepared = planned.recipe, planned.plan, planned.prepared
+    assert prepared is not None and planned.tokenizer is not None and planned.score is not None
+    if shared := planned.score.share(model):
+        message = f"{shared:,} weights of the reward model are those of the trained model's base, and are held once"
+        emit({"event": "note", "step": 0, "message": message})
+    drawing = Drawing(
+        tokenizer=planned.tokenizer,
+        stop_ids=frozenset(prepared.stop_ids),
+        score=planned.score,
+        reference=reference_of(recipe, objective, model),
+        precision=saved.precision,
+        seed=recipe.seed,
+        batch_size=recipe.train.batch_size,
+        total_rows=total_prompts(recipe, plan, prepared, objective),
+        stop=work.stopping.asked if world_size() == 1 else lambda: False,
+        emit=emit,
+    )
+    return Rollouts(model, objective, prepared.train, prepared.order, plan, drawing)
+
+
 def _validation(work: Work, emit: Emit) -> Callable[[int], float | None]:
     """Validation loss and, when the recipe asks for it, generated answers, on the main process."""
     planned = work.planned
@@ -298,16 +335,24 @@ def _validation(work: Work, emit: Emit) -> Callable[[int], float | None]:
         # Told when everything is measured: a stop on the way must leave no event of what is measured again.
         loss, told = None, list[dict[str, Any]]()
         watch = Stopwatch()
-        if plan.evaluate_every is not None and (step % plan.evaluate_every == 0 or step == plan.steps):
+        validates = plan.evaluate_every is not None and (step % plan.evaluate_every == 0 or step == plan.steps)
+        generates = every != "off" and step % every == 0
+        if validates and planned.score is None:
             examples, objective = [row.example for row in rows], planned.objective
             loss = mean_nll(work.model, examples, packed=plan.packing, progress=watched, objective=objective)
-            value = loss if loss - loss == 0.0 else None
-            told.append({"event": "validation", "step": step, "loss": value, "seconds": watch.seconds})
-        if every != "off" and step % every == 0:
+        if generates or (validates and planned.score is not None):
             how = Judging(plan.max_new_tokens, 16, stop_ids, plan.packing)
-            judged = judge(work.model, tokenizer, rows, how, watched)
+            if planned.score is None:
+                judged = judge(work.model, tokenizer, rows, how, watched)
+            else:
+                judged = judge_and_score(work.model, tokenizer, rows, how, planned.score, watched)
             scores = {name: found.corpus() for name in plan.metrics if (found := metric_rows(name, judged)) is not None}
+            if validates and planned.score is not None:  # the more reward, the better
+                loss = 0.0 - scores[REWARD]
             told.append({"event": "answers", "step": step, "metrics": scores, "seconds": watch.seconds})
+        if loss is not None and validates:
+            value = loss if loss - loss == 0.0 else None
+            told.insert(0, {"event": "validation", "step": step, "loss": value, "seconds": watch.seconds})
         for event in told:
             emit(event)
         return loss
@@ -340,6 +385,11 @@ def _close_with_solver(work: Work, emit: Emit) -> None:
 def _commit_result(work: Work) -> None:
     """Writes `adapter/` or `model/` with the tokenizer that belongs to it, after a last look at the weights."""
     method, model = work.planned.recipe.method, work.model
+    if (head := take_value_head(model)) is not None:  # what judged the answers is no part of what writes them
+        with committed_directory(work.run.path / VALUE_HEAD) as directory:
+            save_file(
+                {name: weight.detach().cpu() for name, weight in head.state_dict().items()}, directory / HEAD_FILE
+            )
     trained = method.trained_tensors(model)
     refuse_dead_weights(trained, starting_at_zero=method.saved_as == "adapter")
     _refuse_unseen_update(work)

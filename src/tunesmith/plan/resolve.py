@@ -56,13 +56,18 @@ class Decisions:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the evaluation will be, as far as the data decides it."""
+    """What the evaluation will be, as far as the data decides it.
+
+    Attributes:
+        limit: new tokens of an answer that the objective itself allows; None where references say it.
+    """
 
     metrics: list[str]
     why: str
     rows: int
     longest_answer: int
     writes: bool = True
+    limit: int | None = None
 
 
 def resolve(
@@ -195,16 +200,15 @@ def _intervals(recipe: Recipe, steps: int, decided: Decisions) -> tuple[int | No
 def _longest_answer(recipe: Recipe, judged: Judged, decided: Decisions) -> int:
     """New tokens that an answer may have; the metrics are settled with it."""
     if recipe.evaluate == "off":
-        return 16
+        return 16 if judged.limit is None else judged.limit
     if not judged.writes:
         decided.settle("evaluate.metrics", recipe.evaluate.metrics, judged.metrics, judged.why)
         return 0
-    longest = decided.settle(
-        "evaluate.max_new_tokens",
-        recipe.evaluate.max_new_tokens,
-        max(16, math.ceil(1.5 * judged.longest_answer)),
-        f"one and a half times the longest reference answer ({judged.longest_answer} tokens)",
-    )
+    found = max(16, math.ceil(1.5 * judged.longest_answer))
+    why = f"one and a half times the longest reference answer ({judged.longest_answer} tokens)"
+    if judged.limit is not None:
+        found, why = judged.limit, "objective.max_new_tokens"
+    longest = decided.settle("evaluate.max_new_tokens", recipe.evaluate.max_new_tokens, found, why)
     decided.settle("evaluate.metrics", recipe.evaluate.metrics, judged.metrics, judged.why)
     return longest
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -33,9 +33,10 @@ from tunesmith.train.randomness import (
     restore_random_state,
 )
 
-WEIGHTS, AVERAGED, OPTIMIZER, RANDOM, STATE, MANIFEST = (
+WEIGHTS, AVERAGED, BESIDE, OPTIMIZER, RANDOM, STATE, MANIFEST = (
     "trained.safetensors",
     "averaged.safetensors",
+    "beside.safetensors",
     "optimizer.safetensors",
     "random.safetensors",
     "state.json",
@@ -44,6 +45,14 @@ WEIGHTS, AVERAGED, OPTIMIZER, RANDOM, STATE, MANIFEST = (
 LATEST = "latest"
 MARGIN = 1 << 20
 """Bytes that stay free beside a checkpoint's tensors, for its small files and the run's own."""
+
+
+class Beside(Protocol):
+    """What some objectives keep from step to step beside the model."""
+
+    def tensors(self) -> dict[str, torch.Tensor]: ...
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Saved:
     optimizer: Optimizer
     precision: Precision
     average: Average | None = None
+    beside: Beside | None = None
 
     def snapshot(self) -> Snapshot:
         """What goes to disk; where weights are spread over processes, all of them must ask."""
@@ -64,7 +74,8 @@ class Saved:
             updates = self.average.updates
             with self.average.in_place():
                 averaged = self._trained(passing=True)
-        return Snapshot(trained, *optimizer_tensors(self.optimizer), self.precision.state(), averaged, updates)
+        beside = None if self.beside is None else self.beside.tensors()
+        return Snapshot(trained, *optimizer_tensors(self.optimizer), self.precision.state(), averaged, updates, beside)
 
     def _trained(self, *, passing: bool) -> dict[str, torch.Tensor]:
         """The trained tensors on the CPU; copies where what the model holds now is passing."""
@@ -80,6 +91,7 @@ class Snapshot:
 
     Attributes:
         averaged: the running average of what is trained, and ``updates``, of how many states it is.
+        beside: what the objective keeps.
     """
 
     trained: dict[str, torch.Tensor]
@@ -88,14 +100,15 @@ class Snapshot:
     precision: dict[str, Any]
     averaged: dict[str, torch.Tensor] | None = None
     updates: int = 0
+    beside: dict[str, torch.Tensor] | None = None
 
     def bytes(self) -> int:
         """Size of the tensors; an optimizer that has not taken a step yet will have two for each."""
-        weights, averages, states = (
+        weights, averages, beside, states = (
             sum(t.numel() * t.element_size() for t in tensors.values())
-            for tensors in (self.trained, self.averaged or {}, self.optimizer)
+            for tensors in (self.trained, self.averaged or {}, self.beside or {}, self.optimizer)
         )
-        return weights + averages + (states or 2 * sum(4 * t.numel() for t in self.trained.values()))
+        return weights + averages + beside + (states or 2 * sum(4 * t.numel() for t in self.trained.values()))
 
 
 class Checkpoints:
@@ -167,6 +180,8 @@ class Checkpoints:
         save_file(saved.trained, directory / WEIGHTS)
         if saved.averaged is not None:
             save_file(saved.averaged, directory / AVERAGED)
+        if saved.beside is not None:
+            save_file(saved.beside, directory / BESIDE)
         save_file(saved.optimizer, directory / OPTIMIZER)
         save_file(random_states, directory / RANDOM)
         state = {
@@ -209,7 +224,12 @@ class Checkpoints:
         directory = self.path(step)
         try:
             hashes = read_json(directory / MANIFEST)
-            if not isinstance(hashes, dict) or hashes.keys() - {AVERAGED} != {WEIGHTS, OPTIMIZER, RANDOM, STATE}:
+            if not isinstance(hashes, dict) or hashes.keys() - {AVERAGED, BESIDE} != {
+                WEIGHTS,
+                OPTIMIZER,
+                RANDOM,
+                STATE,
+            }:
                 return f"{MANIFEST} does not list its files"
             wrong = [name for name, expected in hashes.items() if file_sha256(directory / name) != expected]
         except (OSError, ValueError) as error:
@@ -247,6 +267,8 @@ class Checkpoints:
         self._load(step, saved.model, saved.method, WEIGHTS)
         if saved.average is not None and not averaged:
             saved.average.begin_again(0)
+        if saved.beside is not None:
+            saved.beside.restore(load_file(directory / BESIDE))
         restore_optimizer(saved.optimizer, load_file(directory / OPTIMIZER), state["optimizer"])
         saved.precision.restore(state["precision"])
         mine = own_random_state(load_file(directory / RANDOM))

@@ -33,6 +33,7 @@ class Health:
         losses: of the last steps that were applied.
         not_applied: steps in a row whose gradient could not be used.
         skipped: all such steps.
+        loss_measures: whether a loss that rises means that the model gets worse.
     """
 
     vocabulary: int = 0
@@ -43,6 +44,7 @@ class Health:
     losses: list[float] = field(default_factory=list)
     not_applied: int = 0
     skipped: int = 0
+    loss_measures: bool = True
 
     def loss_limit(self, spike: float) -> float:
         """The loss above which a step is a spike: so many times the median of the last ones.
@@ -90,6 +92,8 @@ class Health:
         self._check("the end", margin=1.25)
 
     def _check(self, moment: str, margin: float) -> None:
+        if not self.loss_measures:
+            return
         first, norm = self.first_loss or 0.0, self.first_norm or 0.0
         # Medians, because one spike is no divergence.
         loss, gradient = (median(values) for values in zip(*self.recent, strict=True))

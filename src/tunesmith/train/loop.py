@@ -225,10 +225,11 @@ def _take_step(job: Job, progress: Progress, emit: Emit, deadline: Deadline) -> 
     rate = learning_rate_at(number, job.spec, job.plan)
     set_learning_rate(job.optimizer, rate, own_rates_at(number, job.spec, job.plan))
     before = random_state()
-    batches = [batch.to(_device(job)) for batch in job.batches(number, progress.micro_batch)]
     # Another process would wait for this one's part of the gradient: several end together, after the step.
     stop = job.stop if world_size() == 1 else _never
+    batches: Sequence[Batch] = ()
     try:
+        batches = [batch.to(_device(job)) for batch in job.batches(number, progress.micro_batch)]
         result = step(
             job.model,
             Stoppable(job.objective, stop),
