@@ -12,14 +12,17 @@ from tests.conftest import WORDS, colour_rows, write_jsonl
 
 from tunesmith.base import InputError
 from tunesmith.batch import pack
+from tunesmith.data.spec import DataSpec
+from tunesmith.evaluation.preferences import falling_likelihood
 from tunesmith.models.attention import as_transformers_runs_it
 from tunesmith.models.load import Loading, load_judge, load_model
 from tunesmith.objectives import Dpo, Kto, Orpo, Reward, SimPo, TrainingObjective
 from tunesmith.objectives.logps import token_logps
 from tunesmith.objectives.preference import REFERENCE
 from tunesmith.pipeline.finetune import finetune
+from tunesmith.pipeline.loaded import compare_with_base
 from tunesmith.pipeline.planning import plan_job
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import EvaluateSpec, Recipe
 
 PAIRED: dict[str, TrainingObjective] = {
     "dpo": Dpo(),
@@ -110,6 +113,20 @@ def test_training_on_pairs_prefers_the_better_answer(
     accuracy, margin = report["metrics"][:2]
     assert accuracy["name"] == "preference_accuracy" and accuracy["tuned"] >= 0.9
     assert margin["name"] == "margin" and margin["difference"] > 0
+    preference = report["preference"]
+    assert preference["pairs"] == 10 and preference["reward_accuracy"] > 0.5 and preference["reward_margin"] > 0
+    rise = [after - before for before, after in (preference["chosen_logps"], preference["rejected_logps"])]
+    assert rise[0] - rise[1] == pytest.approx(preference["reward_margin"], rel=1e-6)
+    assert preference["sentence"] in (run.path / "report.html").read_text()
+    (again,) = compare_with_base(str(run.path), [DataSpec(train=str(pairs_file))], EvaluateSpec(rows=10))
+    assert [entry["name"] for entry in again["metrics"]] == ["preference_accuracy", "margin", "perplexity"]
+    assert again["metrics"][1]["difference"] > 0
+
+
+def test_a_falling_likelihood_of_better_answers_is_said_aloud() -> None:
+    entry = {"name": "perplexity", "base": 4.0, "tuned": 9.0, "low": 1.0, "high": 8.0}
+    assert "from 4.00 to 9.00" in (falling_likelihood([entry]) or "")
+    assert falling_likelihood([{**entry, "low": -1.0}]) is None
 
 
 def test_kto_learns_from_single_answers(tiny_model: Path, labelled_file: Path, tmp_path: Path) -> None:
@@ -252,6 +269,8 @@ def test_a_reward_model_tells_better_answers_and_is_saved_as_one_number(
     assert margin["base"] == 0 and margin["tuned"] > 0
     assert calibration["name"] == "calibration_error"
     head = json.loads((run.path / "adapter" / "head_config.json").read_text())
+    (again,) = compare_with_base(str(run.path), [DataSpec(train=str(pairs_file))], EvaluateSpec(rows=10))
+    assert again["metrics"][0]["name"] == "preference_accuracy" and again["metrics"][0]["value"] > 0.8
     assert head["labels"] == ["reward"] and head["problem"] == "regression" and head["asks"] == "conversation"
 
 

@@ -99,6 +99,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     if prompted := report.get("prompted"):
         figures = ", ".join(f"{entry['name']} {entry['value']:.4f}" for entry in prompted)
         lines.append(f"the base with the teacher's prompt: {figures}")
+    if preference := report.get("preference"):
+        lines.append(preference["sentence"])
     for task in report["tasks"]:
         for entry in task["metrics"][:1]:
             low, high = entry["low"], entry["high"]

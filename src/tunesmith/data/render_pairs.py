@@ -12,9 +12,11 @@ import torch
 from tunesmith.base import InputError
 from tunesmith.batch import Example, Scope, answers_behind
 from tunesmith.data.formats import LAYOUTS, PROMPTS
-from tunesmith.data.record import BadRow
+from tunesmith.data.record import BadRow, RowErrors
 from tunesmith.data.render import TOKEN_SCOPES, Rendered, Renderer
 from tunesmith.data.row import SAME_ANSWERS, Row
+from tunesmith.data.rows import open_rows
+from tunesmith.data.sources import readings
 from tunesmith.data.spec import DataSpec
 from tunesmith.models.templates import Template
 
@@ -116,6 +118,16 @@ def with_partner(item: Rendered, other: Rendered, limit: int) -> Rendered:
     tensors = {"target_weights": weights, DESIRABLE: good}
     scopes: dict[str, Scope] = {**TOKEN_SCOPES, DESIRABLE: "row"}
     return replace(item, example=Example(ids, tensors, scopes, own.source, segments))
+
+
+def holds_pairs(spec: DataSpec) -> bool:
+    """Whether the file's rows are preference pairs."""
+    return open_rows(readings(spec)[0][0], RowErrors()).format in PAIRS
+
+
+def over_last_answers(renderer: Renderer) -> Renderer:
+    """A renderer by the same template in which last answers alone are targets."""
+    return Renderer(renderer.template, renderer.tokenizer, "last-answer", set(renderer.stop_ids))
 
 
 def refuse_settings_of_imitation(spec: DataSpec) -> None:

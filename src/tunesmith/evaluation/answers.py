@@ -38,6 +38,8 @@ class Judged:
         bytes: of the text in UTF-8 that `nll` is about; None where it is about an answer, or a text that was cut.
         margin: how much likelier a token of the better answer is than one of the worse, in nats on average; of a single
             answer its mean log-likelihood, or minus that of a bad one. None where nothing is compared.
+        other_nll: negative log-likelihood of the worse answer of a pair, in nats; None without one.
+        other_targets: tokens that it is summed over.
     """
 
     source: str
@@ -50,6 +52,8 @@ class Judged:
     reward: float | None = None
     bytes: int | None = None
     margin: float | None = None
+    other_nll: float | None = None
+    other_targets: int = 0
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,7 +95,8 @@ def judge(
     judged = []
     for at, row in enumerate(rows):
         said = answers.get(at)
-        nll, targets = likelihoods[at][0]
+        (nll, targets), *others = likelihoods[at]
+        other_nll, other_targets = others[0] if others else (None, 0)
         judged.append(
             Judged(
                 source=str(row.row.source),
@@ -103,6 +108,8 @@ def judge(
                 targets=targets,
                 bytes=len(row.row.text.encode()) if row.row.text and not row.cut_ids else None,
                 margin=_margin(row, likelihoods[at]),
+                other_nll=other_nll if other_nll is not None and math.isfinite(other_nll) else None,
+                other_targets=other_targets,
             )
         )
     return judged

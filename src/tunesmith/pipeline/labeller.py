@@ -14,6 +14,7 @@ from tunesmith.data.prepare import prepare
 from tunesmith.data.record import BadRow
 from tunesmith.data.render import Rendered
 from tunesmith.data.render_labelled import LabelRenderer
+from tunesmith.data.render_pairs import PairRenderer, RewardRenderer, holds_pairs, over_last_answers
 from tunesmith.data.row import Row
 from tunesmith.data.spec import DataSpec
 from tunesmith.evaluation.answers import Judged
@@ -21,7 +22,7 @@ from tunesmith.evaluation.labels import judge_labels, outputs_of_rows
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.measure import position_limit
 from tunesmith.models.task_head import TaskHead
-from tunesmith.objectives import Classify, TaskObjective
+from tunesmith.objectives import Classify, Regress, Reward, TaskObjective
 from tunesmith.objectives.task import objective_of
 from tunesmith.pipeline.judging import label_renderer, labelled, refuse_wrong_labels
 from tunesmith.recipe import EvaluateSpec
@@ -95,15 +96,20 @@ class Labeller:
     ) -> tuple[list[Judged], list[str]]:
         """Every row as the model dealt with it, and the metrics that fit the rows."""
         settings = {"duplicates": "keep", "test": "auto", "validation": None, "checks": False, "template": "auto"}
+        objective: TaskObjective = self.objective
+        renderer: LabelRenderer | PairRenderer = self.renderer
+        conversation = self.renderer.conversation
+        if isinstance(objective, Regress) and conversation is not None and holds_pairs(data):
+            objective, renderer = Reward(layer=objective.layer), RewardRenderer(over_last_answers(conversation))
         prepared = prepare(
             data.model_copy(update=settings),
-            self.renderer,
+            renderer,
             model_limit=position_limit(self.model.config),
             seed=0,
             wants_test=False,
             progress=progress,
         )
-        refuse_wrong_labels(prepared.train, self.objective, "given")
-        rows = labelled(prepared.train, self.objective)[: spec.rows]
-        metrics = list(self.objective.metrics) if spec.metrics == "auto" else list(spec.metrics)
-        return judge_labels(self.model, self.objective, rows, packed=self._packs(), progress=progress), metrics
+        refuse_wrong_labels(prepared.train, objective, "given")
+        rows = labelled(prepared.train, objective)[: spec.rows]
+        metrics = list(objective.metrics) if spec.metrics == "auto" else list(spec.metrics)
+        return judge_labels(self.model, objective, rows, packed=self._packs(), progress=progress), metrics

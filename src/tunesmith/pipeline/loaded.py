@@ -17,12 +17,20 @@ from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.record import RowErrors
 from tunesmith.data.render import Renderer
 from tunesmith.data.render_documents import DocumentRenderer
+from tunesmith.data.render_pairs import PairRenderer, holds_pairs, over_last_answers
 from tunesmith.data.rows import open_rows
 from tunesmith.data.sources import held_out_spec, readings
 from tunesmith.data.spec import DataSpec
 from tunesmith.engine.generate import Generation, Sampling, generate
 from tunesmith.evaluation.answers import Judged, Judging, judge
-from tunesmith.evaluation.compare import LIKELIHOODS, choose_metrics, compare_metrics, metric_rows
+from tunesmith.evaluation.compare import (
+    LIKELIHOODS,
+    MARGIN,
+    PREFERENCE_ACCURACY,
+    choose_metrics,
+    compare_metrics,
+    metric_rows,
+)
 from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.quantized_lora import base_read
 from tunesmith.metrics import OF_DOCUMENTS, bootstrap
@@ -287,9 +295,17 @@ def judged_rows(
     data = data.model_copy(update={"duplicates": "keep", "test": "auto", "validation": None, "checks": False})
     if speaker.of_documents and open_rows(readings(data)[0][0], RowErrors()).format == "text":
         return judged_documents(speaker, data, spec, progress)
-    rows = prepared_rows(speaker, data, progress).train[: spec.rows]
+    asked: list[str] | str = spec.metrics
+    if holds_pairs(data):
+        limit = position_limit(read_config(speaker.location.base))
+        pairs = PairRenderer(over_last_answers(speaker.renderer))
+        found = prepare(data, pairs, model_limit=limit, seed=0, wants_test=False, progress=progress)
+        asked = [PREFERENCE_ACCURACY, MARGIN] if asked == "auto" else asked
+    else:
+        found = prepared_rows(speaker, data, progress)
+    rows = found.train[: spec.rows]
     references = [row.row.references[0] for row in rows if row.row.messages]
-    metrics, _ = choose_metrics(spec.metrics, references)
+    metrics, _ = choose_metrics(asked, references)
     longest = max((len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids), default=0)
     limit = max(16, longest * 3 // 2) if spec.max_new_tokens == "auto" else spec.max_new_tokens
     how = Judging(

@@ -17,7 +17,9 @@ from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row
 from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_forgetting, compare_metrics, judgement
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
 from tunesmith.evaluation.labels import judge_constant, judge_labels
+from tunesmith.evaluation.preferences import falling_likelihood, preference_sentence, preference_summary
 from tunesmith.models.measure import position_limit
+from tunesmith.objectives import Preference
 from tunesmith.pages.report import report_page
 from tunesmith.pipeline.judging import baseline_of
 from tunesmith.pipeline.loaded import scores
@@ -105,6 +107,9 @@ class Proof:
             if self.planned.head_is_new and before:
                 said = before[0].answer
                 warnings.append(f"the base has no head for this task: it is the best constant answer, {said!r:.60}")
+        preference = preference_summary(before, after)
+        if isinstance(self.planned.objective, Preference) and (told := falling_likelihood(metrics)):
+            warnings.append(told)
         decided = judgement(metrics, forgetting, self.planned.recipe.gate)
         cut = sum(row.finish_reason == "length" for row in after)
         if after and cut > len(after) // 4:
@@ -115,6 +120,7 @@ class Proof:
             "gate": decided.gate,
             "metrics": metrics,
             "tasks": self._tasks(before, after),
+            "preference": preference and {**preference, "sentence": preference_sentence(preference)},
             "forgetting": forgetting,
             "samples": best_and_worst(metrics[0]["name"], before, after, self.spec.samples) if metrics else {},
             "warnings": warnings,
@@ -168,6 +174,7 @@ def written_report(
         "gate": [],
         "metrics": [],
         "tasks": [],
+        "preference": None,
         "forgetting": {"status": "off", "reason": "evaluate is off"},
         "samples": {},
         "warnings": [],
