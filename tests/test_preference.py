@@ -19,7 +19,7 @@ from tunesmith.models.load import Loading, load_judge, load_model
 from tunesmith.objectives import Dpo, Kto, Orpo, Reward, SimPo, TrainingObjective
 from tunesmith.objectives.logps import token_logps
 from tunesmith.objectives.preference import REFERENCE
-from tunesmith.pipeline.finetune import finetune
+from tunesmith.pipeline.finetune import Watcher, finetune
 from tunesmith.pipeline.loaded import compare_with_base
 from tunesmith.pipeline.planning import plan_job
 from tunesmith.recipe import EvaluateSpec, Recipe
@@ -299,3 +299,29 @@ def test_rewards_loss_is_that_of_its_definition() -> None:
     found = Reward(margin=0.3, centering=0.1).losses(outputs, torch.zeros(4))
     expected = [math.log(1 + math.exp(-(b - w - 0.3))) + 0.1 * (b + w) ** 2 for b, w in ((1.5, 0.2), (-1.0, 0.5))]
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+class Stopped(Exception):
+    """What ends a run in the middle of it."""
+
+
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto", "reward"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    kind: str, method: str, tiny_model: Path, pairs_file: Path, labelled_file: Path, tmp_path: Path
+) -> None:
+    file = labelled_file if kind == "kto" else pairs_file
+    train = {"steps": 5, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2, "dtype": "fp32"}
+    more: dict[str, object] = {"method": method, "train": train, "evaluate": "off"}
+    whole = finetune(recipe(tiny_model, file, tmp_path / "whole", kind, **more))
+
+    def stop(event: dict[str, object]) -> None:
+        if event["event"] == "step" and event["step"] == 4:
+            raise Stopped
+
+    halved = recipe(tiny_model, file, tmp_path / "half", kind, **more)
+    with pytest.raises(Stopped):
+        finetune(halved, watcher=Watcher(event=stop))
+    again = finetune(halved, resume=True)
+    for path in whole.path.glob("*/*model.safetensors"):
+        assert (again.path / path.relative_to(whole.path)).read_bytes() == path.read_bytes()
