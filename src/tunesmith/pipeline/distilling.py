@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.batch import Example, pack
@@ -38,6 +37,9 @@ from tunesmith.train.batches import StepBatches
 from tunesmith.train.loop import MicroBatches
 from tunesmith.train.on_policy import Answering, OnPolicyBatches
 from tunesmith.train.randomness import seeded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _KEPT = "kept.json"
 LEAST_ANSWER, LONGER = 16, 1.5

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Progress, Source, silent
 from tunesmith.batch import Example
@@ -26,6 +27,9 @@ from tunesmith.objectives import Classify, Regress, Reward, TaskObjective
 from tunesmith.objectives.task import objective_of
 from tunesmith.pipeline.judging import label_renderer, labelled, refuse_wrong_labels
 from tunesmith.recipe import EvaluateSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

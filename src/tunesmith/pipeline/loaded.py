@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.batch import Batch, pack
@@ -53,6 +53,9 @@ from tunesmith.pipeline.labeller import Labeller
 from tunesmith.pipeline.locating import Location, base_of_run, locate
 from tunesmith.plan.hardware import DTYPES, detect_hardware, native_dtypes
 from tunesmith.recipe import EvaluateSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def default_dtype() -> torch.dtype:
@@ -167,7 +170,7 @@ def renderer_for(base: str, model: Any, tokenizer: PreTrainedTokenizerBase, temp
 
 def _speaker_of(model: nn.Module) -> Speaker:
     """A speaker for a model that is in memory already; its tokenizer is where its weights came from."""
-    loaded = cast(PreTrainedModel, model)
+    loaded = cast("PreTrainedModel", model)
     name = loaded.config.name_or_path
     if not name:
         raise InputError("the model does not say where it was loaded from", fix="load it with tunesmith.load")
@@ -227,7 +230,7 @@ def evaluate(
     spec = spec or EvaluateSpec()
     head = head_of(model)
     if head is not None:
-        trained = cast(PreTrainedModel, model)
+        trained = cast("PreTrainedModel", model)
         labeller = Labeller.of(trained, head, load_tokenizer(str(trained.config.name_or_path), writes=False))
         judged, metrics = labeller.judged_rows(given, spec, progress)
     else:

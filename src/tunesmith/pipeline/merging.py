@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from tunesmith.base import InputError, Progress, TunesmithError, silent
 from tunesmith.compose.merge import MergeCheck, merge_and_check
@@ -23,6 +22,9 @@ from tunesmith.pipeline.locating import Location, locate
 from tunesmith.pipeline.merging_labels import merge_labels
 from tunesmith.plan.hardware import detect_hardware
 from tunesmith.run import BASE_EVALUATION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROMPTS = 8
 SPARE_PROMPTS = (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Progress
 from tunesmith.batch import Example
@@ -25,6 +25,9 @@ from tunesmith.objectives import Distill
 from tunesmith.pipeline.loaded import Location, load, locate
 from tunesmith.plan.hardware import DTYPES, detect_hardware
 from tunesmith.recipe import Plan, Recipe, Resolved
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TEACHER, PROMPT = "objective.teacher", "objective.teacher_prompt"
 
