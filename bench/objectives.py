@@ -1,6 +1,6 @@
 """Preference objectives and reward models on the demo model: what held-out pairs say before and after.
 
-    python bench/objectives.py DATA [--objective dpo] [--steps 60] [--write]
+    python bench/objectives.py DATA [--objective dpo] [--steps 40] [--rate 1e-4] [--write]
 
 DATA holds `pref_llms_from_scratch`. Every objective gets the same pairs, steps and rank; KTO gets each pair as two
 rows. What is finished stays in `runs/objectives`; `--write` puts the table of all that is there into
@@ -31,8 +31,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 HEAD = """# Preferences on the demo model
 
 Written by `python bench/objectives.py DATA --write`: LoRA on SmolLM2-135M-Instruct, {steps} steps of 8 pairs of
-`pref_llms_from_scratch` (polite answers chosen, impolite ones rejected), default learning rates, 110 held-out pairs.
-Accuracy is the share of pairs whose better answer is likelier by the token (a reward model: gets the larger number); in
+`pref_llms_from_scratch` (polite answers chosen, impolite ones rejected), learning rate {rate:g}, 110 held-out pairs.
+Accuracy decides: with a reference the share of pairs whose better answer gained more likelihood (0.5 before, by
+definition), without one whose better answer is likelier by the token, of a reward model whose number is larger; in
 brackets the 95 % paired bootstrap interval of the gain. Margin is in nats a token (a reward model: of the two numbers).
 A rising perplexity of chosen answers means that they became less likely too. Forgetting is the change of perplexity on
 general text.
@@ -61,7 +62,7 @@ def rows_of(data: Path) -> tuple[Path, Path]:
     return WORK / "pairs.jsonl", WORK / "labelled.jsonl"
 
 
-def finished(name: str, objective: dict[str, Any], rows: Path, steps: int) -> Run:
+def finished(name: str, objective: dict[str, Any], rows: Path, steps: int, rate: float) -> Run:
     output = WORK / name.replace(", ", "-").replace(" ", "-")
     if (output / "report.json").is_file():
         return Run.open(output)
@@ -69,7 +70,12 @@ def finished(name: str, objective: dict[str, Any], rows: Path, steps: int) -> Ru
         "model": "demo",
         "data": {"train": str(rows), "test": 0.1, "validation": 0.05, "checks": False},
         "objective": objective,
-        "train": {"steps": steps, "batch_size": 8 if objective["kind"] != "kto" else 16, "evaluate_every": steps // 4},
+        "train": {
+            "learning_rate": rate,
+            "steps": steps,
+            "batch_size": 8 if objective["kind"] != "kto" else 16,
+            "evaluate_every": steps // 4,
+        },
         "evaluate": {"rows": 110},
         "output": str(output),
     }
@@ -79,7 +85,8 @@ def finished(name: str, objective: dict[str, Any], rows: Path, steps: int) -> Ru
 def row_of(name: str, run: Run) -> str:
     report = run.report or {}
     metrics = {entry["name"]: entry for entry in report["metrics"]}
-    accuracy, margin, chosen = (metrics.get(key) for key in ("preference_accuracy", "margin", "perplexity"))
+    margin, chosen = metrics.get("margin"), metrics.get("perplexity")
+    accuracy = metrics.get("reward_accuracy") or metrics.get("preference_accuracy")
     cells = [name]
     if accuracy is None:
         cells += ["–"] * 3
@@ -97,7 +104,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--objective", action="append")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of them all")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     pairs, single = rows_of(given.data)
@@ -105,11 +113,13 @@ def main() -> None:
     for name, objective in OBJECTIVES.items():
         if given.objective and name not in given.objective:
             continue
-        run = finished(name, objective, single if objective["kind"] == "kto" else pairs, given.steps)
+        run = finished(name, objective, single if objective["kind"] == "kto" else pairs, given.steps, given.rate)
         lines.append(row_of(name, run))
         print(lines[-1], flush=True)
     if given.write:
-        OUT.write_text(HEAD.format(steps=given.steps) + "\n".join(lines) + "\n" + NOTES, encoding="utf-8")
+        OUT.write_text(
+            HEAD.format(steps=given.steps, rate=given.rate) + "\n".join(lines) + "\n" + NOTES, encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_a_pair_is_one_row_whose_prompt_stands_there_once(tiny_model: Path, pair
     assert item.row.messages[0]["content"] in prompt and item.row.messages[-1]["content"] not in prompt
     assert item.row.references[0] in chosen and chosen.isupper() is False and chosen.strip().endswith("<|im_end|>")
     assert item.row.rejected[-1]["content"] in rejected
-    assert planned.plan.metrics == ["preference_accuracy", "margin", "perplexity"]
+    assert planned.plan.metrics == ["reward_accuracy", "preference_accuracy", "margin", "perplexity"]
     positions = item.example.positions()
     assert positions[segments[1][0]] == positions[segments[2][0]] == segments[0][1]
 
@@ -110,7 +110,9 @@ def test_training_on_pairs_prefers_the_better_answer(
     )
     report = run.report
     assert report is not None
-    accuracy, margin = report["metrics"][:2]
+    *first, accuracy, margin, _ = report["metrics"]
+    assert [entry["base"] for entry in first] == ([] if objective in ("simpo", "orpo") else [0.5])
+    assert all(entry["name"] == "reward_accuracy" and entry["tuned"] >= 0.9 for entry in first)
     assert accuracy["name"] == "preference_accuracy" and accuracy["tuned"] >= 0.9
     assert margin["name"] == "margin" and margin["difference"] > 0
     preference = report["preference"]

@@ -40,6 +40,8 @@ class Judged:
             answer its mean log-likelihood, or minus that of a bad one. None where nothing is compared.
         other_nll: negative log-likelihood of the worse answer of a pair, in nats; None without one.
         other_targets: tokens that it is summed over.
+        gained: by how many nats the better answer became likelier against the base than the worse did; None where no
+            base is looked at.
     """
 
     source: str
@@ -54,6 +56,7 @@ class Judged:
     margin: float | None = None
     other_nll: float | None = None
     other_targets: int = 0
+    gained: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tunesmith.base import InputError
@@ -24,7 +24,9 @@ from tunesmith.recipe import EvaluateSpec
 
 PERPLEXITY, BITS_PER_BYTE = OF_DOCUMENTS
 PREFERENCE_ACCURACY, MARGIN, CALIBRATION_ERROR = "preference_accuracy", "margin", "calibration_error"
-COMPARED = {PREFERENCE_ACCURACY: "higher", MARGIN: "higher", CALIBRATION_ERROR: "lower"}
+REWARD_ACCURACY = "reward_accuracy"
+"""In how many pairs the better answer gained more likelihood than the worse against the base, which stands at 0.5."""
+COMPARED = {REWARD_ACCURACY: "higher", PREFERENCE_ACCURACY: "higher", MARGIN: "higher", CALIBRATION_ERROR: "lower"}
 """Metrics of how two answers compare, and which way they improve."""
 LIKELIHOODS = {**dict.fromkeys(OF_DOCUMENTS, "lower"), **COMPARED}
 """Metrics of what the model finds likely, not of what it writes, and which way they improve."""
@@ -94,8 +96,9 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
         counts = [row.bytes or 0 for row in texts]
         return bits_per_byte_rows([row.nll or 0.0 for row in texts], counts) if texts else None
     if name in COMPARED:
-        margins = [row.margin for row in judged if row.margin is not None]
-        if name == PREFERENCE_ACCURACY:
+        found = [row.gained if name == REWARD_ACCURACY else row.margin for row in judged]
+        margins = [margin for margin in found if margin is not None]
+        if name in (PREFERENCE_ACCURACY, REWARD_ACCURACY):
             margins = [float(margin > 0) + 0.5 * (margin == 0) for margin in margins]
         if name == CALIBRATION_ERROR:
             return calibration_rows(margins) if margins else None
@@ -153,6 +156,12 @@ def compare_metrics(
 def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tuple[list[tuple[Judged, Judged]], int]:
     """The rows on which both can be measured, and on how many only the tuned model fails."""
     pairs = list(zip(base, tuned, strict=True))
+    if name == REWARD_ACCURACY:
+        return [
+            (replace(b, gained=0.0), replace(t, gained=(b.nll - t.nll) - (b.other_nll - t.other_nll)))
+            for b, t in pairs
+            if b.nll is not None and t.nll is not None and b.other_nll is not None and t.other_nll is not None
+        ], sum(t.nll is None or t.other_nll is None for b, t in pairs if b.nll is not None and b.other_nll is not None)
     if name in COMPARED:
         return [(b, t) for b, t in pairs if None not in (b.margin, t.margin)], sum(
             t.margin is None for b, t in pairs if b.margin is not None

@@ -35,7 +35,7 @@ class Kto(Preference):
     undesirable_weight: NonNegativeFloat = 1.0
     """Weight of bad answers."""
 
-    default_rate: ClassVar[float] = 0.1
+    default_rate: ClassVar[float] = 0.25
     terms: ClassVar[tuple[str, ...]] = ("rows",)
 
     @property

@@ -140,7 +140,7 @@ class Dpo(Pairwise):
     likelihood of both (RPO, Pang et al. 2024, equation 1; CPO, equation 3); 1 for `cpo` unless another is given, else
     0."""
 
-    default_rate: ClassVar[float] = 0.1
+    default_rate: ClassVar[float] = 0.25
     terms: ClassVar[tuple[str, ...]] = ("pairs", "nll")
 
     @model_validator(mode="after")
@@ -198,7 +198,7 @@ class SimPo(Pairwise):
     gamma: NonNegativeFloat = 1.0
     """The margin that is aimed at, in units of the scaled difference; about half of beta in the paper."""
 
-    default_rate: ClassVar[float] = 0.1
+    default_rate: ClassVar[float] = 0.25
 
     def losses(self, found: Answers, reference: Answers | None) -> Tensor:
         means = found.means

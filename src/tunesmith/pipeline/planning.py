@@ -23,7 +23,7 @@ from tunesmith.data.render_prompts import PromptRenderer
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import RenderedRows
-from tunesmith.evaluation.compare import LIKELIHOODS, MARGIN, PREFERENCE_ACCURACY, choose_metrics
+from tunesmith.evaluation.compare import LIKELIHOODS, MARGIN, PREFERENCE_ACCURACY, REWARD_ACCURACY, choose_metrics
 from tunesmith.metrics import OF_DOCUMENTS
 from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
 from tunesmith.models.load import load_tokenizer, read_config, read_plain_config, stop_token_ids
@@ -387,8 +387,11 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
     references = [row.row.references[0] for row in rows if row.row.messages]
     asked = _asked(recipe)
     if isinstance(objective, Preference) and asked == "auto":
-        asked = [PREFERENCE_ACCURACY, MARGIN] if isinstance(objective, Pairwise) else [MARGIN]
-    metrics, why = choose_metrics(asked, references)
+        names = [PREFERENCE_ACCURACY, MARGIN] if isinstance(objective, Pairwise) else [MARGIN]
+        names = [REWARD_ACCURACY, *names] if isinstance(objective, Pairwise) and objective.uses_reference else names
+        metrics, why = choose_metrics(names, references)[0], "what preferences are judged by"
+    else:
+        metrics, why = choose_metrics(asked, references)
     gated = [name for name in recipe.gate if name not in (*metrics, "forgetting")]
     if gated:
         try:
