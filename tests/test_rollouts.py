@@ -92,8 +92,7 @@ def test_the_reward_rises(kind: str, places: dict[str, str], tmp_path: Path) -> 
     assert any("is kept beside the trained one" in note for note in run.report["warnings"])
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo"])
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("kind", "method"), [("grpo", "lora"), ("rloo", "full"), ("ppo", "lora"), ("ppo", "full")])
 def test_a_killed_run_resumes_to_the_same_bytes(kind: str, method: str, places: dict[str, str], tmp_path: Path) -> None:
     """Killed by SIGKILL between two steps that share their answers, after a checkpoint in the middle of such a pair."""
     given = values(
