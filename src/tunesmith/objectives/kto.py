@@ -43,14 +43,15 @@ class Kto(Preference):
         return True
 
     def prepare(self, model: nn.Module, window: Sequence[Batch]) -> Sequence[Batch]:
-        """Measures the baseline over the whole step, over all processes, and leaves the other rows' answers away."""
+        """Measures the baseline over the step, in training over all processes; leaves other rows' answers away."""
         total = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
             for batch in window:
                 others = _without_answers(batch, own=True)
                 ratios = token_logps(model, others).logps - others.tensors[REFERENCE]
                 total += torch.tensor([float(ratios.double().sum()), others.tensors[DESIRABLE].numel()])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Validation runs on one process alone, and would wait for the others for ever.
+        if model.training and torch.distributed.is_available() and torch.distributed.is_initialized():
             device = window[0].token_ids.device if window else torch.device("cpu")
             total = total.to(device)
             torch.distributed.all_reduce(total)

@@ -78,7 +78,8 @@ def step(
         loss_limit: a step with a larger loss leaves the weights as they are.
     """
     precision = precision or Precision()
-    window = objective.prepare(model, batches)
+    with precision.arithmetic():
+        window = objective.prepare(model, batches)
     totals, counts = _count(objective, window, next(model.parameters()).device)
 
     optimizer.zero_grad(set_to_none=True)
