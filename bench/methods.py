@@ -72,11 +72,11 @@ def tasks(data: Path, encoder: str) -> dict[str, Task]:
                     "test": str(sql / "test.jsonl"),
                     "answer_after": "\nA: ",
                 },
-                "train": {"steps": 40, "batch_size": 16, **asked},
+                "train": {"steps": 32, "batch_size": 16, **asked},
                 "evaluate": {"rows": 100, "metrics": ["exact_match", "rougeL"], "samples": 0},
             },
             "exact_match",
-            12,
+            10,
         ),
         "summaries": Task(
             {
@@ -90,11 +90,11 @@ def tasks(data: Path, encoder: str) -> dict[str, Task]:
                     "max_length": 512,
                     "overlong": "drop",
                 },
-                "train": {"steps": 24, "batch_size": 8, **asked},
+                "train": {"steps": 20, "batch_size": 8, **asked},
                 "evaluate": {"rows": 64, "metrics": ["rougeL"], "max_new_tokens": 48, "samples": 0},
             },
             "rougeL",
-            8,
+            6,
         ),
         "banking77": Task(
             {
@@ -106,11 +106,11 @@ def tasks(data: Path, encoder: str) -> dict[str, Task]:
                     "validation": 0.05,
                 },
                 "objective": {"kind": "classify"},
-                "train": {"steps": 160, "batch_size": 32, **asked},
+                "train": {"steps": 120, "batch_size": 32, **asked},
                 "evaluate": {"rows": 1500, "samples": 0},
             },
             "accuracy",
-            40,
+            30,
             {
                 **dict.fromkeys(("prefix", "prompt"), "keeps no head"),
                 "lora, rslora": "as lora",
@@ -163,12 +163,9 @@ def best_rate(name: str, task: Task, method: dict[str, Any], middle: float) -> f
     return min(losses, key=lambda rate: losses[rate])
 
 
-def seconds_a_step(name: str, task: Task, method: dict[str, Any], rate: float) -> float:
-    """Median of ten steps without anything beside them, measured now; stored beside the runs."""
-    recipe = with_method(task, method, rate, 0)
-    recipe["train"] = {**recipe["train"], "steps": 12, "evaluate_every": "off", "checkpoint_every": "off"}
-    run = finished(f"{name}-time", {**recipe, "evaluate": "off"})
-    return median(event["seconds"] for event in run.events()[2:] if event["event"] == "step")
+def seconds_a_step(runs: list[Run]) -> float:
+    """Median over the steps of all seeds, the first two of each left out."""
+    return median(event["seconds"] for run in runs for event in [e for e in run.events() if e["event"] == "step"][2:])
 
 
 def size_of(run: Run) -> int:
@@ -187,7 +184,7 @@ def row_of(label: str, kept: dict[str, Any]) -> str:
     changes = [report["forgetting"].get("change") for report in reports]
     forgot = " / ".join("–" if change is None else f"{change:+.1%}" for change in changes)
     peak = max(report["measured"]["peak_bytes"] for report in reports) / 2**30
-    seconds = "–" if "step" not in kept else f"{kept['step']:.2f}"
+    seconds = f"{seconds_a_step(runs):.2f}"
     trained = reports[0]["parameters"]["trainable"]
     cells = [label, f"{rate:.1e}", score, gain, beside, forgot, f"{trained:,}", f"{peak:.2f}", seconds]
     return f"| {' | '.join(cells)} | {size_of(runs[0]) / 2**20:.1f} |"
@@ -198,9 +195,8 @@ HEAD = """# Every method on the same tasks
 Written by `python bench/methods.py DATA --write`. The same steps, rows and batch for every method; its learning rate is
 the best of three on validation loss in a shorter run; two seeds, side by side. The gain is over the base on the same
 test rows with its 95 % paired bootstrap interval (banking77's base is the best constant answer). Forgetting is the
-change of perplexity on general text. Peak memory is that of the whole process; s/step is the median of ten steps
-with nothing else at work (`--time`). Two cores without a GPU, bf16. Rows
-marked quick are a first look: one seed, a third of the steps, and a learning rate that was not searched for.
+change of perplexity on general text. Peak memory is that of the whole process; s/step is the median of the steps of
+both seeds. One core of a machine without a GPU (`OMP_NUM_THREADS=1 taskset -c 0`), bf16.
 """
 COLUMNS = ["method", "rate", "score", "gain", "second", "forgetting", "trained", "GiB", "s/step", "MiB"]
 
@@ -232,7 +228,6 @@ def main() -> None:
     parser.add_argument("--task", action="append")
     parser.add_argument("--method", action="append")
     parser.add_argument("--quick", action="store_true", help="one seed, a third of the steps, rates not searched")
-    parser.add_argument("--time", action="store_true", help="also time ten steps of each; leave the machine alone")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     known = tasks(given.data, given.encoder)
@@ -250,8 +245,6 @@ def main() -> None:
             ending = "-quick" if given.quick else ""
             runs = [finished(f"{place}-seed-{seed}{ending}", with_method(task, method, rate, seed)) for seed in seeds]
             kept: dict[str, Any] = {"rate": rate, "runs": [str(run.path) for run in runs], "quick": given.quick}
-            if given.time:
-                kept["step"] = seconds_a_step(place, task, method, rate)
             (WORK / f"{place}.json").write_text(json.dumps(kept))
             print(row_of(label, kept), flush=True)
     if given.write:
