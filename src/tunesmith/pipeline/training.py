@@ -32,7 +32,7 @@ from tunesmith.pipeline import probe
 from tunesmith.pipeline.distilling import with_own_answers
 from tunesmith.pipeline.environment import code_sha256
 from tunesmith.pipeline.planning import Planned
-from tunesmith.pipeline.policy import Kept, reference_of, total_prompts, with_value_head
+from tunesmith.pipeline.policy import Kept, reference_of, served_answers, total_prompts, with_value_head
 from tunesmith.pipeline.proof import Proof
 from tunesmith.pipeline.resuming import record_changes
 from tunesmith.pipeline.rewards import judge_and_score
@@ -317,6 +317,7 @@ def _rollouts(work: Work, objective: Policy, saved: Saved, emit: Emit) -> Rollou
         total_rows=total_prompts(recipe, plan, prepared, objective),
         stop=work.stopping.asked if world_size() == 1 else lambda: False,
         emit=emit,
+        server=served_answers(planned, objective, work.run.path, emit),
     )
     return Rollouts(model, objective, prepared.train, prepared.order, plan, drawing)
 

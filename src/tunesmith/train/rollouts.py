@@ -29,6 +29,7 @@ from tunesmith.train.loop import Emit
 from tunesmith.train.parallel import rank, summed, world_size
 from tunesmith.train.precision import Precision
 from tunesmith.train.rollout_health import RolloutHealth, Seen
+from tunesmith.train.rollout_server import Question, ServedAnswers
 from tunesmith.train.rollout_state import examples_of, stored_examples
 from tunesmith.train.trouble import StepAbandoned
 
@@ -49,6 +50,7 @@ class Drawing:
         batch_size: prompts of a rollout, over all processes.
         total_rows: where the stream of prompts ends, so that the last rollout may be smaller.
         stop: whether somebody asked the run to end.
+        server: what draws the answers in this process's place.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -61,6 +63,7 @@ class Drawing:
     total_rows: int
     stop: Callable[[], bool]
     emit: Emit
+    server: ServedAnswers | None = None
 
 
 @dataclass
@@ -157,6 +160,8 @@ class Rollouts:
             if self.how.stop():
                 raise StepAbandoned
 
+        if self.how.server is not None:
+            return self.how.server(self.model, list(map(Question, prompts, seeds)), watched)
         return generate(
             self.model,
             prompts,
@@ -233,9 +238,10 @@ class Rollouts:
             float(sum(answer.finish_reason == "length" for answer in answers)),
             float(flat),
             sum(alike) / max(1, len(alike)) * len(groups),
+            _gap(rollout, answers),
         ]
         device = next(self.model.parameters()).device
-        count, prompts, tokens, total, squares, apart, logps, cut, still, same = summed(
+        count, prompts, tokens, total, squares, apart, logps, cut, still, same, gap = summed(
             torch.tensor(parts, dtype=torch.float64, device=device)
         ).tolist()
         mean = total / count
@@ -250,6 +256,7 @@ class Rollouts:
             cut=cut / count,
             flat=still / prompts if rollout.group > 1 else None,
             alike=same / prompts,
+            server_gap=None if self.how.server is None else gap / tokens,
         )
 
     def _tell(self, step: int, seen: Seen, items: Sequence[Rendered], texts: Sequence[str], rollout: Rollout) -> None:
@@ -260,6 +267,12 @@ class Rollouts:
             event["kl_weight"] = rollout.kl
         shown = {"source": source, "answer": texts[best][:SHOWN], "reward": float(rollout.rewards[best])}
         self.how.emit({**event, "best": shown})
+
+
+def _gap(rollout: Rollout, answers: Sequence[Generation]) -> float:
+    """Sum over tokens of how far their log-probability is from what the engine that drew them found, in nats."""
+    theirs = [value for answer in answers for value in answer.logps or ()]
+    return float((rollout.logps.double() - torch.tensor(theirs, dtype=torch.float64)).abs().sum()) if theirs else 0.0
 
 
 def _seed(seed: int, number: int, row: int, answer: int) -> int:
