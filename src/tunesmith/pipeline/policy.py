@@ -30,7 +30,6 @@ from tunesmith.pipeline.rewards import references_of
 from tunesmith.plan.memory import BYTES
 from tunesmith.recipe import Plan, Recipe, Workload
 from tunesmith.train.checkpoint import Beside
-from tunesmith.train.loop import Emit
 from tunesmith.train.parallel import world_size
 from tunesmith.train.rollout_server import ServedAnswers
 from tunesmith.train.rollouts import Rollouts
@@ -223,17 +222,13 @@ def reference_of(recipe: Recipe, objective: Policy, model: nn.Module) -> Referen
     return entered
 
 
-def served_answers(planned: Planned, objective: Policy, run: Path, emit: Emit) -> ServedAnswers | None:
-    """The server that draws the answers, asked whether it is there; None where this process draws them.
-
-    Raises:
-        InputError: when there is none at that address, or adapters cannot be put where the recipe says.
-    """
+def served_answers(planned: Planned, objective: Policy, run: Path) -> ServedAnswers | None:
+    """The server that draws the answers; None where this process draws them."""
     spec = objective.rollouts
     if spec is None:
         return None
     assert planned.prepared is not None
-    found = ServedAnswers(
+    return ServedAnswers(
         spec,
         planned.recipe.method,
         planned.location,
@@ -243,9 +238,6 @@ def served_answers(planned: Planned, objective: Policy, run: Path, emit: Emit) -
         frozenset(planned.prepared.stop_ids),
         objective.sample_batch,
     )
-    for message in found.check():
-        emit({"event": "note", "step": 0, "message": message})
-    return found
 
 
 @dataclass
