@@ -30,7 +30,6 @@ from tunesmith.pipeline.rewards import references_of
 from tunesmith.plan.memory import BYTES
 from tunesmith.recipe import Plan, Recipe, Workload
 from tunesmith.train.checkpoint import Beside
-from tunesmith.train.parallel import world_size
 from tunesmith.train.rollout_server import ServedAnswers
 from tunesmith.train.rollouts import Rollouts
 
@@ -76,12 +75,6 @@ def refuse_unfit_recipe(recipe: Recipe, objective: Policy) -> None:
         _refuse_unserved_method(recipe)
     if recipe.train.kl_to_base:
         raise InputError("objective.kl holds a policy near its base", where="train.kl_to_base", fix="use objective.kl")
-    if objective.has_values and world_size() > 1:
-        raise InputError(
-            "ppo compares the advantages of all answers of a step, and there are several processes",
-            where="objective.kind",
-            fix="run it in one process, or use grpo or rloo",
-        )
 
 
 def _refuse_unserved_method(recipe: Recipe) -> None:

@@ -26,11 +26,11 @@ from tunesmith.objectives.ppo import logps_and_values
 from tunesmith.objectives.preference import REFERENCE
 from tunesmith.recipe import Plan
 from tunesmith.train.loop import Emit
-from tunesmith.train.parallel import rank, summed, world_size
+from tunesmith.train.parallel import is_main, rank, summed, world_size
 from tunesmith.train.precision import Precision
 from tunesmith.train.rollout_health import RolloutHealth, Seen
 from tunesmith.train.rollout_server import Question, ServedAnswers
-from tunesmith.train.rollout_state import examples_of, stored_examples
+from tunesmith.train.rollout_state import examples_of, of_all_processes, stored_examples
 from tunesmith.train.trouble import StepAbandoned
 
 Score = Callable[[Sequence[Row], Sequence[str]], list[float]]
@@ -102,7 +102,7 @@ class Rollouts:
         size = micro_batch or self.plan.micro_batch
         layout = "packed" if self.plan.packing else "padded"
         groups = [self._examples[at : at + size] for at in range(0, len(self._examples), size)]
-        return [pack(group, layout) for group in groups]
+        return [pack(group, layout) for group in groups[rank() :: world_size()]]
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
@@ -140,13 +140,16 @@ class Rollouts:
             rollout = self._looked_at(examples, rewards)
         finally:
             self.model.train(training)
+        seen = self._seen(rollout, answers, texts)
+        if is_main():
+            self._tell(step, seen, items, texts, rollout)
+        # Of all processes, because advantages may depend on one another, and the one that writes checkpoints has them.
+        examples, rollout = of_all_processes(examples, rollout, next(self.model.parameters()).device)
         signals = {OLD: rollout.logps, **self.objective.signals(rollout)}
         if rollout.reference is not None:
             signals[REFERENCE] = rollout.reference
-        seen = self._seen(rollout, answers, texts)
         self.kl = self.objective.next_kl_weight(self.kl, seen.kl or 0.0)
         last = step + self.objective.passes > self.plan.steps
-        self._tell(step, seen, items, texts, rollout)
         for message in self.health.observe(seen, last=last):
             self.how.emit({"event": "warning", "step": step, "message": message})
         return _with_signals(examples, signals)
@@ -208,24 +211,24 @@ class Rollouts:
                 if self.objective.kl_weight:
                     with self.how.reference() as reference:
                         found["reference"].append(token_logps(reference, batch).logps.cpu())
-        joined = {name: torch.cat(parts) if parts else None for name, parts in found.items()}
-        assert joined["logps"] is not None
-        lengths = torch.cat([example.own_segments()[1:, 1] for example in examples])
+        # A process that was left without a prompt has tensors too, which are empty.
+        joined = {name: torch.cat([torch.zeros(0), *parts]) for name, parts in found.items()}
+        lengths = torch.cat([torch.zeros(0, dtype=torch.int64), *(one.own_segments()[1:, 1] for one in examples)])
         return Rollout(
             rewards,
             self.objective.group_size,
             lengths,
             joined["logps"],
-            joined["reference"],
-            joined["values"],
+            joined["reference"] if self.objective.kl_weight else None,
+            joined["values"] if self.objective.has_values else None,
             self.kl,
         )
 
     def _seen(self, rollout: Rollout, answers: Sequence[Generation], texts: Sequence[str]) -> Seen:
         """Means over the answers of all processes."""
-        groups = rollout.rewards.view(-1, rollout.group)
+        groups = rollout.rewards.view(len(answers) // rollout.group, rollout.group)
         flat = (groups.amax(1) - groups.amin(1) <= 1e-9).sum() if rollout.group > 1 else torch.zeros(())
-        together = rollout.group if rollout.group > 1 else len(texts)
+        together = rollout.group if rollout.group > 1 else max(1, len(texts))
         alike = [len(set(texts[at : at + together])) == 1 < together for at in range(0, len(texts), together)]
         parts = [
             float(len(answers)),
