@@ -47,7 +47,7 @@ from tunesmith.train.batches import StepBatches
 from tunesmith.train.checkpoint import Checkpoints, Saved
 from tunesmith.train.health import Health, refuse_dead_weights
 from tunesmith.train.loop import Emit, Job, MicroBatches, Progress, train
-from tunesmith.train.near_base import NearBase, refuse_other_heads
+from tunesmith.train.near_base import NearBase, base_is_kept, refuse_other_heads
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.parallel import is_main, wait_for_all, world_size
 from tunesmith.train.precision import Precision
@@ -211,7 +211,7 @@ def _adapted(work: Work) -> Saved:
 def _near_base(work: Work) -> StepObjective:
     """The objective with the recipe's penalties; made before a checkpoint is put back, while the model is the base."""
     train = work.planned.recipe.train
-    if train.kl_to_base:
+    if train.kl_to_base and not base_is_kept(work.planned.recipe):
         refuse_other_heads(work.model)
     asked = train.kl_to_base or train.l2_to_base
     return NearBase(work.planned.objective, work.model, train) if asked else work.planned.objective
