@@ -222,12 +222,6 @@ def test_what_does_not_go_with_drawing_answers_is_refused(name: str, places: dic
     assert what in str(told.value)
 
 
-def test_ppo_runs_in_one_process(places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="there are several processes"):
-        plan_job(check_recipe(values(places, tmp_path / "run", "ppo"), "test"))
-
-
 def test_notes_say_what_a_job_costs_and_does_not_measure(places: dict[str, str], tmp_path: Path) -> None:
     recipe = values(places, tmp_path / "run", objective={"kl": 0}, method={"dropout": 0.1})
     notes = " ".join(plan_job(check_recipe(recipe, "test")).plan.notes)

@@ -33,6 +33,7 @@ from tunesmith.objectives import (
     Supervised,
     Tag,
 )
+from tunesmith.objectives.policy import RolloutServer
 from tunesmith.objectives.rewards import (
     ExactReward,
     FunctionReward,
@@ -295,6 +296,10 @@ CHANGES: dict[str, Any] = {
     "objective[grpo].group_size": (drawing(), drawing(group_size=5)),
     "objective[grpo].max_new_tokens": (drawing(), drawing(max_new_tokens=6)),
     "objective[grpo].sample_batch": None,
+    "objective[grpo].rollouts": (drawing(), drawing(rollouts={"server": "http://127.0.0.1:9"})),
+    "objective[grpo].rollouts.server": None,
+    "objective[grpo].rollouts.adapters": None,
+    "objective[grpo].rollouts.timeout": None,
     "objective[grpo].passes": (drawing(), drawing(passes=2)),
     "objective[grpo].clip": (drawing(passes=4), drawing(passes=4, clip=1e-6)),
     "objective[grpo].cut_penalty": (drawing(), drawing(cut_penalty=0.5)),
@@ -418,6 +423,9 @@ ELSEWHERE = {
     "model.revision": "test_a_revision_reaches_the_hub_client",
     "output": "the directory itself; test_pipeline",
     "objective[grpo].sample_batch": "no answer depends on it; test_rollouts",
+    "objective[grpo].rollouts.server": "it needs a server; test_rollout_server",
+    "objective[grpo].rollouts.adapters": "the same",
+    "objective[grpo].rollouts.timeout": "the same",
     "objective[grpo].reward[json].keys": "a random model writes no JSON; test_rewards",
     "objective[grpo].reward[json].schema_file": "the same",
     "objective[grpo].reward[model].kind": "it needs a model that was trained before; test_rewards",
@@ -460,6 +468,7 @@ def schema_fields() -> set[str]:
         "objective[grpo].reward[number]": [NumberReward],
         "objective[grpo].reward[function]": [FunctionReward],
         "objective[grpo].reward[model]": [ModelReward],
+        "objective[grpo].rollouts": [RolloutServer],
         "objective[distill]": [Distill],
         "train": [TrainSpec],
         "train.groups[]": [GroupSpec],
