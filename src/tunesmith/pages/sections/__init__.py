@@ -1,0 +1,28 @@
+"""The sections of the report in the order of the page: a new one is a file here and a line below."""
+
+from __future__ import annotations
+
+from tunesmith.pages.sections.cost import COST
+from tunesmith.pages.sections.data import DATA
+from tunesmith.pages.sections.forgetting import FORGETTING
+from tunesmith.pages.sections.gate import GATE
+from tunesmith.pages.sections.loss import LOSS
+from tunesmith.pages.sections.metrics import INTERVALS, METRICS
+from tunesmith.pages.sections.record import COMMAND, ENVIRONMENT, SETTINGS, WARNINGS
+from tunesmith.pages.sections.samples import SAMPLES
+from tunesmith.pages.sections.section import Section
+
+SECTIONS: tuple[Section, ...] = (
+    GATE,
+    METRICS,
+    INTERVALS,
+    FORGETTING,
+    SAMPLES,
+    LOSS,
+    DATA,
+    COST,
+    WARNINGS,
+    SETTINGS,
+    ENVIRONMENT,
+    COMMAND,
+)
