@@ -80,7 +80,9 @@ def _names(text: str) -> Iterator[str]:
     for match in _CAPITALS.finditer(text):
         run: list[str] = []
         for word in [*match.group().split(" "), ""]:
-            if word[:1].isupper() and word[1:].islower() and not (not run and word.lower() in _OPENERS):
+            parts = re.split("['’-]", word)
+            is_name = all(part[:1].isupper() and not part[1:].isupper() for part in parts)
+            if is_name and not (not run and word.lower() in _OPENERS):
                 run.append(word)
                 continue
             if 2 <= len(run) <= 4:
