@@ -13,6 +13,7 @@ from tunesmith.cli.tables import report_lines
 from tunesmith.evaluation.details import details_of, says
 from tunesmith.evaluation.memorisation import Passage, Probed, Said, memorisation_summary, returned
 from tunesmith.pipeline.finetune import finetune
+from tunesmith.pipeline.memorised_run import memorisation_of_run
 from tunesmith.recipe_file import check_recipe
 from tunesmith.run import Run
 
@@ -176,6 +177,14 @@ def test_the_page_and_the_terminal_show_it(overfitted: Run) -> None:
     lines = report_lines(report)
     assert any(line.startswith("memorisation: ") and "held-out ones" in line for line in lines)
     assert any(line.startswith("  numbers that prompts do not hold: ") for line in lines)
+
+
+def test_a_run_that_is_done_can_be_asked_again_with_other_rows(overfitted: Run, tiny_model: Path) -> None:
+    found = memorisation_of_run(str(overfitted.path), 2)
+    assert found["trained"]["rows"] == 2 and found["held_out"]["rows"] == 4
+    assert found["trained"]["verbatim"] == 2 and found["trained"]["base_nearly"] == 0
+    with pytest.raises(InputError, match="only a run knows what it was trained on"):
+        memorisation_of_run(str(tiny_model), 2)
 
 
 def test_answers_that_cannot_show_it_are_left_out_and_that_is_said(tiny_model: Path, tmp_path: Path) -> None:

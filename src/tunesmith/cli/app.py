@@ -156,16 +156,24 @@ def data_presets(as_json: AsJson = False) -> None:
 @app.command()
 def evaluate(
     target: Target,
-    data: Annotated[list[str], typer.Option("--data", help="Rows to judge on; may be given several times.")],
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Rows to judge on; may be given several times.")
+    ] = None,
     metrics: Annotated[list[str] | None, typer.Option("--metric", help="May be given several times.")] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="At most this many rows of each file.")] = 200,
+    memorisation: Annotated[
+        bool, typer.Option("--memorisation", help="Of a run: which training answers come back from their prompts.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge a model on rows; a run or adapter is compared with its base."""
     with importing():
-        from tunesmith.cli.evaluate import run_evaluation
+        from tunesmith.cli.evaluate import run_evaluation, run_probe
 
-    run_evaluation(target, data, metrics=metrics, rows=rows, as_json=as_json)
+    if memorisation:
+        run_probe(target, rows=rows, as_json=as_json)
+    if data or not memorisation:
+        run_evaluation(target, data or [], metrics=metrics, rows=rows, as_json=as_json)
 
 
 @app.command()
