@@ -10,6 +10,7 @@ import typer
 
 from tunesmith.cli.advise_verb import advise
 from tunesmith.cli.importing import importing
+from tunesmith.cli.vote_verb import vote
 
 app = typer.Typer(
     help="Adapt a language model to a task, and prove that it is better.",
@@ -32,6 +33,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(runs_app, name="runs")
 app.command()(advise)
+app.command()(vote)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
 Overrides = Annotated[
