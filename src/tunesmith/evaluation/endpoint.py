@@ -5,6 +5,7 @@ Python's own HTTP client is used: which of several others comes with `huggingfac
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -80,7 +81,7 @@ class Endpoint:
                 if error.code not in PASSING:
                     raise self._refusal(error) from error
                 trouble, asked = f"status {error.code}", error.headers.get("Retry-After")
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
                 trouble, asked = str(getattr(error, "reason", error)), None
             if left:
                 self.wait(_seconds(asked, TRIES - 1 - left))
