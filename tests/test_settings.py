@@ -45,7 +45,16 @@ from tunesmith.objectives.rewards import (
 )
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.pipeline.planning import plan_job
-from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
+from tunesmith.recipe import (
+    BudgetSpec,
+    EarlyStopping,
+    EvaluateSpec,
+    GroupSpec,
+    MemorisationSpec,
+    ModelSpec,
+    Recipe,
+    TrainSpec,
+)
 from tunesmith.recipe_file import check_recipe
 
 BASE: dict[str, Any] = {
@@ -96,6 +105,7 @@ def distilled(**settings: Any) -> dict[str, Any]:
     return {"objective": {"kind": "distill", "teacher": "OTHER", **settings}}
 
 
+LONG = {"data": {"train": "LONG"}, "evaluate": {"max_new_tokens": 12}}
 CLEANING = {"empty": "drop", "overlong": "drop", "max_length": 40}
 
 # For every field: the sections that it is changed in, beside which the same job with the default is run.
@@ -413,6 +423,11 @@ CHANGES: dict[str, Any] = {
     "evaluate.confidence": ({}, {"evaluate": {"confidence": 0.6}}),
     "evaluate.forgetting": ({}, {"evaluate": {"forgetting": "GENERAL"}}),
     "evaluate.samples": ({}, {"evaluate": {"samples": 2}}),
+    "evaluate.memorisation": (LONG, {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": "off"}}),
+    "evaluate.memorisation.rows": (
+        {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": {"rows": 3}}},
+        {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": {"rows": 4}}},
+    ),
     "gate": ({}, {"gate": {"f1": 0.9}}),
     "budget.memory": ({}, {"budget": {"memory": "512MB"}}),
     "output": None,
@@ -474,6 +489,7 @@ def schema_fields() -> set[str]:
         "train.groups[]": [GroupSpec],
         "train.early_stopping": [EarlyStopping],
         "evaluate": [EvaluateSpec],
+        "evaluate.memorisation": [MemorisationSpec],
         "budget": [BudgetSpec],
     }
     names = {name for name in Recipe.model_fields if name not in nested} | {"evaluate", "train.early_stopping"}
@@ -528,6 +544,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "GENERAL": general,
         "MINE": Path(f"{_function(root / 'mine.py', 'e')}:score"),
         "OURS": Path(f"{_function(root / 'ours.py', 'o')}:score"),
+        "LONG": write_jsonl(root / "long.jsonl", [{**r, "completion": f"{r['prompt']} is said {WORDY}"} for r in rows]),
         "ROOT": root,
     }
 
@@ -575,7 +592,9 @@ def done(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dic
         return {"refused": error.what}
     events = [{k: v for k, v in event.items() if k not in ("seconds", "report")} for event in run.events()]
     report = run.report or {}
-    evidence = {name: report[name] for name in ("verdict", "metrics", "forgetting", "samples", "gate", "data")}
+    evidence = {
+        name: report[name] for name in ("verdict", "metrics", "forgetting", "samples", "gate", "data", "memorisation")
+    }
     files = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_dir())
     result = next(run.path.glob("*/*model.safetensors"))
     digest = hashlib.sha256(result.read_bytes()).hexdigest()

@@ -177,6 +177,14 @@ class TrainSpec(Spec):
     """Where the loss curve is sent besides `events.jsonl`."""
 
 
+class MemorisationSpec(Spec):
+    """How many training answers a model is asked for, to see whether it learned them by heart."""
+
+    rows: PositiveInt = 64
+    """Training rows drawn at random, and at most as many more whose answers hold numbers, addresses or access keys
+    that their prompts do not."""
+
+
 class EvaluateSpec(Spec):
     """How base and tuned model are compared on held-out rows."""
 
@@ -201,6 +209,14 @@ class EvaluateSpec(Spec):
     or `off`."""
     samples: NonNegativeInt = 8
     """Best and worst answers shown in the report, of each."""
+    memorisation: MemorisationSpec | Auto | Off = "auto"
+    """How many training answers come back from their prompts, against held-out ones and against the base
+    (docs/verdict.md): `auto` asks for 32 where answers are generated anyway, `{rows: 64}` for as many as it says."""
+
+    @property
+    def probed_rows(self) -> int:
+        """Training rows that are asked at random."""
+        return 0 if self.memorisation == "off" else 32 if self.memorisation == "auto" else self.memorisation.rows
 
     @model_validator(mode="before")
     @classmethod

@@ -16,7 +16,16 @@ from tunesmith.methods import Method
 from tunesmith.objectives import Objective
 from tunesmith.objectives.policy import RolloutServer
 from tunesmith.objectives.rewards import Reward
-from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
+from tunesmith.recipe import (
+    BudgetSpec,
+    EarlyStopping,
+    EvaluateSpec,
+    GroupSpec,
+    MemorisationSpec,
+    ModelSpec,
+    Recipe,
+    TrainSpec,
+)
 
 METHODS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Method)[0])
 OBJECTIVES: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Objective)[0])
@@ -35,6 +44,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("train.groups[]", GroupSpec),
     ("train.early_stopping", EarlyStopping),
     ("evaluate", EvaluateSpec),
+    ("evaluate.memorisation", MemorisationSpec),
     ("budget", BudgetSpec),
 )
 HEAD = """# Recipe reference

@@ -23,6 +23,7 @@ from tunesmith.objectives import Preference
 from tunesmith.pages.report import report_page
 from tunesmith.pipeline.judging import baseline_of
 from tunesmith.pipeline.loaded import scores
+from tunesmith.pipeline.memorisation import Probe, not_measured, probe_of, with_remark
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.rewards import judge_and_score
 from tunesmith.recipe import EvaluateSpec
@@ -51,6 +52,7 @@ class Proof:
             packed=planned.plan.packing,
             generates=any(name not in LIKELIHOODS for name in planned.plan.metrics),
         )
+        self.probe = probe_of(planned, spec, self.rows, self.how)
 
     def evaluate(self, model: nn.Module, progress: Progress) -> Evaluation:
         """What is stored of one model: its answers, and its losses on general text."""
@@ -67,7 +69,10 @@ class Proof:
         if self.general is not None:
             nlls = row_nlls(model, self.general.passages, packed=self.how.packed, progress=progress)
             general = {"nlls": nlls, "targets": [passage.targets for passage in self.general.passages]}
-        return {"rows": [row.as_json() for row in judged], "general": _json_safe(general)}
+        found: Evaluation = {"rows": [row.as_json() for row in judged], "general": _json_safe(general)}
+        if isinstance(self.probe, Probe):
+            found["memorisation"] = self.probe.ask(model, progress)
+        return found
 
     def evaluate_base(self, model: nn.Module, progress: Progress) -> Evaluation:
         """The same of the base; where that has no head for these labels, of the best constant answer."""
@@ -110,18 +115,24 @@ class Proof:
         preference = preference_summary(before, after)
         if isinstance(self.planned.objective, Preference) and (told := falling_likelihood(metrics)):
             warnings.append(told)
+        if isinstance(self.probe, Probe):
+            memorisation = self.probe.summary(base, tuned, self.spec.confidence)
+        else:
+            memorisation = not_measured(self.probe, asked=self.spec.memorisation not in ("auto", "off"))
+        warnings += memorisation["warnings"]
         decided = judgement(metrics, forgetting, self.planned.recipe.gate)
         cut = sum(row.finish_reason == "length" for row in after)
         if after and cut > len(after) // 4:
             warnings.append(f"{cut} of {len(after)} tuned answers were cut off at {self.how.max_new_tokens} new tokens")
         return {
             "verdict": decided.verdict,
-            "sentence": decided.sentence,
+            "sentence": with_remark(decided.sentence, memorisation),
             "gate": decided.gate,
             "metrics": metrics,
             "tasks": self._tasks(before, after),
             "preference": preference and {**preference, "sentence": preference_sentence(preference)},
             "forgetting": forgetting,
+            "memorisation": memorisation,
             "samples": best_and_worst(metrics[0]["name"], before, after, self.spec.samples) if metrics else {},
             "warnings": warnings,
         }
@@ -176,6 +187,7 @@ def written_report(
         "tasks": [],
         "preference": None,
         "forgetting": {"status": "off", "reason": "evaluate is off"},
+        "memorisation": not_measured("evaluate is off"),
         "samples": {},
         "warnings": [],
     }

@@ -7,6 +7,7 @@ from tunesmith.pages.sections.data import DATA
 from tunesmith.pages.sections.forgetting import FORGETTING
 from tunesmith.pages.sections.gate import GATE
 from tunesmith.pages.sections.loss import LOSS
+from tunesmith.pages.sections.memorisation import MEMORISATION
 from tunesmith.pages.sections.metrics import INTERVALS, METRICS
 from tunesmith.pages.sections.record import COMMAND, ENVIRONMENT, SETTINGS, WARNINGS
 from tunesmith.pages.sections.samples import SAMPLES
@@ -17,6 +18,7 @@ SECTIONS: tuple[Section, ...] = (
     METRICS,
     INTERVALS,
     FORGETTING,
+    MEMORISATION,
     SAMPLES,
     LOSS,
     DATA,
