@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tunesmith.base import InputError
 from tunesmith.evaluation.answers import Judged
 from tunesmith.metrics import (
+    CALIBRATION_ERROR,
+    COMPARED,
     METRICS,
     OF_DOCUMENTS,
+    PREFERENCE_ACCURACY,
+    REWARD,
+    REWARD_ACCURACY,
     RowStatistics,
     bits_per_byte_rows,
     calibration_rows,
+    confidence_rows,
     mean_rows,
     metric,
     paired_bootstrap,
@@ -23,25 +29,21 @@ from tunesmith.metrics import (
 from tunesmith.recipe import EvaluateSpec
 
 PERPLEXITY, BITS_PER_BYTE = OF_DOCUMENTS
-PREFERENCE_ACCURACY, MARGIN, CALIBRATION_ERROR = "preference_accuracy", "margin", "calibration_error"
-REWARD_ACCURACY = "reward_accuracy"
-"""In how many pairs the better answer gained more likelihood than the worse against the base, which stands at 0.5."""
-COMPARED = {REWARD_ACCURACY: "higher", PREFERENCE_ACCURACY: "higher", MARGIN: "higher", CALIBRATION_ERROR: "lower"}
-"""Metrics of how two answers compare, and which way they improve."""
 LIKELIHOODS = {**dict.fromkeys(OF_DOCUMENTS, "lower"), **COMPARED}
 """Metrics of what the model finds likely, not of what it writes, and which way they improve."""
-REWARD = "reward"
-"""Mean of what answers are worth by the recipe's own rewards."""
 NOTABLE_FORGETTING = 0.10
 Verdict = Literal["ship", "dont_ship", "no_difference"]
 
 
-def choose_metrics(asked: Sequence[str] | str, references: Sequence[str]) -> tuple[list[str], str]:
+def choose_metrics(
+    asked: Sequence[str] | str, references: Sequence[str], own: Collection[str] = ()
+) -> tuple[list[str], str]:
     """The metrics of an evaluation, the deciding one first, and why.
 
     Args:
         asked: names from the recipe, or `auto`.
         references: reference answers of the rows; empty for raw text.
+        own: names of the recipe's own metrics.
 
     Raises:
         InputError: for an unknown name.
@@ -49,7 +51,7 @@ def choose_metrics(asked: Sequence[str] | str, references: Sequence[str]) -> tup
     if not isinstance(asked, str):
         names = list(dict.fromkeys(asked))
         for name in names:
-            if name not in LIKELIHOODS:
+            if name not in LIKELIHOODS and name not in own:
                 _known(name)
         return (names if PERPLEXITY in names else [*names, PERPLEXITY]), "as the recipe says"
     if not references:
@@ -95,6 +97,9 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
         texts = [row for row in judged if row.nll is not None and row.bytes]
         counts = [row.bytes or 0 for row in texts]
         return bits_per_byte_rows([row.nll or 0.0 for row in texts], counts) if texts else None
+    if name == CALIBRATION_ERROR and any(row.confidence is not None for row in judged):
+        sure = [row for row in judged if row.confidence is not None]
+        return confidence_rows([row.confidence or 0.0 for row in sure], [_is_right(row) for row in sure])
     if name in COMPARED:
         found = [row.gained if name == REWARD_ACCURACY else row.margin for row in judged]
         margins = [margin for margin in found if margin is not None]
@@ -103,17 +108,23 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
         if name == CALIBRATION_ERROR:
             return calibration_rows(margins) if margins else None
         return mean_rows(margins) if margins else None
+    if any(name in row.scores for row in judged):
+        return mean_rows([row.scores[name] for row in judged if name in row.scores])
     answered = [row for row in judged if row.answer is not None]
-    if not answered:
+    if not answered or name not in METRICS:
         return None
     return metric(name).rows([row.answer or "" for row in answered], [row.references for row in answered])
 
 
+def _is_right(row: Judged) -> bool:
+    """As `accuracy` has it."""
+    said = (row.answer or "").strip().casefold()
+    return said in {reference.strip().casefold() for reference in row.references}
+
+
 def better_way(name: str) -> str:
     """`higher` or `lower`."""
-    if name == REWARD:
-        return "higher"
-    return LIKELIHOODS.get(name) or METRICS[name].better
+    return LIKELIHOODS.get(name) or (METRICS[name].better if name in METRICS else "higher")
 
 
 def compare_metrics(
@@ -162,6 +173,8 @@ def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> t
             for b, t in pairs
             if b.nll is not None and t.nll is not None and b.other_nll is not None and t.other_nll is not None
         ], sum(t.nll is None or t.other_nll is None for b, t in pairs if b.nll is not None and b.other_nll is not None)
+    if name == CALIBRATION_ERROR and any(b.confidence is not None for b, _ in pairs):
+        return [(b, t) for b, t in pairs if None not in (b.confidence, t.confidence)], 0
     if name in COMPARED:
         return [(b, t) for b, t in pairs if None not in (b.margin, t.margin)], sum(
             t.margin is None for b, t in pairs if b.margin is not None

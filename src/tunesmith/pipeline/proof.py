@@ -23,6 +23,7 @@ from tunesmith.objectives import Preference
 from tunesmith.pages.report import report_page
 from tunesmith.pipeline.judging import baseline_of
 from tunesmith.pipeline.loaded import scores
+from tunesmith.pipeline.own_metrics import unscored
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.rewards import judge_and_score
 from tunesmith.recipe import EvaluateSpec
@@ -57,7 +58,7 @@ class Proof:
         objective = self.planned.judges
         if objective is not None:
             judged = judge_labels(model, objective, self.rows, packed=self.how.packed, progress=progress)
-            return {"rows": [row.as_json() for row in judged], "general": None}
+            return self._stored(judged)
         score = self.planned.score
         if score is not None:
             judged = judge_and_score(model, self.tokenizer, self.rows, self.how, score, progress)
@@ -67,15 +68,17 @@ class Proof:
         if self.general is not None:
             nlls = row_nlls(model, self.general.passages, packed=self.how.packed, progress=progress)
             general = {"nlls": nlls, "targets": [passage.targets for passage in self.general.passages]}
-        return {"rows": [row.as_json() for row in judged], "general": _json_safe(general)}
+        return self._stored(judged, _json_safe(general))
 
     def evaluate_base(self, model: nn.Module, progress: Progress) -> Evaluation:
         """The same of the base; where that has no head for these labels, of the best constant answer."""
         objective, prepared = self.planned.judges, self.planned.prepared
         if objective is None or not self.planned.head_is_new or prepared is None:
             return self.evaluate(model, progress)
-        judged = judge_constant(objective, self.rows, baseline_of(prepared, objective))
-        return {"rows": [row.as_json() for row in judged], "general": None}
+        return self._stored(judge_constant(objective, self.rows, baseline_of(prepared, objective)))
+
+    def _stored(self, judged: list[Judged], general: dict[str, Any] | None = None) -> Evaluation:
+        return {"rows": [row.as_json() for row in self.planned.own.scored(judged)], "general": general}
 
     @property
     def has_prompt(self) -> bool:
@@ -87,8 +90,7 @@ class Proof:
         teacher, renderer = self.planned.teacher, self.planned.renderer
         assert teacher is not None and isinstance(renderer, Renderer)
         rows = [teacher.reads(row, renderer) for row in self.rows]
-        judged = judge(model, self.tokenizer, rows, self.how, progress)
-        return {"rows": [row.as_json() for row in judged], "general": None}
+        return self._stored(judge(model, self.tokenizer, rows, self.how, progress))
 
     def prompted_scores(self, prompted: Evaluation) -> list[dict[str, Any]]:
         """Every metric of the base behind the teacher's system text, with its interval."""
@@ -102,6 +104,7 @@ class Proof:
         metrics, warnings = compare_metrics(self.planned.plan.metrics, before, after, self.spec, seed)
         source = self.general.source if self.general else None
         forgetting = compare_forgetting(source, base["general"], tuned["general"], self.spec, seed)
+        warnings += unscored(after, [*self.planned.own.of_row])
         if self.planned.judges is not None:
             forgetting = {"status": "off", "reason": "the model judges now, and writes no text"}
             if self.planned.head_is_new and before:
