@@ -21,9 +21,11 @@ from tunesmith.metrics import (
     bits_per_byte_rows,
     calibration_rows,
     confidence_rows,
+    holm,
     mean_rows,
     metric,
     paired_bootstrap,
+    paired_test,
     perplexity_rows,
 )
 from tunesmith.recipe import EvaluateSpec
@@ -33,6 +35,7 @@ LIKELIHOODS = {**dict.fromkeys(OF_DOCUMENTS, "lower"), **COMPARED}
 """Metrics of what the model finds likely, not of what it writes, and which way they improve."""
 NOTABLE_FORGETTING = 0.10
 Verdict = Literal["ship", "dont_ship", "no_difference"]
+Shown = Literal["better", "worse", "no_difference", "no_interval"]
 
 
 def choose_metrics(
@@ -148,6 +151,7 @@ def compare_metrics(
         interval = paired_bootstrap(
             base_rows, tuned_rows, resamples=spec.resamples, confidence=spec.confidence, seed=seed
         )
+        p, test = paired_test(base_rows, tuned_rows, resamples=spec.resamples, seed=seed)
         entries.append(
             {
                 "name": name,
@@ -159,9 +163,36 @@ def compare_metrics(
                 "better": better_way(name),
                 "n": interval.n,
                 "primary": name == names[0],
+                "p": p,
+                "test": test,
             }
         )
-    return entries, warnings
+    return with_findings(entries, spec.confidence), warnings
+
+
+def with_findings(entries: Sequence[dict[str, Any]], confidence: float) -> list[dict[str, Any]]:
+    """Entries with `p_corrected` and what each has `shown`: `better`, `worse`, `no_difference`, or `no_interval`.
+
+    The deciding metric was named before anything was measured, and is tested by itself; the others are corrected for
+    being several (Holm 1979). A difference is shown where the interval excludes zero and the test agrees.
+    """
+    others = [entry for entry in entries if not entry["primary"]]
+    corrected = dict(zip([entry["name"] for entry in others], holm([entry["p"] for entry in others]), strict=True))
+    found = []
+    for entry in entries:
+        p = corrected.get(entry["name"], entry["p"])
+        found.append({**entry, "p_corrected": p, "shown": _shown({**entry, "p_corrected": p}, 1 - confidence)})
+    return found
+
+
+def _shown(entry: dict[str, Any], alpha: float) -> Shown:
+    low, high = entry["low"], entry["high"]
+    if low is None or high is None:
+        return "no_interval"
+    p = entry.get("p_corrected")
+    if low <= 0 <= high or (p is not None and p > alpha):
+        return "no_difference"
+    return "better" if (low > 0) == (entry["better"] == "higher") else "worse"
 
 
 def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tuple[list[tuple[Judged, Judged]], int]:
@@ -248,11 +279,8 @@ def judgement(metrics: Sequence[dict[str, Any]], forgetting: dict[str, Any], gat
 
 
 def _by_interval(entry: dict[str, Any]) -> Verdict:
-    better, bound = gain(entry)
-    low, high = entry["low"], entry["high"]
-    if low is None or high is None or low <= 0 <= high:
-        return "no_difference"
-    return "ship" if better > 0 and bound is not None and bound > 0 else "dont_ship"
+    shown = entry.get("shown") or _shown(entry, 0.0)
+    return "ship" if shown == "better" else "dont_ship" if shown == "worse" else "no_difference"
 
 
 def _check(name: str, required: float, metrics: Sequence[dict[str, Any]], forgetting: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +299,7 @@ def _check(name: str, required: float, metrics: Sequence[dict[str, Any]], forget
     if entry is None:
         return {**check, "reason": "this metric could not be measured"}
     better, bound = gain(entry)
-    proven = required <= 0 or (bound is not None and bound > 0)
+    proven = required <= 0 or (bound is not None and bound > 0 and entry.get("shown", "better") == "better")
     reason = "gain over the base" if proven else "the gain is not distinguishable from zero"
     return {**check, "measured": better, "passed": better >= required and proven, "reason": reason}
 

@@ -4,6 +4,7 @@ from tunesmith.base import InputError, nearest
 from tunesmith.metrics.intervals import Estimate, Interval, bootstrap, paired_bootstrap
 from tunesmith.metrics.labels import BETWEEN, LABEL_METRICS
 from tunesmith.metrics.records import RECORD_METRICS
+from tunesmith.metrics.significance import holm, paired_test
 from tunesmith.metrics.statistics import RowStatistics, calibration_rows, confidence_rows, mean_rows
 from tunesmith.metrics.text import TEXT_METRICS, Metric, bits_per_byte_rows, perplexity_rows
 
@@ -19,9 +20,11 @@ __all__ = [
     "bootstrap",
     "calibration_rows",
     "confidence_rows",
+    "holm",
     "mean_rows",
     "metric",
     "paired_bootstrap",
+    "paired_test",
     "perplexity_rows",
 ]
 

@@ -39,6 +39,11 @@ class RowStatistics:
         """Number of rows, n."""
         return self.values.shape[0]
 
+    @property
+    def is_binary(self) -> bool:
+        """Whether the metric is the share of rows that are right, each being right or wrong."""
+        return self.value is _mean and bool(np.isin(self.values[:, 1], (0.0, 1.0)).all())
+
     def corpus(self) -> float:
         """The metric over all rows. Raises ValueError where there are none."""
         if not len(self):

@@ -139,6 +139,8 @@ def interval_chart(metrics: Sequence[dict[str, Any]]) -> Markup:
 
 def reading(row: dict[str, Any]) -> str:
     """What an interval shows: ``better``, ``worse``, ``no difference shown``, or ``no interval``."""
+    if said := row.get("shown"):
+        return str(said).replace("_", " ") + (" shown" if said == "no_difference" else "")
     low, high = row.get("low"), row.get("high")
     if low is None or high is None or not (is_number(low) and is_number(high)):
         return "no interval"
