@@ -2,7 +2,7 @@
 
 from tunesmith.base import InputError, nearest
 from tunesmith.metrics.intervals import Estimate, Interval, bootstrap, paired_bootstrap
-from tunesmith.metrics.labels import BETWEEN, LABEL_METRICS
+from tunesmith.metrics.labels import BETWEEN, LABEL_METRICS, confusion
 from tunesmith.metrics.records import RECORD_METRICS
 from tunesmith.metrics.significance import holm, paired_test
 from tunesmith.metrics.statistics import RowStatistics, calibration_rows, confidence_rows, mean_rows
@@ -20,6 +20,7 @@ __all__ = [
     "bootstrap",
     "calibration_rows",
     "confidence_rows",
+    "confusion",
     "holm",
     "mean_rows",
     "metric",

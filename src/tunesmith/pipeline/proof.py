@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -18,6 +18,7 @@ from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_fo
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
 from tunesmith.evaluation.labels import judge_constant, judge_labels
 from tunesmith.evaluation.preferences import falling_likelihood, preference_sentence, preference_summary
+from tunesmith.metrics import confusion
 from tunesmith.models.measure import position_limit
 from tunesmith.objectives import Preference
 from tunesmith.pages.report import report_page
@@ -124,6 +125,7 @@ class Proof:
             "metrics": metrics,
             "tasks": self._tasks(before, after),
             "preference": preference and {**preference, "sentence": preference_sentence(preference)},
+            "confusion": _confusion(before, after) if "accuracy" in self.planned.plan.metrics else None,
             "forgetting": forgetting,
             "samples": best_and_worst(metrics[0]["name"], before, after, self.spec.samples) if metrics else {},
             "warnings": warnings,
@@ -142,6 +144,17 @@ class Proof:
             metrics, _ = compare_metrics(self.planned.plan.metrics, own, new, self.spec, self.planned.recipe.seed)
             found.append({"name": name, "rows": len(places), "metrics": metrics})
         return found
+
+
+def _confusion(before: Sequence[Judged], after: Sequence[Judged]) -> dict[str, Any] | None:
+    """Which label either model gave for which; None where the answers are not a few labels."""
+    if not after or any(row.answer is None or not row.references for row in (*before, *after)):
+        return None
+    references = [row.references for row in after]
+    tables = [confusion([row.answer or "" for row in rows], references) for rows in (before, after)]
+    if tables[0] is None or tables[1] is None:
+        return None
+    return {"labels": tables[1][0], "base": tables[0][1].tolist(), "tuned": tables[1][1].tolist()}
 
 
 def _json_safe(general: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -178,6 +191,7 @@ def written_report(
         "metrics": [],
         "tasks": [],
         "preference": None,
+        "confusion": None,
         "forgetting": {"status": "off", "reason": "evaluate is off"},
         "samples": {},
         "warnings": [],
@@ -202,6 +216,7 @@ def written_report(
             "train": sorted({event["step"]: event["loss"] for event in steps if event["loss"] is not None}.items()),
             "validation": [[e["step"], e["loss"]] for e in events if e["event"] == "validation"],
             "best_step": next((e.get("best_step") for e in events if e["event"] == "trained"), None),
+            "rollouts": _rollouts(events),
         },
         "parameters": plan.parameters.model_dump(),
         "model": planned.recipe.model.path,
@@ -212,6 +227,13 @@ def written_report(
         "environment": _flat(environment),
         "command": f"tunesmith train {run.path / 'recipe.yaml'} output={run.path}-again",
     }
+
+
+def _rollouts(events: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Every number that rollouts were logged with, by name, over the steps; of a step done again the last one."""
+    by_step = {event["step"]: event for event in events if event["event"] == "rollout"}
+    names = dict.fromkeys(name for event in by_step.values() for name in event if name not in ("event", "step", "best"))
+    return {name: [[step, event[name]] for step, event in sorted(by_step.items()) if name in event] for name in names}
 
 
 def _flat(environment: dict[str, Any]) -> dict[str, Any]:
