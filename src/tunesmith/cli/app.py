@@ -273,6 +273,14 @@ def runs(
         show_runs(root, as_json=as_json)
 
 
+@runs_app.command("schema")
+def runs_schema() -> None:
+    """Print the JSON schema of a run's report.json."""
+    from tunesmith.report import report_schema
+
+    typer.echo(json.dumps(report_schema(), indent=2, ensure_ascii=False))
+
+
 @runs_app.command("verify")
 def runs_verify(run: Annotated[Path, typer.Argument(help="A run.")], as_json: AsJson = False) -> None:
     """Check every hash of a run: files, checkpoints, data, base; exits 2 when something has changed."""
