@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tunesmith.objectives import (
     Supervised,
     Tag,
 )
+from tunesmith.objectives.policy import RolloutServer
 from tunesmith.objectives.rewards import (
     ExactReward,
     FunctionReward,
@@ -42,6 +44,7 @@ from tunesmith.objectives.rewards import (
     RewardSpec,
 )
 from tunesmith.pipeline.finetune import finetune
+from tunesmith.pipeline.planning import plan_job
 from tunesmith.recipe import (
     BudgetSpec,
     EarlyStopping,
@@ -303,6 +306,10 @@ CHANGES: dict[str, Any] = {
     "objective[grpo].group_size": (drawing(), drawing(group_size=5)),
     "objective[grpo].max_new_tokens": (drawing(), drawing(max_new_tokens=6)),
     "objective[grpo].sample_batch": None,
+    "objective[grpo].rollouts": (drawing(), drawing(rollouts={"server": "http://127.0.0.1:9"})),
+    "objective[grpo].rollouts.server": None,
+    "objective[grpo].rollouts.adapters": None,
+    "objective[grpo].rollouts.timeout": None,
     "objective[grpo].passes": (drawing(), drawing(passes=2)),
     "objective[grpo].clip": (drawing(passes=4), drawing(passes=4, clip=1e-6)),
     "objective[grpo].cut_penalty": (drawing(), drawing(cut_penalty=0.5)),
@@ -431,6 +438,9 @@ ELSEWHERE = {
     "model.revision": "test_a_revision_reaches_the_hub_client",
     "output": "the directory itself; test_pipeline",
     "objective[grpo].sample_batch": "no answer depends on it; test_rollouts",
+    "objective[grpo].rollouts.server": "it needs a server; test_rollout_server",
+    "objective[grpo].rollouts.adapters": "the same",
+    "objective[grpo].rollouts.timeout": "the same",
     "objective[grpo].reward[json].keys": "a random model writes no JSON; test_rewards",
     "objective[grpo].reward[json].schema_file": "the same",
     "objective[grpo].reward[model].kind": "it needs a model that was trained before; test_rewards",
@@ -473,6 +483,7 @@ def schema_fields() -> set[str]:
         "objective[grpo].reward[number]": [NumberReward],
         "objective[grpo].reward[function]": [FunctionReward],
         "objective[grpo].reward[model]": [ModelReward],
+        "objective[grpo].rollouts": [RolloutServer],
         "objective[distill]": [Distill],
         "train": [TrainSpec],
         "train.groups[]": [GroupSpec],
@@ -547,8 +558,8 @@ def _pair(row: dict[str, str]) -> dict[str, str]:
     return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"{row['completion'].lower()} no"}
 
 
-def fingerprint(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:
-    """What a job planned and did, without times, paths and the echo of its recipe; or the error that refused it."""
+def recipe_of(sections: dict[str, Any], places: dict[str, Path], output: Path) -> Recipe:
+    """The recipe of a job with these sections in place of the usual ones."""
     values: dict[str, Any] = json.loads(json.dumps(BASE))
     values["model"] = {"path": str(places["MODEL"])}
     values["data"]["train"] = str(places["ROWS"])
@@ -562,14 +573,23 @@ def fingerprint(sections: dict[str, Any], places: dict[str, Path], output: Path)
     text = json.dumps(values)
     for name, path in places.items():
         text = text.replace(f'"{name}"', json.dumps(str(path)))
-    values = json.loads(text)
-    values["output"] = str(output)
+    return check_recipe({**json.loads(text), "output": str(output)}, "test")
+
+
+def planned(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:
+    """What a job would do, without times and the echo of its recipe; or the error that refused it."""
     try:
-        run = finetune(check_recipe(values, "test"))
+        return plan_job(recipe_of(sections, places, output)).plan.model_dump(exclude={"time"})
     except TunesmithError as error:
         return {"refused": error.what}
-    plan = run.read("plan.json")
-    plan.pop("time")
+
+
+def done(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:
+    """What a job did, without times and paths; or the error that refused it."""
+    try:
+        run = finetune(recipe_of(sections, places, output))
+    except TunesmithError as error:
+        return {"refused": error.what}
     events = [{k: v for k, v in event.items() if k not in ("seconds", "report")} for event in run.events()]
     report = run.report or {}
     evidence = {
@@ -578,7 +598,7 @@ def fingerprint(sections: dict[str, Any], places: dict[str, Path], output: Path)
     files = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_dir())
     result = next(run.path.glob("*/*model.safetensors"))
     digest = hashlib.sha256(result.read_bytes()).hexdigest()
-    return {"plan": plan, "events": events, "evidence": evidence, "files": files, "weights": digest}
+    return {"events": events, "evidence": evidence, "files": files, "weights": digest}
 
 
 @pytest.fixture(scope="module")
@@ -593,11 +613,18 @@ def test_changing_a_setting_changes_the_plan_or_the_run(
     name: str, places: dict[str, Path], references: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     before, after = CHANGES[name]
-    key = json.dumps(before)
-    if key not in references:
-        references[key] = fingerprint(before, places, tmp_path / "before")
-    found = fingerprint(after, places, tmp_path / "after")
-    assert found != references[key]
+
+    def differs(found: Callable[[dict[str, Any], dict[str, Path], Path], dict[str, Any]]) -> bool:
+        key = f"{found.__name__} {json.dumps(before)}"
+        if key not in references:
+            references[key] = found(before, places, tmp_path / "before")
+        return found(after, places, tmp_path / "after") != references[key]
+
+    assert differs(planned) or differs(done)
+
+
+def test_the_same_settings_make_the_same_plan(places: dict[str, Path], tmp_path: Path) -> None:
+    assert planned({}, places, tmp_path / "a") == planned({}, places, tmp_path / "b")
 
 
 def test_what_is_refused_is_an_effect_too(places: dict[str, Path]) -> None:
@@ -634,5 +661,5 @@ def test_batch_size_reaches_generation(
         return generate(*arguments, batch_size=batch_size, **settings)
 
     monkeypatch.setattr(answers, "generate", recorded)
-    fingerprint({"evaluate": {"batch_size": 3}}, places, tmp_path / "run")
+    done({"evaluate": {"batch_size": 3}}, places, tmp_path / "run")
     assert set(sizes) == {3}

@@ -117,8 +117,10 @@ class TrainSpec(Spec):
     kl_to_base: NonNegativeFloat = 0.0
     """Adds this times KL(base || model) at the tokens that are trained on (`kl_on`), in nats a token: the base's own
     predictions are soft targets, against forgetting (Li & Hoiem 2016, Learning without Forgetting, equation 2). The
-    base is the model with its adapter off, so it costs one more forward pass and no second model; for `sft` and
-    `pretrain`, with a method that leaves the base as it is."""
+    base is the model with its adapter off, so it costs one more forward pass and no second model. Where the method
+    changes the base itself (`full`, `modules_to_save`, PiSSA, OLoRA), what it says of the training rows is kept on disk
+    before they begin: its 64 likeliest tokens at each target and all others together, which makes it the divergence of
+    this coarser choice, never more than the whole one. For `sft` and `pretrain`."""
     kl_on: Literal["targets", "replay"] = "targets"
     """Where: at every token that is trained on, or only at those of `data.replay`, so that the task is learned without
     hindrance."""

@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Method
 from tunesmith.objectives import Objective
+from tunesmith.objectives.policy import RolloutServer
 from tunesmith.objectives.rewards import Reward
 from tunesmith.recipe import (
     BudgetSpec,
@@ -38,6 +39,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     *((f"method (kind: {kind.model_fields['kind'].default})", kind) for kind in METHODS),
     *((f"objective (kind: {kind.model_fields['kind'].default})", kind) for kind in OBJECTIVES),
     *((f"objective.reward[] (kind: {kind.model_fields['kind'].default})", kind) for kind in REWARDS),
+    ("objective.rollouts", RolloutServer),
     ("train", TrainSpec),
     ("train.groups[]", GroupSpec),
     ("train.early_stopping", EarlyStopping),
