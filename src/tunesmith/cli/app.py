@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tunesmith.cli.advise_verb import advise
+from tunesmith.cli.advise_verb import AdviseOptions, advise
 from tunesmith.cli.importing import importing
+from tunesmith.cli.options import as_command
 
 app = typer.Typer(
     help="Adapt a language model to a task, and prove that it is better.",
@@ -31,7 +32,7 @@ runs_app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(runs_app, name="runs")
-app.command()(advise)
+app.command()(as_command(AdviseOptions, advise))
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
 Overrides = Annotated[
