@@ -181,11 +181,11 @@ class EvaluateSpec(Spec):
     rows: PositiveInt = 200
     """At most this many test rows are answered, drawn with the recipe's seed."""
     metrics: list[str] | Auto = "auto"
-    """The first decides the verdict. Known: `exact_match`, `f1`, `rouge1`, `rouge2`, `rougeL`, `bleu`, `chrf`,
-    `accuracy`, `perplexity`, for documents `bits_per_byte`, for pairs `reward_accuracy`, `preference_accuracy` and
-    `margin`. `auto` chooses from the answers: `accuracy` for a few labels, `exact_match` for short answers, `rougeL`
-    for longer text, `perplexity` for raw text; perplexity is always added. Where answers are rewarded it is `reward`,
-    their mean."""
+    """The first decides the verdict. Known: `exact_match`, `contains`, `f1`, `rouge1`, `rouge2`, `rougeL`, `bleu`,
+    `chrf`, `accuracy`, `perplexity`, for documents `bits_per_byte`, for pairs `reward_accuracy`, `preference_accuracy`
+    and `margin`. `auto` chooses from the answers: `accuracy` for a few labels, `exact_match` for short answers,
+    `rougeL` for longer text, `perplexity` for raw text; perplexity is always added. Where answers are rewarded it is
+    `reward`, their mean."""
     max_new_tokens: PositiveInt | Auto = "auto"
     """Longest generated answer; `auto` is one and a half times the longest reference answer, at least 16 tokens."""
     batch_size: PositiveInt = 16

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.files import read_json
-from tunesmith.models.load import Loading, load_trunk, load_tokenizer, locate_model
+from tunesmith.models.load import Loading, load_tokenizer, load_trunk, locate_model
 from tunesmith.models.measure import position_limit
 from tunesmith.models.minilm import MINILM, minilm_model
 from tunesmith.models.sentence_settings import read_sentence_settings
@@ -91,7 +91,9 @@ def load_encoder(name: str, device: torch.device, progress: Progress = silent) -
     Raises:
         InputError: when there is none, or nothing says how it makes one vector of a text.
     """
-    location = str(minilm_model(progress)) if name == MINILM and not Path(name).exists() else locate_model(name, progress)
+    location = (
+        str(minilm_model(progress)) if name == MINILM and not Path(name).exists() else locate_model(name, progress)
+    )
     settings = read_sentence_settings(location)
     if settings.pooling is None:
         reason = settings.unknown or "there is no 1_Pooling/config.json that says mean or cls"

@@ -1,4 +1,4 @@
-"""BM25 (Robertson et al. 1995; Lucene's form, as in Kamphuis et al. 2020) through bm25s, which scores eagerly (Lù 2024)."""
+"""BM25 (Robertson et al. 1995; in Lucene's form, Kamphuis et al. 2020) through bm25s (Lù 2024)."""
 
 from __future__ import annotations
 
