@@ -4,7 +4,7 @@
 
 DATA is a directory with `sql_wikisql_mlx`, `sum_scitldr` and `corpus_peps`. Recipes are in `bench/ladders/`, answers
 and runs go to `runs/ladder/`; what was answered or trained before is not done again, so that a killed one goes on. A
-task takes 15 to 25 minutes on one core without a GPU. `--small` asks four rows and trains three steps, to see that it runs.
+task takes 15 to 25 minutes on one core without a GPU. `--small` asks four rows and trains three steps, to see it run.
 `--write` writes what is there of all three to docs/results/ladder.md.
 """
 
@@ -34,8 +34,8 @@ HEAD = """# The ladder
 
 Public data, the demo model (SmolLM2-135M-Instruct), LoRA; written by `python bench/ladder.py DATA --write`, recipes in
 `bench/ladders/`. One core without a GPU. Every way of asking answers the same held-out rows, greedily; intervals are
-95 % bootstraps over rows, for one seed. Latency is of one question at a time; costs are the tokens at the prices that come
-with Tunesmith, without training. What each setting means stands in [the ladder's page](../ladder.md).
+95 % bootstraps over rows, for one seed. Latency is of one question at a time; costs are the tokens at the prices that
+come with Tunesmith, without training. What each setting means stands in [the ladder's page](../ladder.md).
 """
 OPENING = 1500
 """Characters of a proposal that are searched: its headers and abstract. The whole of them would take a sentence encoder

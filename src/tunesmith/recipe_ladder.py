@@ -208,7 +208,7 @@ def read_ladder(path: Path, given: Mapping[str, Any]) -> tuple[LadderSpec, Recip
         asked = _Section.model_validate({LADDER: {**section, **given}})
     except ValidationError as error:
         raise explained(error, str(path), lines, _Section) from None
-    refuse_odd_numbers({LADDER: section}, asked, "", _refuse_at(str(path), lines))
+    refuse_odd_numbers({LADDER: {**section, **given}}, asked, "", _refuse_at(str(path), lines))
     spec = asked.ladder
     _refuse_contradictions(spec, str(path), lines)
     named = {"output": named_after(recipe.output, path)}
@@ -233,5 +233,7 @@ def _refuse_contradictions(spec: LadderSpec, shown: str, lines: dict[str, int]) 
         refuse("ladder.similarity", f"{spec.similarity} needs an encoder", "use bm25")
     if not asked and spec.rungs != "auto" and spec.facts is None:
         refuse("ladder.rungs", "nothing is to be measured", "name rungs, or ladder.facts")
+    if not asked and spec.rungs != "auto" and spec.target is not None:
+        refuse("ladder.target", "a target is for rungs, and none is measured", "name rungs, or remove it")
     if spec.facts is not None and spec.corpus is None:
         refuse("ladder.facts", "the facts are to be found in a corpus, and none is named", "set ladder.corpus")

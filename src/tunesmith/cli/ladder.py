@@ -39,6 +39,12 @@ def run_ladder(recipe: Path, flags: Mapping[str, Any]) -> int:
 
     given = {name: flags[name] if name == "target" else str(flags[name]) for name in OVER if flags[name] is not None}
     spec, asked = read_ladder(recipe, given)
+    if flags["html"] is not None and not Path(flags["html"]).parent.is_dir():
+        raise InputError(
+            "the page cannot be written: there is no such directory",
+            where=flags["html"],
+            fix="name a file in a directory that is there",
+        )
     with importing():
         from tunesmith.pages.ladder import ladder_page
         from tunesmith.pipeline.finetune import Watcher
@@ -51,22 +57,13 @@ def run_ladder(recipe: Path, flags: Mapping[str, Any]) -> int:
             watcher = Watcher(display.progress, display.event, lambda plan: display.planned_steps(plan.steps))
         report = measure_ladder(spec, asked, watcher)
     if flags["html"] is not None:
-        _write_page(flags["html"], ladder_page(report))
+        write_text(flags["html"], ladder_page(report))
     if as_json:
         out(json.dumps(report, ensure_ascii=False))
     else:
         out("\n".join(ladder_lines(report)))
         out(f"\npage: {flags['html'] or Path(report['directory']) / 'report.html'}")
     return 3 if report.get("target") is not None and report["answer"]["by_value"] is None else 0
-
-
-def _write_page(path: Path, page: str) -> None:
-    try:
-        write_text(path, page)
-    except OSError as error:
-        raise InputError(
-            f"the page cannot be written: {error.strerror}", where=path, fix="name a file in another directory"
-        ) from error
 
 
 def ladder_lines(report: dict[str, Any]) -> list[str]:

@@ -42,10 +42,11 @@ class Bm25:
 
     def scores(self, query: str) -> NDArray[np.float32]:
         """fp32 ``[texts]``; words that stand in no text add nothing."""
-        known = [] if self._index is None else [word for word in words(query) if word in self._index.vocab_dict]
-        if not known:
+        index = self._index
+        known = [] if index is None else [word for word in words(query) if word in index.vocab_dict]
+        if index is None or not known:
             return np.zeros(self._size, dtype=np.float32)
-        return np.asarray(self._index.get_scores(known), dtype=np.float32)
+        return np.asarray(index.get_scores(known), dtype=np.float32)
 
     def save(self, directory: Path) -> None:
         """Writes the index: arrays and JSON."""

@@ -31,4 +31,5 @@ class Hybrid:
 
 def _ranks(scores: NDArray[np.float32]) -> NDArray[np.float64]:
     """How many texts score higher, and one."""
-    return 1.0 + len(scores) - np.searchsorted(np.sort(scores), scores, side="right")
+    ranks = 1 + len(scores) - np.searchsorted(np.sort(scores), scores, side="right")
+    return ranks.astype(np.float64)

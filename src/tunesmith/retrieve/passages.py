@@ -44,13 +44,14 @@ def _pieces(text: str, most: int, count: Counting, level: int) -> Iterator[str]:
     gathered, size = list[str](), 0
     for part in filter(None, _ENDS[level].split(text)):
         own = count(part)
-        if gathered and (own > most or size + own > most):
+        joint = 1 if gathered and level < 2 else 0  # what joins them is a token of its own at most
+        if gathered and size + joint + own > most:
             yield _JOINS[level].join(gathered)
-            gathered, size = [], 0
+            gathered, size, joint = [], 0, 0
         if own > most:
             yield from _pieces(part, most, count, level + 1)
         else:
             gathered.append(part)
-            size += own + (1 if level < 2 else 0)  # what joins them is a token of its own at most
+            size += joint + own
     if gathered:
         yield _JOINS[level].join(gathered)
