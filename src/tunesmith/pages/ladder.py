@@ -34,7 +34,7 @@ def ladder_page(report: dict[str, Any]) -> str:
         report=report,
         heading=answer["sentence"] if answer is not None else facts["sentence"],
         rungs=[_rung(entry, answer) for entry in report["rungs"]],
-        chart=value_chart(report["rungs"], report.get("metric", ""), report.get("target")),
+        chart=value_chart(report["rungs"], report.get("metric", ""), report.get("target"), report.get("better")),
         facts=facts,
         fact_rows=[_fact_row(row) for row in facts["rows"]] if facts is not None else [],
         differences=_differences(facts) if facts is not None else [],
@@ -108,7 +108,9 @@ def _percents(entry: dict[str, Any], *, sign: bool = False) -> str:
     return f"{percent(entry['low'], 0, sign)} to {percent(entry['high'], 0, sign)}"
 
 
-def value_chart(entries: Sequence[dict[str, Any]], name: str, target: float | None) -> Markup:
+def value_chart(
+    entries: Sequence[dict[str, Any]], name: str, target: float | None, better: str | None = "higher"
+) -> Markup:
     """Each rung's value with its interval, and the target as a line."""
     if not entries:
         return Markup("")
@@ -130,7 +132,8 @@ def value_chart(entries: Sequence[dict[str, Any]], name: str, target: float | No
         body += HAIRLINE.format(x1=x, x2=x, y1=18, y2=bottom, colour="ink", more=dashed)
         body += TEXT.format(x=x, y=12, anchor="middle", colour="ink", more="", text=f"target {target:g}")
     for at, entry in enumerate(entries):
-        body += _whisker(entry, across, 26 + ROW * at, target)
+        reached = target is None or (entry["value"] <= target if better == "lower" else entry["value"] >= target)
+        body += _whisker(entry, across, 26 + ROW * at, reached=reached)
     said = "; ".join(f"{entry['name']} {number(entry['value'], 3)}, interval {span(entry)}" for entry in entries)
     title = f"{name} of each rung, with its interval"
     picture = SVG.format(id="chart-rungs", height=bottom + 26, title=title, desc=f"{said}.", body=body)
@@ -138,7 +141,7 @@ def value_chart(entries: Sequence[dict[str, Any]], name: str, target: float | No
     return frame + picture + Markup("</div></figure>")
 
 
-def _whisker(entry: dict[str, Any], across: Any, top: int, target: float | None) -> Markup:
+def _whisker(entry: dict[str, Any], across: Any, top: int, *, reached: bool) -> Markup:
     y, colour = top + 28, "line"
     body = TEXT.format(x="0", y=top + 14, anchor="start", colour="ink", more="", text=entry["name"])
     if entry["low"] is not None:
@@ -148,6 +151,6 @@ def _whisker(entry: dict[str, Any], across: Any, top: int, target: float | None)
         for end in (left, right):
             body += HAIRLINE.format(x1=end, x2=end, y1=y - 6, y2=y + 6, colour=colour, more=wide)
     # Filled where the target is reached, hollow where it is not: the same news without colour.
-    fill = f"var(--{colour}, currentColor)" if target is None or entry["value"] >= target else "var(--paper, Canvas)"
+    fill = f"var(--{colour}, currentColor)" if reached else "var(--paper, Canvas)"
     dot = Markup('<circle cx="{}" cy="{}" r="5" fill="{}" stroke="var(--{}, currentColor)" stroke-width="2.5"/>')
     return body + dot.format(across(entry["value"]), y, fill, colour)

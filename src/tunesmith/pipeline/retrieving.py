@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.cache import cached
@@ -20,7 +22,7 @@ from tunesmith.data.rows import open_rows
 from tunesmith.evaluation.answers import turns_text
 from tunesmith.models.encoder import Encoder, load_encoder
 from tunesmith.pipeline.by_target import weights_sha256
-from tunesmith.recipe_ladder import RankerName
+from tunesmith.recipe_ladder import RankerName, filled
 from tunesmith.retrieve import Bm25, Dense, Hybrid, Passage, Ranker, parted
 from tunesmith.retrieve.passages import Counting
 from tunesmith.retrieve.ranking import best
@@ -144,3 +146,25 @@ class Library:
         """The passages that fit a query best, the best first."""
         ranker = self.indexes.ranker(kind, [passage.text for passage in self.passages])
         return [self.passages[at] for at in best(ranker.scores(query), count)]
+
+
+def open_library(corpus: str, tokenizer: PreTrainedTokenizerBase, indexes: Indexes, most: int) -> Library:
+    """A corpus that can be searched, its passages measured in a model's tokens.
+
+    Args:
+        most: tokens of a passage.
+
+    Raises:
+        InputError: as `read_corpus`.
+    """
+
+    def count(text: str) -> int:
+        return len(cast(list[int], tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+
+    return Library(corpus, read_corpus(corpus, most, count, indexes.progress), indexes)
+
+
+def behind_passages(question: str, passages: Sequence[Passage], template: str) -> str:
+    """A question with what was found for it, numbered, in a template with `{passages}` and `{input}`."""
+    texts = [f"[{number}] {passage.text}" for number, passage in enumerate(passages, 1)]
+    return filled(template, passages="\n\n".join(texts), input=question)

@@ -9,7 +9,7 @@ from tunesmith.models.measure import position_limit
 from tunesmith.pipeline.ladder.asking import Asker, Store
 from tunesmith.pipeline.loaded import Speaker
 from tunesmith.pipeline.planning import Planned
-from tunesmith.pipeline.retrieving import Indexes, Library, read_corpus, row_passages
+from tunesmith.pipeline.retrieving import Indexes, Library, open_library, row_passages
 from tunesmith.pipeline.training import Watcher
 from tunesmith.recipe import EvaluateSpec, Recipe
 from tunesmith.recipe_ladder import LadderSpec
@@ -43,9 +43,4 @@ class Job:
         if self.spec.corpus is None:
             passages = row_passages([row for row in prepared.train.sources() if row.messages])
             return Library("the training rows", passages, self.indexes)
-
-        def count(text: str) -> int:
-            return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])  # type: ignore[arg-type]
-
-        found = read_corpus(self.spec.corpus, self.spec.passage_tokens, count, self.watcher.progress)
-        return Library(self.spec.corpus, found, self.indexes)
+        return open_library(self.spec.corpus, tokenizer, self.indexes, self.spec.passage_tokens)

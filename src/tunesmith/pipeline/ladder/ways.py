@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.data.row import Row
-from tunesmith.pipeline.retrieving import asked
+from tunesmith.pipeline.retrieving import asked, behind_passages
 from tunesmith.recipe_ladder import LadderSpec, filled
 from tunesmith.retrieve import Passage
 
@@ -100,8 +100,7 @@ def with_passages(
 
     def ask(row: Row, _: str) -> Turns:
         question = asked(row)
-        texts = [f"[{number}] {passage.text}" for number, passage in enumerate(find(question), 1)]
-        return _asking(row, instruction, filled(spec.passages_prompt, passages="\n\n".join(texts), input=question))
+        return _asking(row, instruction, behind_passages(question, find(question), spec.passages_prompt))
 
     return Way((Stage(ask, limit),), searches=1)
 
