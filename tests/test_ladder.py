@@ -137,16 +137,15 @@ def answered(*texts: str | None) -> list[Answered]:
 
 def test_the_table_counts_and_prices() -> None:
     prices = ServingPrices(input_million=10, output_million=100, search=0.5, machine_hour=3600)
-    scoring = Scoring([ROW, row("Where?", "here")], ["exact_match"], EvaluateSpec(resamples=50), 0, prices)
+    scoring = Scoring(["exact_match"], EvaluateSpec(resamples=50), 0, prices)
     zero = Rung("zero-shot", answered("Bob", None), [2.0, 4.0])
-    entry = scoring.entry(Rung("rag-bm25", answered("Ann", "here"), [1.0], searches=1), zero)
+    rag, chain = Rung("rag-bm25", answered("Ann", "here"), [1.0], searches=1), Rung("chain", answered("a", "b"), [])
+    first, entry, last = scoring.entries([ROW, row("Where?", "here")], [zero, rag, chain])
     assert entry["value"] == 1 and entry["difference"]["difference"] == 1 and entry["did_not_fit"] == 0
     assert entry["cost_per_1000"] == pytest.approx(1000 * (100 * 10e-6 + 10 * 100e-6 + 0.5 + 1.0))
-    first = scoring.entry(zero, zero)
+    assert entry["difference"]["p_corrected"] == 1, "two rows show nothing"
     assert first["difference"] is None and first["did_not_fit"] == 1 and first["latency"]["median"] == 3.0
-    assert (
-        scoring.entry(Rung("zero-shot", answered("a", "b"), []), None)["cost_per_1000"] is None
-    )  # an hour has a price
+    assert last["cost_per_1000"] is None, "an hour has a price, and nobody knows the seconds"
     assert read_prices().serving is not None
 
 

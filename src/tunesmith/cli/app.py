@@ -11,6 +11,7 @@ import typer
 from tunesmith.cli.advise_verb import AdviseOptions, advise
 from tunesmith.cli.importing import importing
 from tunesmith.cli.options import as_command
+from tunesmith.cli.vote_verb import vote
 
 app = typer.Typer(
     help="Adapt a language model to a task, and prove that it is better.",
@@ -33,6 +34,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(runs_app, name="runs")
 app.command()(as_command(AdviseOptions, advise))
+app.command()(vote)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
 Overrides = Annotated[
@@ -157,16 +159,24 @@ def data_presets(as_json: AsJson = False) -> None:
 @app.command()
 def evaluate(
     target: Target,
-    data: Annotated[list[str], typer.Option("--data", help="Rows to judge on; may be given several times.")],
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Rows to judge on; may be given several times.")
+    ] = None,
     metrics: Annotated[list[str] | None, typer.Option("--metric", help="May be given several times.")] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="At most this many rows of each file.")] = 200,
+    memorisation: Annotated[
+        bool, typer.Option("--memorisation", help="Of a run: which training answers come back from their prompts.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge a model on rows; a run or adapter is compared with its base."""
     with importing():
-        from tunesmith.cli.evaluate import run_evaluation
+        from tunesmith.cli.evaluate import run_evaluation, run_probe
 
-    run_evaluation(target, data, metrics=metrics, rows=rows, as_json=as_json)
+    if memorisation:
+        run_probe(target, rows=rows, as_json=as_json)
+    if data or not memorisation:
+        run_evaluation(target, data or [], metrics=metrics, rows=rows, as_json=as_json)
 
 
 @app.command()
@@ -270,6 +280,14 @@ def runs(
         from tunesmith.cli.runs import show_runs
 
         show_runs(root, as_json=as_json)
+
+
+@runs_app.command("schema")
+def runs_schema() -> None:
+    """Print the JSON schema of a run's report.json."""
+    from tunesmith.report import report_schema
+
+    typer.echo(json.dumps(report_schema(), indent=2, ensure_ascii=False))
 
 
 @runs_app.command("verify")

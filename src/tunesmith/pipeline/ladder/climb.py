@@ -9,7 +9,7 @@ from typing import Any
 from tunesmith.data.row import Row
 from tunesmith.pipeline.ladder.asking import Asker
 from tunesmith.pipeline.ladder.examples import Examples
-from tunesmith.pipeline.ladder.scores import TUNED, Rung
+from tunesmith.pipeline.ladder.scores import TUNED, Rung, Scoring
 from tunesmith.pipeline.ladder.ways import Way, chained, plain, thinking, with_passages
 from tunesmith.pipeline.retrieving import Library
 from tunesmith.recipe_ladder import RUNGS, LadderSpec, RankerName, RungName
@@ -25,7 +25,6 @@ class Climb:
     Attributes:
         rows: held-out.
         limit: tokens of an answer.
-        metric: that decides.
         tuned_chooses: whether the tuned model has not seen the rows by which the number of examples is chosen.
         measured: rungs so far.
     """
@@ -33,7 +32,7 @@ class Climb:
     spec: LadderSpec
     rows: Sequence[Row]
     limit: int
-    metric: str
+    scoring: Scoring
     examples: Callable[[], Examples]
     library: Callable[[], Library]
     tuned_chooses: bool
@@ -79,7 +78,7 @@ class Climb:
         elif name in TUNED and not self.tuned_chooses:
             count, settings = examples.counts[0], {"examples": examples.counts[0], "chosen_on": "the least asked for"}
         else:
-            count, settings = examples.choose(asker, name, self.metric, self.limit, instruction)
+            count, settings = examples.choose(asker, name, self.scoring, self.limit, instruction)
         return examples.way(count, self.limit, instruction), {**settings, "similarity": self.spec.similarity}
 
     def _retrieving(self, kind: RankerName, instruction: str | None) -> Chosen:

@@ -8,8 +8,8 @@ from typing import Any
 from tunesmith.base import InputError
 from tunesmith.data.row import Row
 from tunesmith.evaluation.compare import better_way
-from tunesmith.metrics import metric
 from tunesmith.pipeline.ladder.asking import Asker
+from tunesmith.pipeline.ladder.scores import Scoring
 from tunesmith.pipeline.ladder.ways import Way, with_examples
 from tunesmith.pipeline.retrieving import Indexes, asked
 from tunesmith.recipe_ladder import LadderSpec
@@ -55,24 +55,20 @@ class Examples:
         return with_examples(lambda row: self.like(row, count), limit, instruction)
 
     def choose(
-        self, asker: Asker, label: str, name: str, limit: int, instruction: str | None
+        self, asker: Asker, label: str, scoring: Scoring, limit: int, instruction: str | None
     ) -> tuple[int, dict[str, Any]]:
         """The number of examples that scores best on the rows to choose by; of equal ones the smallest.
-
-        Args:
-            name: of the metric.
 
         Returns:
             The number, and what each one scored.
         """
         if len(self.counts) == 1:
             return self.counts[0], {"examples": self.counts[0]}
-        sign, scores = 1 if better_way(name) == "higher" else -1, dict[int, float]()
+        sign, scores = 1 if better_way(scoring.metrics[0]) == "higher" else -1, dict[int, float]()
         for count in self.counts:
             way = self.way(count, limit, instruction)
             answers = asker.answers(f"{label}, {count} examples, rows to choose by", way, self._chosen_by)
-            texts = [one.answer or "" for one in answers]
-            scores[count] = metric(name).rows(texts, [row.references for row in self._chosen_by]).corpus()
+            scores[count] = scoring.value(self._chosen_by, answers)
         chosen = max(self.counts, key=lambda count: sign * scores[count])
         tried = {str(count): score for count, score in scores.items()}
         return chosen, {"examples": chosen, "tried": tried, "chosen_on": self.chosen_from}

@@ -86,13 +86,11 @@ def _measured(job: Job, prices: Prices) -> dict[str, Any]:
         rows = chosen_rows(prepared.test, spec.rows or evaluate.rows, job.recipe.seed)
         held = [row.row for row in rows]
         metrics = [name for name in planned.plan.metrics if name not in LIKELIHOODS]
-        climb = Climb(
-            spec, held, planned.plan.max_new_tokens, metrics[0], _examples(job), library, bool(prepared.validation)
-        )
+        scoring = Scoring(metrics, evaluate, job.recipe.seed, serving, planned.own)
+        limit, chooses = planned.plan.max_new_tokens, bool(prepared.validation)
+        climb = Climb(spec, held, limit, scoring, _examples(job), library, chooses)
         _climb(job, climb, rows)
-        scoring = Scoring(held, metrics, evaluate, job.recipe.seed, serving)
-        zero = next((rung for rung in climb.measured if rung.name == "zero-shot"), None)
-        entries = [scoring.entry(rung, zero) for rung in climb.measured]
+        entries = scoring.entries(held, climb.measured)
         report |= {
             "metric": metrics[0],
             "better": better_way(metrics[0]),

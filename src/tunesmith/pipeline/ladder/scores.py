@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.base import InputError
 from tunesmith.data.row import Row
-from tunesmith.evaluation.compare import better_way
-from tunesmith.metrics import RowStatistics, bootstrap, metric, paired_bootstrap
+from tunesmith.evaluation.answers import Judged, turns_text
+from tunesmith.evaluation.compare import better_way, metric_rows
+from tunesmith.metrics import RowStatistics, bootstrap, holm, paired_bootstrap, paired_test
 from tunesmith.pipeline.ladder.asking import Answered
+from tunesmith.pipeline.own_metrics import NO_METRICS, OwnMetrics
 from tunesmith.plan.advise.cost import ServingPrices
 from tunesmith.recipe import EvaluateSpec
 from tunesmith.recipe_ladder import RungName
@@ -42,25 +45,56 @@ class Scoring:
 
     Attributes:
         metrics: the deciding one first.
+        own: those that the recipe brings along.
     """
 
-    rows: Sequence[Row]
     metrics: Sequence[str]
     spec: EvaluateSpec
     seed: int
     prices: ServingPrices
+    own: OwnMetrics = NO_METRICS
 
-    def statistics(self, name: str, answers: Sequence[Answered]) -> RowStatistics:
-        """A row without an answer counts as an empty one."""
-        return metric(name).rows([one.answer or "" for one in answers], [row.references for row in self.rows])
+    def judged(self, rows: Sequence[Row], answers: Sequence[Answered]) -> list[Judged]:
+        """Rows with their answers; one without an answer counts as an empty one."""
+        return self.own.scored(
+            [
+                Judged(
+                    source=str(row.source),
+                    prompt=turns_text(row.messages[:-1]),
+                    references=list(row.references),
+                    answer=one.answer or "",
+                    finish_reason=one.finish_reason,
+                    nll=None,
+                    targets=0,
+                )
+                for row, one in zip(rows, answers, strict=True)
+            ]
+        )
 
-    def entry(self, rung: Rung, zero: Rung | None) -> dict[str, Any]:
-        """One line of the table."""
-        count, prompt = len(rung.answers), _mean([one.prompt_tokens for one in rung.answers])
+    def value(self, rows: Sequence[Row], answers: Sequence[Answered]) -> float:
+        """The deciding metric.
+
+        Raises:
+            InputError: when it says nothing of these rows.
+        """
+        return self._statistics(self.metrics[0], self.judged(rows, answers)).corpus()
+
+    def entries(self, rows: Sequence[Row], rungs: Sequence[Rung]) -> list[dict[str, Any]]:
+        """The lines of the table; differences are to zero-shot, with p-values that are corrected for being several."""
+        judged = {rung.name: self.judged(rows, rung.answers) for rung in rungs}
+        zero = judged.get("zero-shot")
+        found = [self._entry(rung, judged[rung.name], zero) for rung in rungs]
+        compared = [entry["difference"] for entry in found if entry["difference"] is not None]
+        for one, p in zip(compared, holm([one["p"] for one in compared]), strict=True):
+            one["p_corrected"] = p
+        return found
+
+    def _entry(self, rung: Rung, judged: list[Judged], zero: list[Judged] | None) -> dict[str, Any]:
+        prompt = _mean([one.prompt_tokens for one in rung.answers])
         completion = _mean([one.completion_tokens for one in rung.answers])
         median, slow = (float(np.quantile(rung.seconds, q)) if rung.seconds else None for q in (0.5, 0.9))
         cost = self.prices.of_query(prompt, completion, rung.searches, _mean(rung.seconds) if rung.seconds else None)
-        scores = [self._scored(name, rung, zero) for name in self.metrics]
+        scores = [self._scored(name, judged, None if judged is zero else zero) for name in self.metrics]
         return {
             "name": rung.name,
             "model": "tuned" if rung.name in TUNED else "base",
@@ -73,24 +107,36 @@ class Scoring:
             "did_not_fit": sum(not one.fits for one in rung.answers),
             "without_answer": sum(one.fits and one.answer is None for one in rung.answers),
             "cut_off": sum(one.fits and one.finish_reason == "length" for one in rung.answers),
-            "rows": count,
+            "rows": len(rung.answers),
             "settings": rung.settings,
         }
 
-    def _scored(self, name: str, rung: Rung, zero: Rung | None) -> dict[str, Any]:
-        own = self.statistics(name, rung.answers)
-        found = bootstrap(own, resamples=self.spec.resamples, confidence=self.spec.confidence, seed=self.seed)
-        entry: dict[str, Any] = {"name": name, "value": found.value, "low": found.low, "high": found.high}
-        entry["difference"] = None
-        if zero is not None and rung is not zero:
-            entry["difference"] = paired(self.statistics(name, zero.answers), own, self.spec, self.seed)
-        return entry
+    def _scored(self, name: str, judged: list[Judged], zero: list[Judged] | None) -> dict[str, Any]:
+        found = bootstrap(
+            self._statistics(name, judged),
+            resamples=self.spec.resamples,
+            confidence=self.spec.confidence,
+            seed=self.seed,
+        )
+        entry = {"name": name, "value": found.value, "low": found.low, "high": found.high, "n": found.n}
+        if zero is None:
+            return {**entry, "difference": None}
+        both = [(a, b) for a, b in zip(zero, judged, strict=True) if (name in a.scores) == (name in b.scores)]
+        before, after = (self._statistics(name, [pair[side] for pair in both]) for side in (0, 1))
+        return {**entry, "difference": paired(before, after, self.spec, self.seed)}
+
+    def _statistics(self, name: str, judged: Sequence[Judged]) -> RowStatistics:
+        found = metric_rows(name, judged)
+        if found is None:
+            raise InputError(f"{name} says nothing of these rows", where="evaluate.metrics", fix="name another metric")
+        return found
 
 
 def paired(before: RowStatistics, after: RowStatistics, spec: EvaluateSpec, seed: int) -> dict[str, Any]:
-    """The difference of two on the same rows, with its interval."""
+    """The difference of two on the same rows, with its interval and p-value."""
     found = paired_bootstrap(before, after, resamples=spec.resamples, confidence=spec.confidence, seed=seed)
-    return {"difference": found.difference, "low": found.low, "high": found.high, "n": found.n}
+    p, test = paired_test(before, after, resamples=spec.resamples, seed=seed)
+    return {"difference": found.difference, "low": found.low, "high": found.high, "n": found.n, "p": p, "test": test}
 
 
 def decided(entries: Sequence[dict[str, Any]], name: str, target: float | None) -> dict[str, Any]:
