@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tunesmith.cli.advise_verb import advise
+from tunesmith.cli.advise_verb import AdviseOptions, advise
 from tunesmith.cli.importing import importing
+from tunesmith.cli.options import as_command
 from tunesmith.cli.vote_verb import vote
 
 app = typer.Typer(
@@ -32,7 +33,7 @@ runs_app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(runs_app, name="runs")
-app.command()(advise)
+app.command()(as_command(AdviseOptions, advise))
 app.command()(vote)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
@@ -186,14 +187,22 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
     system: Annotated[str | None, typer.Option(help="A system turn before the prompt.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Texts or rows to look up; what fits the prompt is put before it.")
+    ] = None,
+    retrieval: Annotated[
+        Literal["bm25", "dense", "hybrid"] | None, typer.Option(help="With --corpus: what finds it; else bm25.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts."""
     with importing():
-        from tunesmith.cli.speak import print_answers
+        from tunesmith.cli.speak import Search, print_answers
         from tunesmith.engine.generate import Sampling
 
-    print_answers(target, prompts, Sampling(max_new_tokens, temperature, top_p), system=system, as_json=as_json)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    search = Search.asked(corpus, retrieval)
+    print_answers(target, prompts, sampling, system=system, search=search, as_json=as_json)
 
 
 @app.command()
