@@ -159,6 +159,7 @@ CHANGES: dict[str, Any] = {
     "data.replay.answers": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "answers": 20}}}),
     "data.replay.max_new_tokens": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "max_new_tokens": 30}}}),
     "data.replay.temperature": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "temperature": 0.5}}}),
+    "data.split_seed": ({"data": {"test": 0.3}}, {"data": {"test": 0.3, "split_seed": 5}}),
     "data.stratify": ({"data": {"train": "FIELDS"}}, {"data": {"train": "FIELDS", "stratify": "colour"}}),
     "data.group": ({"data": {"train": "FIELDS"}}, {"data": {"train": "FIELDS", "group": "colour"}}),
     "data.checks": ({"data": {"train": "ODD"}}, {"data": {"train": "ODD", "checks": False}}),

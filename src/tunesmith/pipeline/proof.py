@@ -40,7 +40,9 @@ class Proof:
         self.planned, self.spec = planned, spec
         self.tokenizer = planned.tokenizer
         test = planned.prepared.test
-        chosen = sorted(random.Random(planned.recipe.seed).sample(range(len(test)), min(spec.rows, len(test))))
+        own = planned.recipe.data.split_seed
+        seed = planned.recipe.seed if own is None else own
+        chosen = sorted(random.Random(seed).sample(range(len(test)), min(spec.rows, len(test))))
         self.rows = [test[at] for at in chosen]
         forgetting = "off" if planned.judges is not None else spec.forgetting
         self.general: GeneralText | None = general_passages(
