@@ -116,8 +116,8 @@ def bootstrap_over_seeds(
 
     Rows and seeds are drawn independently, each with replacement, and all drawn seeds are scored on all drawn rows: the
     pigeonhole bootstrap of crossed data (Owen 2007), which is a little too wide. With three seeds an interval of 95 %
-    covers what the best and the worst of them show, so that no verdict hangs on one lucky seed. The p-value is the share
-    of draws on the other side of zero, twice, none counting as one (Davison & Hinkley 1997, section 4.2.3).
+    covers what the best and the worst of them show, so that no verdict hangs on one lucky seed. The p-value is the
+    share of draws on the other side of zero, twice, none counting as one (Davison & Hinkley 1997, section 4.2.3).
 
     Args:
         base: statistics ``[n, k]`` of each seed of the base system; a single one where that has no seeds.

@@ -61,11 +61,14 @@ def _intervals(one: Any, at: int) -> Any:
 def _curves(curves: list[Any]) -> list[tuple[str, Any]]:
     """A chart of each loss with a line for each run; the first four, for whom there are styles to tell them apart."""
     charts = []
+    unlike = len({one["objective"] for one in curves}) > 1
     for key, name in (("validation", "Validation loss"), ("train", "Training loss")):
         drawn = [one for one in curves if one[key]]
         lines = [Line(one["run"], _points(one[key]), style) for one, style in zip(drawn, STYLES, strict=False)]
         beyond = [one["run"] for one in drawn[len(STYLES) :]]
         notes = [f"Not drawn, for want of room: {', '.join(beyond)}."] if beyond else []
+        if unlike:
+            notes.append("These runs minimise different things: their losses are not comparable.")
         if lines:
             desc = " ".join(f"{line.name} ends at {number(line.points[-1][1])}." for line in lines)
             chart = line_chart(lines, title=f"{name} by step", desc=desc, notes=notes, identity=f"compare-{key}")

@@ -251,8 +251,14 @@ def _told(system: Compared, names: Sequence[str], answered: Sequence[Sequence[Ju
 
 
 def _curves(system: Compared) -> dict[str, Any]:
-    curves = (system.first.report or {}).get("curves") or {}
-    return {"run": system.name, "train": curves.get("train") or [], "validation": curves.get("validation") or []}
+    report = system.first.report or {}
+    curves, objective = report.get("curves") or {}, report.get("objective")
+    return {
+        "run": system.name,
+        "objective": objective,
+        "train": curves.get("train") or [],
+        "validation": curves.get("validation") or [],
+    }
 
 
 def _samples(name: str, sides: Sequence[tuple[str, Sequence[Judged]]]) -> list[dict[str, Any]]:
