@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Method
+from tunesmith.metrics.spec import PythonMetric, SqlMetric
 from tunesmith.objectives import Objective
 from tunesmith.objectives.policy import RolloutServer
 from tunesmith.objectives.rewards import Reward
@@ -45,6 +46,8 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("train.early_stopping", EarlyStopping),
     ("evaluate", EvaluateSpec),
     ("evaluate.memorisation", MemorisationSpec),
+    ("evaluate.metrics[] (a function of yours)", PythonMetric),
+    ("evaluate.metrics[] (SQL)", SqlMetric),
     ("budget", BudgetSpec),
 )
 HEAD = """# Recipe reference

@@ -65,16 +65,21 @@ def refuse_unfit_recipe(recipe: Recipe, objective: Policy) -> None:
         raise InputError(
             "each token of an answer would read the whole model", where="budget.memory", fix="leave it out"
         )
+    refuse_spread_weights(recipe)
+    if objective.rollouts is not None:
+        _refuse_unserved_method(recipe)
+    if recipe.train.kl_to_base:
+        raise InputError("objective.kl holds a policy near its base", where="train.kl_to_base", fix="use objective.kl")
+
+
+def refuse_spread_weights(recipe: Recipe) -> None:
+    """Raises InputError where a model that answers between steps has its weights spread over processes."""
     if recipe.train.shard:
         raise InputError(
             "answers cannot be drawn from weights that are spread over processes",
             where="train.shard",
             fix="leave it out; a quantized base (model.quantize) takes less memory",
         )
-    if objective.rollouts is not None:
-        _refuse_unserved_method(recipe)
-    if recipe.train.kl_to_base:
-        raise InputError("objective.kl holds a policy near its base", where="train.kl_to_base", fix="use objective.kl")
 
 
 def _refuse_unserved_method(recipe: Recipe) -> None:
@@ -116,7 +121,7 @@ def refuse_unfit_prompts(prepared: Prepared, recipe: Recipe, objective: Policy, 
     errors.raise_any(
         "give a reference in the column 'completion', lower objective.max_new_tokens, or leave these rows out"
     )
-    asked = [] if recipe.evaluate == "off" else recipe.evaluate.metrics
+    asked = [] if recipe.evaluate == "off" else recipe.evaluate.metric_names
     comparing = [name for name in ([] if isinstance(asked, str) else asked) if name != REWARD]
     missing = next((row for row in prepared.test.sources() if not references_of(row)), None)
     if comparing and missing is not None:
@@ -133,14 +138,15 @@ def policy_metrics(recipe: Recipe) -> tuple[list[str], str]:
     Raises:
         InputError: for an unknown name, and for perplexity.
     """
-    asked = "auto" if recipe.evaluate == "off" else recipe.evaluate.metrics
+    asked = "auto" if recipe.evaluate == "off" else recipe.evaluate.metric_names
+    own = set() if recipe.evaluate == "off" else {one.name for one in recipe.evaluate.own_metrics}
     names = [REWARD] if isinstance(asked, str) else list(dict.fromkeys([*asked, REWARD]))
     names += [name for name in recipe.gate if name not in (*names, "forgetting")]
     for name in names:
         place = f"gate.{name}" if name in recipe.gate else "evaluate.metrics"
         if name == PERPLEXITY:
             raise InputError("a model that gives its own answers is judged by them", where=place, fix="use reward")
-        if name != REWARD:
+        if name != REWARD and name not in own:
             try:
                 metric(name)
             except InputError as error:

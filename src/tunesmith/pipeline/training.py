@@ -354,6 +354,7 @@ def _validation(work: Work, emit: Emit) -> Callable[[int], float | None]:
                 judged = judge(work.model, tokenizer, rows, how, watched)
             else:
                 judged = judge_and_score(work.model, tokenizer, rows, how, planned.score, watched)
+            judged = planned.own.scored(judged)
             scores = {name: found.corpus() for name in plan.metrics if (found := metric_rows(name, judged)) is not None}
             if validates and planned.score is not None:  # the more reward, the better
                 loss = 0.0 - scores[REWARD]

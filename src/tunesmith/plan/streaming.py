@@ -64,7 +64,7 @@ def _wishes(recipe: Recipe) -> list[tuple[str, bool, str, str]]:
     train, evaluate = recipe.train, recipe.evaluate
     smoothing = recipe.objective.label_smoothing if isinstance(recipe.objective, Supervised) else 0.0
     probed = evaluate != "off" and evaluate.memorisation not in ("auto", "off")
-    metrics = [] if evaluate == "off" or evaluate.metrics == "auto" else evaluate.metrics
+    metrics = [] if evaluate == "off" or evaluate.metrics == "auto" else evaluate.metric_names
     gated = [name for name in recipe.gate if name not in ("perplexity", "forgetting")]
     answers = "every token of an answer would read the whole model"
     again = "blocks that are read one at a time are computed again in the backward pass"

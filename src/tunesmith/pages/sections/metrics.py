@@ -16,6 +16,7 @@ def metrics(report: Part) -> Markup:
     return fragment(
         "sections/metrics.html.j2",
         report=report,
+        tests=sorted({row["test"] for row in report["metrics"] or [] if row["test"]}),
         metrics=[metric_cells(row) for row in report["metrics"] or []],
         prompted=[_alone(row) for row in report["prompted"] or []],
         tasks=[
@@ -46,8 +47,17 @@ def metric_cells(row: Part) -> dict[str, Any]:
         "difference": number(row["difference"], decimals, sign=True),
         "interval": "no interval" if shown == "no interval" else f"{low} to {high}",
         "shown": shown,
+        "p": _chance(row),
         "n": "n not recorded" if row["n"] is None else f"{count(row['n'])} rows",
     }
+
+
+def _chance(row: Part) -> str | None:
+    """The p-value in words; None where none is recorded."""
+    p = row["p"] if row["p_corrected"] is None else row["p_corrected"]
+    if not is_number(p):
+        return None
+    return f"{'p < 0.001' if p < 0.001 else f'p = {p:.3f}'}{', corrected' if p != row['p'] else ''}"
 
 
 def _decimals(row: Part) -> int:
