@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tunesmith.cli.advise_verb import advise
+from tunesmith.cli.advise_verb import AdviseOptions, advise
 from tunesmith.cli.importing import importing
+from tunesmith.cli.options import as_command
 from tunesmith.cli.vote_verb import vote
 
 app = typer.Typer(
@@ -32,7 +33,7 @@ runs_app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(runs_app, name="runs")
-app.command()(advise)
+app.command()(as_command(AdviseOptions, advise))
 app.command()(vote)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
@@ -53,12 +54,17 @@ def train(
         list[str] | None,
         typer.Option(help="With --resume: go on although this setting is another now.", metavar="KEY=VALUE"),
     ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Train this many times, each with another seed, and judge them together.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Do the whole job: plan, train, prove; ends with a verdict and a page."""
     with importing():
-        from tunesmith.cli.train import run_training
+        from tunesmith.cli.train import run_seeds, run_training
 
+    if seeds > 1:
+        raise typer.Exit(run_seeds(recipe, overrides or [], seeds, resume=resume, force=force or [], as_json=as_json))
     raise typer.Exit(run_training(recipe, overrides or [], resume=resume, force=force or [], as_json=as_json))
 
 
@@ -186,14 +192,22 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
     system: Annotated[str | None, typer.Option(help="A system turn before the prompt.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Texts or rows to look up; what fits the prompt is put before it.")
+    ] = None,
+    retrieval: Annotated[
+        Literal["bm25", "dense", "hybrid"] | None, typer.Option(help="With --corpus: what finds it; else bm25.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts."""
     with importing():
-        from tunesmith.cli.speak import print_answers
+        from tunesmith.cli.speak import Search, print_answers
         from tunesmith.engine.generate import Sampling
 
-    print_answers(target, prompts, Sampling(max_new_tokens, temperature, top_p), system=system, as_json=as_json)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    search = Search.asked(corpus, retrieval)
+    print_answers(target, prompts, sampling, system=system, search=search, as_json=as_json)
 
 
 @app.command()
@@ -301,6 +315,23 @@ def rerun(
         from tunesmith.cli.runs import run_again
 
     raise typer.Exit(run_again(run, overrides or [], resume=resume, as_json=as_json))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Finished runs; the first is what the others are compared with.", metavar="RUN…"),
+    ],
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page too.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="How many rows with all answers are printed.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs on the held-out rows that they share: settings, metrics, answers; seeds of one job are one."""
+    with importing():
+        from tunesmith.cli.compare import run_comparison
+
+    run_comparison(runs, html=html, samples=samples, as_json=as_json)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from tunesmith.base import InputError, Progress
-from tunesmith.data.render import Renderer
+from tunesmith.data.render import Rendered, Renderer
 from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row_nlls
 from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_forgetting, compare_metrics, judgement
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
@@ -33,6 +33,12 @@ from tunesmith.recipe_file import recipe_yaml
 from tunesmith.run import BASE_EVALUATION, PAGE, PROMPTED_EVALUATION, TUNED_EVALUATION, Run
 
 
+def chosen_rows(rows: Sequence[Rendered], count: int, seed: int) -> list[Rendered]:
+    """At most ``count`` rows, drawn with the seed, in their order."""
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
+    return [rows[at] for at in chosen]
+
+
 class Proof:
     """The evaluation of a job: which rows, which text, and how they are answered."""
 
@@ -40,9 +46,8 @@ class Proof:
         assert planned.prepared is not None and planned.tokenizer is not None
         self.planned, self.spec = planned, spec
         self.tokenizer = planned.tokenizer
-        test = planned.prepared.test
-        chosen = sorted(random.Random(planned.recipe.seed).sample(range(len(test)), min(spec.rows, len(test))))
-        self.rows = [test[at] for at in chosen]
+        own = planned.recipe.data.split_seed
+        self.rows = chosen_rows(planned.prepared.test, spec.rows, planned.recipe.seed if own is None else own)
         forgetting = "off" if planned.judges is not None else spec.forgetting
         self.general: GeneralText | None = general_passages(
             forgetting, planned.tokenizer, position_limit(planned.config)
