@@ -220,6 +220,8 @@ def test_systems_that_cannot_be_compared_are_refused(asked: Asked, tiny_model: P
     refused(r"wrong.jsonl:1: this line holds no answer", asked.a, str(wrong))
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": "raw text"}])
     refused("this row has no prompt to answer", asked.a, asked.b, str(text))
+    refused("no such file", asked.a, asked.b, str(tmp_path / "nowhere.jsonl"))
+    assert not list(tmp_path.glob("poll-*"))  # nothing is left of a poll that could not be made
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="not an empty directory"):

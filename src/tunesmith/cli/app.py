@@ -54,12 +54,17 @@ def train(
         list[str] | None,
         typer.Option(help="With --resume: go on although this setting is another now.", metavar="KEY=VALUE"),
     ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Train this many times, each with another seed, and judge them together.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Do the whole job: plan, train, prove; ends with a verdict and a page."""
     with importing():
-        from tunesmith.cli.train import run_training
+        from tunesmith.cli.train import run_seeds, run_training
 
+    if seeds > 1:
+        raise typer.Exit(run_seeds(recipe, overrides or [], seeds, resume=resume, force=force or [], as_json=as_json))
     raise typer.Exit(run_training(recipe, overrides or [], resume=resume, force=force or [], as_json=as_json))
 
 
@@ -310,6 +315,23 @@ def rerun(
         from tunesmith.cli.runs import run_again
 
     raise typer.Exit(run_again(run, overrides or [], resume=resume, as_json=as_json))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Finished runs; the first is what the others are compared with.", metavar="RUN…"),
+    ],
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page too.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="How many rows with all answers are printed.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs on the held-out rows that they share: settings, metrics, answers; seeds of one job are one."""
+    with importing():
+        from tunesmith.cli.compare import run_comparison
+
+    run_comparison(runs, html=html, samples=samples, as_json=as_json)
 
 
 @app.command()

@@ -44,10 +44,10 @@ def difference_of_shares(first: tuple[int, int], second: tuple[int, int], confid
     Raises:
         ValueError: without rows, or as `wilson`.
     """
-    intervals = wilson(*first, confidence), wilson(*second, confidence)
-    if intervals[0] is None or intervals[1] is None:
+    mine, others = wilson(*first, confidence), wilson(*second, confidence)
+    if mine is None or others is None:
         raise ValueError("a share of no rows has no interval")
-    (low, high), (other_low, other_high) = intervals
+    (low, high), (other_low, other_high) = mine, others
     one, other = first[0] / first[1], second[0] / second[1]
     below = sqrt((one - low) ** 2 + (other_high - other) ** 2)
     above = sqrt((high - one) ** 2 + (other - other_low) ** 2)

@@ -46,7 +46,8 @@ class Proof:
         assert planned.prepared is not None and planned.tokenizer is not None
         self.planned, self.spec = planned, spec
         self.tokenizer = planned.tokenizer
-        self.rows = chosen_rows(planned.prepared.test, spec.rows, planned.recipe.seed)
+        own = planned.recipe.data.split_seed
+        self.rows = chosen_rows(planned.prepared.test, spec.rows, planned.recipe.seed if own is None else own)
         forgetting = "off" if planned.judges is not None else spec.forgetting
         self.general: GeneralText | None = general_passages(
             forgetting, planned.tokenizer, position_limit(planned.config)
