@@ -34,6 +34,7 @@ from tunesmith.objectives import (
     Supervised,
     Tag,
 )
+from tunesmith.objectives.policy import RolloutServer
 from tunesmith.objectives.rewards import (
     ExactReward,
     FunctionReward,
@@ -45,7 +46,16 @@ from tunesmith.objectives.rewards import (
 )
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.pipeline.planning import plan_job
-from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
+from tunesmith.recipe import (
+    BudgetSpec,
+    EarlyStopping,
+    EvaluateSpec,
+    GroupSpec,
+    MemorisationSpec,
+    ModelSpec,
+    Recipe,
+    TrainSpec,
+)
 from tunesmith.recipe_file import check_recipe
 
 BASE: dict[str, Any] = {
@@ -96,6 +106,7 @@ def distilled(**settings: Any) -> dict[str, Any]:
     return {"objective": {"kind": "distill", "teacher": "OTHER", **settings}}
 
 
+LONG = {"data": {"train": "LONG"}, "evaluate": {"max_new_tokens": 12}}
 CLEANING = {"empty": "drop", "overlong": "drop", "max_length": 40}
 
 # For every field: the sections that it is changed in, beside which the same job with the default is run.
@@ -297,6 +308,10 @@ CHANGES: dict[str, Any] = {
     "objective[grpo].group_size": (drawing(), drawing(group_size=5)),
     "objective[grpo].max_new_tokens": (drawing(), drawing(max_new_tokens=6)),
     "objective[grpo].sample_batch": None,
+    "objective[grpo].rollouts": (drawing(), drawing(rollouts={"server": "http://127.0.0.1:9"})),
+    "objective[grpo].rollouts.server": None,
+    "objective[grpo].rollouts.adapters": None,
+    "objective[grpo].rollouts.timeout": None,
     "objective[grpo].passes": (drawing(), drawing(passes=2)),
     "objective[grpo].clip": (drawing(passes=4), drawing(passes=4, clip=1e-6)),
     "objective[grpo].cut_penalty": (drawing(), drawing(cut_penalty=0.5)),
@@ -415,6 +430,11 @@ CHANGES: dict[str, Any] = {
     "evaluate.confidence": ({}, {"evaluate": {"confidence": 0.6}}),
     "evaluate.forgetting": ({}, {"evaluate": {"forgetting": "GENERAL"}}),
     "evaluate.samples": ({}, {"evaluate": {"samples": 2}}),
+    "evaluate.memorisation": (LONG, {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": "off"}}),
+    "evaluate.memorisation.rows": (
+        {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": {"rows": 3}}},
+        {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": {"rows": 4}}},
+    ),
     "gate": ({}, {"gate": {"f1": 0.9}}),
     "budget.memory": ({}, {"budget": {"memory": "512MB"}}),
     "output": None,
@@ -425,6 +445,9 @@ ELSEWHERE = {
     "model.revision": "test_a_revision_reaches_the_hub_client",
     "output": "the directory itself; test_pipeline",
     "objective[grpo].sample_batch": "no answer depends on it; test_rollouts",
+    "objective[grpo].rollouts.server": "it needs a server; test_rollout_server",
+    "objective[grpo].rollouts.adapters": "the same",
+    "objective[grpo].rollouts.timeout": "the same",
     "objective[grpo].reward[json].keys": "a random model writes no JSON; test_rewards",
     "objective[grpo].reward[json].schema_file": "the same",
     "objective[grpo].reward[model].kind": "it needs a model that was trained before; test_rewards",
@@ -468,11 +491,13 @@ def schema_fields() -> set[str]:
         "objective[grpo].reward[number]": [NumberReward],
         "objective[grpo].reward[function]": [FunctionReward],
         "objective[grpo].reward[model]": [ModelReward],
+        "objective[grpo].rollouts": [RolloutServer],
         "objective[distill]": [Distill],
         "train": [TrainSpec],
         "train.groups[]": [GroupSpec],
         "train.early_stopping": [EarlyStopping],
         "evaluate": [EvaluateSpec],
+        "evaluate.memorisation": [MemorisationSpec],
         "budget": [BudgetSpec],
     }
     names = {name for name in Recipe.model_fields if name not in nested} | {"evaluate", "train.early_stopping"}
@@ -530,6 +555,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "SCHEMA": schema,
         "MINE": Path(f"{_function(root / 'mine.py', 'e')}:score"),
         "OURS": Path(f"{_function(root / 'ours.py', 'o')}:score"),
+        "LONG": write_jsonl(root / "long.jsonl", [{**r, "completion": f"{r['prompt']} is said {WORDY}"} for r in rows]),
         "ROOT": root,
     }
 
@@ -577,7 +603,9 @@ def done(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dic
         return {"refused": error.what}
     events = [{k: v for k, v in event.items() if k not in ("seconds", "report")} for event in run.events()]
     report = run.report or {}
-    evidence = {name: report[name] for name in ("verdict", "metrics", "forgetting", "samples", "gate", "data")}
+    evidence = {
+        name: report[name] for name in ("verdict", "metrics", "forgetting", "samples", "gate", "data", "memorisation")
+    }
     files = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_dir())
     result = next(run.path.glob("*/*model.safetensors"))
     digest = hashlib.sha256(result.read_bytes()).hexdigest()

@@ -66,6 +66,16 @@ class Judged:
         return asdict(self)
 
 
+def implicit_rewards(before: Judged, after: Judged) -> tuple[float, float] | None:
+    """By how many nats the better and the worse answer of a pair became likelier; None without both likelihoods.
+
+    log p_after - log p_before, the implicit reward at beta = 1 (Rafailov et al. 2023, section 4).
+    """
+    if before.nll is None or after.nll is None or before.other_nll is None or after.other_nll is None:
+        return None
+    return before.nll - after.nll, before.other_nll - after.other_nll
+
+
 @dataclass(frozen=True)
 class Judging:
     """How rows are answered: the same for base and tuned.

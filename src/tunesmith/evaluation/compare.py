@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tunesmith.base import InputError
-from tunesmith.evaluation.answers import Judged
+from tunesmith.evaluation.answers import Judged, implicit_rewards
 from tunesmith.metrics import (
     CALIBRATION_ERROR,
     COMPARED,
@@ -200,10 +200,11 @@ def comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tu
     """The rows on which both can be measured, and on how many only the tuned model fails."""
     pairs = list(zip(base, tuned, strict=True))
     if name == REWARD_ACCURACY:
+        rewards = [implicit_rewards(b, t) for b, t in pairs]
         return [
-            (replace(b, gained=0.0), replace(t, gained=(b.nll - t.nll) - (b.other_nll - t.other_nll)))
-            for b, t in pairs
-            if b.nll is not None and t.nll is not None and b.other_nll is not None and t.other_nll is not None
+            (replace(b, gained=0.0), replace(t, gained=found[0] - found[1]))
+            for (b, t), found in zip(pairs, rewards, strict=True)
+            if found is not None
         ], sum(t.nll is None or t.other_nll is None for b, t in pairs if b.nll is not None and b.other_nll is not None)
     if name == CALIBRATION_ERROR and any(b.confidence is not None for b, _ in pairs):
         return [(b, t) for b, t in pairs if None not in (b.confidence, t.confidence)], 0

@@ -260,7 +260,7 @@ def compare_with_base(
             {"data": file.train, "metrics": scores(rows, names, spec)}
             for file, (rows, names) in zip(files, judged, strict=True)
         ]
-    base = load_speaker(_base_of(location), progress=progress, like=location)
+    base = load_speaker(base_of(location), progress=progress, like=location)
     before = _judged_by(base, files, spec, progress)
     results = []
     for file, (tuned_rows, names), (base_rows, _) in zip(files, judged, before, strict=True):
@@ -272,19 +272,21 @@ def compare_with_base(
 def _judged_by(
     speaker: Speaker, files: Sequence[DataSpec], spec: EvaluateSpec, progress: Progress
 ) -> list[tuple[list[Judged], list[str]]]:
-    """Rows are read as the run that made the model read its own: columns, template, system turn."""
+    return [judged_rows(speaker, read_as_trained(speaker, file), spec, progress) for file in files]
+
+
+def read_as_trained(speaker: Speaker, file: DataSpec) -> DataSpec:
+    """A file of rows with the columns, template and system turn of the run that made the model, where one did."""
     recipe = speaker.location.recipe
-    found = []
-    for file in files:
-        if recipe is not None:
-            own = {key: getattr(recipe.data, key) for key in ("answer_after", "system", "template")}
-            like = held_out_spec(str(file.train), recipe.data)
-            file = file.model_copy(update={**own, "format": like.format, "columns": like.columns})
-        found.append(judged_rows(speaker, file, spec, progress))
-    return found
+    if recipe is None:
+        return file
+    own = {key: getattr(recipe.data, key) for key in ("answer_after", "system", "template")}
+    like = held_out_spec(str(file.train), recipe.data)
+    return file.model_copy(update={**own, "format": like.format, "columns": like.columns})
 
 
-def _base_of(location: Location) -> str:
+def base_of(location: Location) -> str:
+    """Directory or hub id of what an adapter, or the model of a run, began as; of another model itself."""
     if location.run is None or location.recipe is None or location.adapter is not None:
         return location.base
     return base_of_run(location.run, location.recipe)

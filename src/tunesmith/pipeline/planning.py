@@ -46,12 +46,12 @@ from tunesmith.pipeline.policy import (
 from tunesmith.pipeline.preference_rows import preference_renderer, refuse_encoder, with_partners
 from tunesmith.pipeline.rewards import Scorer
 from tunesmith.pipeline.starting import merged_config, start_of, with_start_told
-from tunesmith.pipeline.teacher import Teacher, find_teacher, kept_on_disk, refuse_unfit_rows
+from tunesmith.pipeline.teacher import Teacher, base_on_disk, find_teacher, kept_on_disk, refuse_unfit_rows
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.plan.streaming import may_stream
 from tunesmith.recipe import Plan, Recipe, Resolved, Workload
-from tunesmith.train.near_base import REPLAYED, refuse_unreachable_base
+from tunesmith.train.near_base import REPLAYED, base_is_kept, refuse_unreachable_base
 from tunesmith.train.parallel import world_size
 
 ASSUMED_ROWS, ASSUMED_TOKENS = 1000, 512
@@ -169,6 +169,8 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     if teacher is not None and isinstance(renderer, Renderer):
         found.append(kept_on_disk(recipe, prepared))
         notes += refuse_unfit_rows(teacher, recipe, prepared, renderer)
+    if base_is_kept(recipe):
+        found.append(base_on_disk(prepared))
     if recipe.train.shard and world_size() == 1:
         notes.append("train.shard spreads nothing over one process; torchrun starts several")
     score = None

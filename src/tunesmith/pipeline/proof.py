@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from tunesmith.base import InputError, Progress
-from tunesmith.data.render import Renderer
+from tunesmith.data.render import Rendered, Renderer
 from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row_nlls
 from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_forgetting, compare_metrics, judgement
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
@@ -24,12 +24,19 @@ from tunesmith.objectives import Preference
 from tunesmith.pages.report import report_page
 from tunesmith.pipeline.judging import baseline_of
 from tunesmith.pipeline.loaded import scores
+from tunesmith.pipeline.memorisation import Probe, not_measured, probe_of, with_remark
 from tunesmith.pipeline.own_metrics import unscored
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.rewards import judge_and_score
 from tunesmith.recipe import EvaluateSpec
 from tunesmith.recipe_file import recipe_yaml
 from tunesmith.run import BASE_EVALUATION, PAGE, PROMPTED_EVALUATION, TUNED_EVALUATION, Run
+
+
+def chosen_rows(rows: Sequence[Rendered], count: int, seed: int) -> list[Rendered]:
+    """At most ``count`` rows, drawn with the seed, in their order."""
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
+    return [rows[at] for at in chosen]
 
 
 class Proof:
@@ -39,11 +46,8 @@ class Proof:
         assert planned.prepared is not None and planned.tokenizer is not None
         self.planned, self.spec = planned, spec
         self.tokenizer = planned.tokenizer
-        test = planned.prepared.test
         own = planned.recipe.data.split_seed
-        seed = planned.recipe.seed if own is None else own
-        chosen = sorted(random.Random(seed).sample(range(len(test)), min(spec.rows, len(test))))
-        self.rows = [test[at] for at in chosen]
+        self.rows = chosen_rows(planned.prepared.test, spec.rows, planned.recipe.seed if own is None else own)
         forgetting = "off" if planned.judges is not None else spec.forgetting
         self.general: GeneralText | None = general_passages(
             forgetting, planned.tokenizer, position_limit(planned.config)
@@ -56,6 +60,7 @@ class Proof:
             generates=any(name not in LIKELIHOODS for name in planned.plan.metrics),
             confident=CALIBRATION_ERROR in planned.plan.metrics and not isinstance(planned.objective, Preference),
         )
+        self.probe = probe_of(planned, spec, self.rows, self.how)
 
     def evaluate(self, model: nn.Module, progress: Progress) -> Evaluation:
         """What is stored of one model: its answers, and its losses on general text."""
@@ -72,7 +77,10 @@ class Proof:
         if self.general is not None:
             nlls = row_nlls(model, self.general.passages, packed=self.how.packed, progress=progress)
             general = {"nlls": nlls, "targets": [passage.targets for passage in self.general.passages]}
-        return self._stored(judged, _json_safe(general))
+        found = self._stored(judged, _json_safe(general))
+        if isinstance(self.probe, Probe):
+            found["memorisation"] = self.probe.ask(model, progress)
+        return found
 
     def evaluate_base(self, model: nn.Module, progress: Progress) -> Evaluation:
         """The same of the base; where that has no head for these labels, of the best constant answer."""
@@ -117,19 +125,25 @@ class Proof:
         preference = preference_summary(before, after)
         if isinstance(self.planned.objective, Preference) and (told := falling_likelihood(metrics)):
             warnings.append(told)
+        if isinstance(self.probe, Probe):
+            memorisation = self.probe.summary(base, tuned, self.spec.confidence)
+        else:
+            memorisation = not_measured(self.probe, asked=self.spec.memorisation not in ("auto", "off"))
+        warnings += memorisation["warnings"]
         decided = judgement(metrics, forgetting, self.planned.recipe.gate)
         cut = sum(row.finish_reason == "length" for row in after)
         if after and cut > len(after) // 4:
             warnings.append(f"{cut} of {len(after)} tuned answers were cut off at {self.how.max_new_tokens} new tokens")
         return {
             "verdict": decided.verdict,
-            "sentence": decided.sentence,
+            "sentence": with_remark(decided.sentence, memorisation),
             "gate": decided.gate,
             "metrics": metrics,
             "tasks": self._tasks(before, after),
             "preference": preference and {**preference, "sentence": preference_sentence(preference)},
             "confusion": _confusion(before, after) if "accuracy" in self.planned.plan.metrics else None,
             "forgetting": forgetting,
+            "memorisation": memorisation,
             "samples": best_and_worst(metrics[0]["name"], before, after, self.spec.samples) if metrics else {},
             "warnings": warnings,
         }
@@ -196,6 +210,7 @@ def written_report(
         "preference": None,
         "confusion": None,
         "forgetting": {"status": "off", "reason": "evaluate is off"},
+        "memorisation": not_measured("evaluate is off"),
         "samples": {},
         "warnings": [],
     }

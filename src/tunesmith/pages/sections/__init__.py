@@ -8,6 +8,7 @@ from tunesmith.pages.sections.data import DATA
 from tunesmith.pages.sections.forgetting import FORGETTING
 from tunesmith.pages.sections.gate import GATE
 from tunesmith.pages.sections.loss import LOSS
+from tunesmith.pages.sections.memorisation import MEMORISATION
 from tunesmith.pages.sections.metrics import INTERVALS, METRICS
 from tunesmith.pages.sections.record import COMMAND, ENVIRONMENT, SETTINGS, WARNINGS
 from tunesmith.pages.sections.rollouts import ROLLOUTS
@@ -22,6 +23,7 @@ SECTIONS: tuple[Section, ...] = (
     SEEDS,
     CONFUSION,
     FORGETTING,
+    MEMORISATION,
     SAMPLES,
     LOSS,
     ROLLOUTS,
