@@ -399,8 +399,7 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
     asked = _asked(recipe)
     own = _own(recipe)
     if isinstance(objective, Preference) and asked == "auto":
-        names = [PREFERENCE_ACCURACY, MARGIN] if isinstance(objective, Pairwise) else [MARGIN]
-        names = [REWARD_ACCURACY, *names] if isinstance(objective, Pairwise) and objective.uses_reference else names
+        names = _metrics_of_preferences(objective)
         metrics, why = choose_metrics(names, references)[0], "what preferences are judged by"
     else:
         metrics, why = choose_metrics(asked, references, own)
@@ -418,6 +417,14 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
         )
     answers = [len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids]
     return Judged(metrics, why, count, max(answers, default=0))
+
+
+def _metrics_of_preferences(objective: Preference) -> list[str]:
+    """Which answer gained more decides where the objective is about that, else which is likelier."""
+    if not isinstance(objective, Pairwise):
+        return [MARGIN]
+    accuracies = [PREFERENCE_ACCURACY, REWARD_ACCURACY]
+    return [*(reversed(accuracies) if objective.uses_reference else accuracies), MARGIN]
 
 
 def _metrics_of_documents(recipe: Recipe) -> tuple[list[str], str]:
