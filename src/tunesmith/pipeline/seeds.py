@@ -18,6 +18,7 @@ from tunesmith.files import new_directory, read_json, write_json, write_text
 from tunesmith.pages.report import report_page
 from tunesmith.pipeline.finetune import Watcher, finetune
 from tunesmith.pipeline.locating import run_recipe
+from tunesmith.pipeline.memorisation import with_remark
 from tunesmith.recipe import Recipe
 from tunesmith.run import BASE_EVALUATION, PAGE, PLAN, RECIPE, REPORT, RESTORE, SEEDS, TUNED_EVALUATION, Run
 from tunesmith.train.parallel import is_main, wait_for_all
@@ -161,15 +162,22 @@ def seeds_report(seeds: Seeds) -> dict[str, Any]:
             warnings.insert(0, told_spread)
     if len(every) < 3:
         warnings.append("two seeds say little about how far a third would fall from them")
+    memorisation = next(
+        (one["memorisation"] for one in every if one["memorisation"]["warnings"]), first["memorisation"]
+    )
+    warnings += memorisation["warnings"]
     shared = [text for text in first["warnings"] if all(text in report["warnings"] for report in every)]
     return {
         **common,
         "verdict": decided.verdict,
-        "sentence": decided.sentence.replace(" held-out rows", f" held-out rows and {len(every)} seeds"),
+        "sentence": with_remark(
+            decided.sentence.replace(" held-out rows", f" held-out rows and {len(every)} seeds"), memorisation
+        ),
+        "memorisation": memorisation,
         "gate": decided.gate,
         "metrics": metrics,
         "forgetting": forgetting,
-        "warnings": [*warnings, told, *shared],
+        "warnings": list(dict.fromkeys([*warnings, told, *shared])),
     }
 
 
