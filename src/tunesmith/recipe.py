@@ -338,18 +338,48 @@ class Parameters(Spec):
     total: int
     """Base and what the method adds."""
     trainable: int
+    parts: dict[str, int] = Field(default_factory=dict)
+    """Of the base, by component: `embeddings` (a tied head's weights are theirs), `attention`, `mlp`, `norms`, `head`
+    and `other`."""
+    added: int = 0
+    """Of those, what the method adds to the base."""
+
+
+class Phase(Spec):
+    """Bytes in use while a job does one thing, by component."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
 
 
 class Memory(Spec):
-    """Bytes at the moment of the largest use, by component."""
+    """Bytes by component, in each phase and at the moment of the largest use."""
 
     weights: int
+    """Frozen weights as they are stored, and trained ones in fp32: the master copy that mixed precision needs."""
     gradients: int
     optimizer: int
     activations: int
     runtime: int
     """The interpreter and its libraries, where the device shares the host's memory."""
     peak_bytes: int
+    constants: int = 0
+    """Scales of quantized blocks; not part of `weights`."""
+    copies: int = 0
+    """Further copies of weights: a running average, a reference, a teacher, a reward model."""
+    logits: int = 0
+    cache: int = 0
+    """Keys and values of the answers that are written at a time."""
+    workspace: int = 0
+    """What one operation needs for itself: gradients on their way, casts of weights, and what the allocator cannot
+    give back."""
+    phases: list[Phase] = Field(default_factory=list)
+    peak_phase: str = ""
+    convention: str = ""
 
 
 class Duration(Spec):
@@ -361,7 +391,9 @@ class Duration(Spec):
     flops: float
     """Useful floating-point operations of training."""
     flops_per_second: float
-    """Rate that this machine reaches on such work, from a short calibration."""
+    """Rate that this machine reaches on such work."""
+    source: str = "a large matrix product, timed for a moment"
+    """What the rate was taken from."""
 
 
 class Workload(Spec):
