@@ -226,6 +226,20 @@ def _bytes_of(value: Any) -> int:
     return int(number * (1024 if binary else 1000) ** _UNITS[unit])
 
 
+_SECONDS = {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds_of(value: Any) -> float:
+    """Reads `90s`, `45min`, `2h`, `1d` or a number of seconds."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return float(value)
+    text = value.strip().lower() if isinstance(value, str) else ""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)", text)
+    if found is None or not float(found[1]):
+        raise ValueError(f"{value!r} is not a time such as 90s, 45min, 2h or 1d")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
 class BudgetSpec(Spec):
     """What the job may use."""
 
@@ -234,6 +248,32 @@ class BudgetSpec(Spec):
     (millions of bytes), `2GiB`, or a number of bytes. When the job does not fit, the frozen model is read from its
     files block by block, at every step, and LoRA is trained beside it; see docs/training.md for what that costs. For
     training on a CPU."""
+
+    time: str | int | None = None
+    """The longest that the job may take: `90s`, `45min`, `2h`, `1d` or a number of seconds. Training refuses to start
+    when it is predicted to take longer, and `tunesmith plan` says what fits; no setting is changed by itself."""
+    money: PositiveFloat | None = None
+    """The most that it may cost. `tunesmith plan` looks for a machine among those of its table; training here needs
+    `hourly_price`, and refuses to start when it is predicted to cost more."""
+    hourly_price: PositiveFloat | None = None
+    """What an hour of this machine costs, in the currency of `money`."""
+
+    @field_validator("time")
+    @classmethod
+    def _is_a_time(cls, time: Any) -> Any:
+        if time is not None:
+            _seconds_of(time)
+        return time
+
+    @model_validator(mode="after")
+    def _has_a_use(self) -> BudgetSpec:
+        if self.hourly_price is not None and self.money is None:
+            raise ValueError("hourly_price is for `money`, and there is none")
+        return self
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.time is None else _seconds_of(self.time)
 
     @field_validator("memory")
     @classmethod

@@ -73,6 +73,7 @@ class Planned:
 
     Attributes:
         location: directory or hub id of the model.
+        given: what the plan was made from besides the recipe.
         start: the adapter that the job starts from, where it does; before it is merged, `location` is that of its base.
         prepared: the data; None when the plan was made without it.
         objective: the recipe's, with what the data and the model settle filled in.
@@ -94,6 +95,7 @@ class Planned:
     score: Scorer | None = None
     teacher: Teacher | None = None
     start: Location | None = None
+    given: Given | None = None
 
     def with_plan(self, plan: Plan) -> Planned:
         return replace(self, plan=plan)
@@ -140,8 +142,8 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     teach_tokens(model, added)
     workload = policy_workload(prepared, objective) if isinstance(objective, Policy) else _counted(prepared)
     hardware = detect_hardware()
-    judged = _judged(recipe, prepared, objective)
-    plan = resolve(recipe, model, hardware, _given(recipe, prepared, workload, judged, teacher))
+    given = _given(recipe, prepared, workload, _judged(recipe, prepared, objective), teacher)
+    plan = resolve(recipe, model, hardware, given)
     found = [*plan.resolved, *_found_in_data(recipe, prepared), *_found_in_labels(recipe.objective, objective)]
     notes = [*plan.notes, *prepared.notes]
     if teacher is not None and isinstance(renderer, Renderer):
@@ -159,7 +161,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     plan = with_start_told(plan.model_copy(update={"notes": notes, "resolved": found}), recipe, start)
     adapter = start if start.adapter is not None else None
     planned = Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective)
-    return replace(planned, score=score, teacher=teacher, start=adapter)
+    return replace(planned, score=score, teacher=teacher, start=adapter, given=given)
 
 
 def _renderer(
@@ -320,7 +322,8 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     what = f"there is no {missing[0]}" if missing else "the model has no tokenizer"
     notes = [*plan.notes, f"tokens are estimated: {what}"]
     plan = with_start_told(plan.model_copy(update={"notes": notes}), recipe, start)
-    return Planned(recipe, plan, location, config, detect_hardware(), None, None, None, recipe.objective)
+    planned = Planned(recipe, plan, location, config, detect_hardware(), None, None, None, recipe.objective)
+    return replace(planned, given=given)
 
 
 def _without_own_answers(recipe: Recipe, start: Location, progress: Progress) -> Planned:
@@ -449,7 +452,8 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
             fix="use perplexity, or split the rows with data.answer_after",
         )
     answers = [len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids]
-    return Judged(metrics, why, count, max(answers, default=0))
+    average = sum(answers) / max(1, len(answers))
+    return Judged(metrics, why, count, max(answers, default=0), answer=average)
 
 
 def _metrics_of_documents(recipe: Recipe) -> tuple[list[str], str]:

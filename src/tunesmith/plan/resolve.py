@@ -36,7 +36,7 @@ DEFAULT_EPOCHS = 3.0
 TOKENS_AT_ONCE = {"cpu": 2048, "mps": 4096, "cuda": 16384}
 """Tokens in a micro-batch beyond which a device of this kind is no faster, only fuller."""
 GENERAL_TOKENS = 4096
-"""Tokens of general text that are read at a time."""
+"""Tokens of general text that are read at a time; there are some four times as many."""
 USABLE_MEMORY = 0.85
 PAGING = ("cuda", "xpu")
 """Kinds of devices for which bitsandbytes keeps optimizer states in memory that the host shares."""
@@ -64,6 +64,7 @@ class Judged:
 
     Attributes:
         limit: new tokens of an answer that the objective itself allows; None where references say it.
+        answer: tokens of a reference answer on average.
     """
 
     metrics: list[str]
@@ -72,6 +73,7 @@ class Judged:
     longest_answer: int
     writes: bool = True
     limit: int | None = None
+    answer: float = 0.0
 
 
 class Largest(NamedTuple):
@@ -136,7 +138,7 @@ def resolve(recipe: Recipe, model: nn.Module, hardware: Hardware, given: Given) 
     why = "tokens of a block" if isinstance(recipe.objective, Pretrain) else "the longest row"
     decided.settle("data.max_length", recipe.data.max_length, given.max_length, why)
     parameters = _parameters(model, adapted)
-    timed = Timed(workload, hardware, dtype, steps, max_new, judged.rows)
+    timed = timed_job(recipe, hardware, judged, workload, Settled(dtype, steps, max_new, micro_batch))
     return Plan(
         device=str(hardware.device),
         dtype=dtype,
@@ -292,6 +294,32 @@ def _length(recipe: Recipe, workload: Workload, decided: Decisions) -> tuple[int
         limits.append(train.steps)
     steps = min(limits)
     return steps, steps * train.batch_size / workload.epoch_rows if epochs is None or steps < limits[0] else epochs
+
+
+class Settled(NamedTuple):
+    """What of a plan its time depends on."""
+
+    dtype: str
+    steps: int
+    max_new_tokens: int
+    micro_batch: int
+
+
+def timed_job(recipe: Recipe, hardware: Hardware, judged: Judged, workload: Workload, plan: Settled | Plan) -> Timed:
+    """What a job does, as far as its time depends on it."""
+    general = recipe.evaluate != "off" and recipe.evaluate.forgetting != "off"
+    return Timed(
+        workload,
+        hardware,
+        plan.dtype,
+        plan.steps,
+        plan.max_new_tokens,
+        judged.rows,
+        writes=judged.writes and any(name not in LIKELIHOODS for name in judged.metrics),
+        answer=judged.answer,
+        general_tokens=GENERAL_TOKENS * 4 if general else 0,
+        micro_batches=-(-recipe.train.batch_size // plan.micro_batch),
+    )
 
 
 def steps_of(recipe: Recipe, workload: Workload) -> int:
