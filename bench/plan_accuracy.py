@@ -2,7 +2,7 @@
 
     python bench/plan_accuracy.py [--write docs/results/plan-accuracy.md] [--only NAME,NAME] [--work DIRECTORY]
 
-Twelve jobs: full, LoRA and QLoRA, with and without checkpointing, short and long rows, one to sixteen rows at a time,
+Fourteen jobs: full, LoRA and QLoRA, with and without checkpointing, short and long rows, one to sixteen rows at a time,
 fp32 and bf16, and a random Llama of 60 M parameters that no constant was fitted on. The plan is made by
 `tunesmith plan --calibrate`, the job is done by `tunesmith train`; peaks are the operating system's own count for the
 whole process. Results are kept in DIRECTORY, so that an interrupted run goes on where it was. About twenty minutes
@@ -142,8 +142,9 @@ def page(found: list[dict[str, Any]], steps: int) -> str:
         "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
     for one in found:
+        megabytes = f"{one['peak'] / 1e6:,.0f} | {one['predicted_peak'] / 1e6:,.0f}"
         lines.append(
-            f"| {one['name']} | {one['peak'] / 1e6:,.0f} | {one['predicted_peak'] / 1e6:,.0f} | {off(one, 'peak'):+.1%} "
+            f"| {one['name']} | {megabytes} | {off(one, 'peak'):+.1%} "
             f"| {one['phase']} | {one['train']:.1f} | {one['predicted_train']:.1f} | {off(one, 'train'):+.1%} "
             f"| {one['evaluate']:.1f} | {one['predicted_evaluate']:.1f} |"
         )

@@ -167,16 +167,18 @@ def _money(price: float | None) -> str:
 
 
 def _count(number: float) -> str:
-    return f"{number / 1e3:.0f}k" if number >= 1e4 else f"{number:.0f}"
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}k" if number >= 1e4 else f"{number:.0f}"
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:.1f}h" if hours >= 0.1 else f"{hours * 60:.1f}min"
+    if hours >= 0.1:
+        return f"{hours:.1f}h"
+    return f"{hours * 60:.1f}min" if hours * 60 >= 1 else f"{hours * 3600:.0f}s"
 
 
 def choice_lines(choice: Choice, recipe: Recipe) -> list[str]:
     """The proposal, what it gives up, and the settings that make it."""
-    price = "" if choice.price is None else f", {choice.price:,.2f}"
+    price = "" if choice.price is None else f", {_money(choice.price)}"
     lines = [f"on {choice.machine}: {size(choice.memory_bytes)} of memory, {duration(choice.seconds)}{price}", ""]
     lines += ["given up:", *(f"  {text}" for text in choice.given_up or ["nothing"])]
     settings = " ".join(f"{name}={_word(value)}" for name, value in choice.settings.items())

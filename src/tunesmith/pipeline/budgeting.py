@@ -93,7 +93,7 @@ def _rented(table: Table, budget: BudgetSpec) -> Choice:
             if cell.checkpointing:
                 given_up.append("activations are computed again in the backward pass: about a third more time")
                 settings["train.gradient_checkpointing"] = True
-            settings["train.micro_batch"] = cell.rows
+            settings["train.micro_batch"] = min(cell.rows, variant.recipe.train.batch_size)
             if machines[cell.machine].count > 1:
                 settings["train.shard"] = True
             hours, price = cell.hours or 0.0, cell.price

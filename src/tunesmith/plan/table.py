@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -64,7 +64,9 @@ def variants_of(recipe: Recipe) -> list[Variant]:
             }
         )
         frozen = "fp32" if method.trains_all else dtype
-        return Variant(name, changed, dtype, frozen, given_up, {"method.kind": method.kind, **settings})
+        return Variant(
+            name, changed, dtype, frozen, given_up, {"method.kind": method.kind, "train.dtype": dtype, **settings}
+        )
 
     eight = {"train.optimizer": "adamw-8bit"}
     return [
@@ -135,7 +137,7 @@ def fit_table(recipe: Recipe, model: nn.Module, given: Given, machines: Machines
         steps: optimizer steps of the job.
     """
     cells, variants = list[Cell](), list[Variant]()
-    shape = shape_of(model)
+    shape, given = shape_of(model), replace(given, heaviest=None)  # which knows no more rows than a step has
     for variant in variants_of(recipe):
         adapted = copy.deepcopy(model)
         try:
