@@ -14,12 +14,13 @@ from conftest import build_model, colour_rows, write_jsonl
 from tunesmith.base import InputError
 from tunesmith.cli.app import app
 from tunesmith.cli.plan import Asked, budget_of, show_plan
-from tunesmith.pipeline.budgeting import Choice, refuse_beyond_budget, table_of, within_budget
+from tunesmith.pipeline.budgeting import Choice, refuse_beyond_budget, rented, table_of, within_budget
 from tunesmith.pipeline.calibration import calibrated
 from tunesmith.pipeline.dry_step import dry_step
 from tunesmith.pipeline.planning import plan_job
 from tunesmith.plan.duration import CALIBRATED
 from tunesmith.plan.machines import read_machines
+from tunesmith.plan.table import Table
 from tunesmith.recipe import BudgetSpec, Recipe
 from tunesmith.recipe_file import check_recipe
 
@@ -51,9 +52,13 @@ def recipe(place: Path, model: str = "model", **sections: Any) -> Recipe:
     return check_recipe(values, "test")
 
 
-def test_the_table_of_8b_is_what_is_known_of_these_cards(place: Path) -> None:
-    asked = recipe(place, "8b", data={"train": "nothing.jsonl", "max_length": 512})
-    table = table_of(asked, read_machines())
+@pytest.fixture(scope="module")
+def table(place: Path) -> Table:
+    """What fits where for a model of 8B, of which only the configuration is there."""
+    return table_of(recipe(place, "8b", data={"train": "nothing.jsonl", "max_length": 512}), read_machines())
+
+
+def test_the_table_of_8b_is_what_is_known_of_these_cards(table: Table) -> None:
     fits = {(cell.machine, cell.variant): cell for cell in table.cells}
     assert not fits["RTX 4090", "lora bf16"].fits or fits["RTX 4090", "lora bf16"].rows < 8
     assert fits["RTX 4090", "qlora nf4"].fits and fits["A100 40GB", "lora bf16"].fits
@@ -63,18 +68,17 @@ def test_the_table_of_8b_is_what_is_known_of_these_cards(place: Path) -> None:
     one, eight = fits["H100 80GB", "lora bf16"], fits["8x H100 80GB", "lora bf16"]
     assert one.price is not None and one.hours is not None and eight.hours is not None
     assert eight.hours < one.hours / 6 and one.price == pytest.approx(one.hours * 2.69)
-    assert [name for name, _ in table.hosted][0].startswith("Together, LoRA, up to 16B")
+    assert table.hosted[0][0].startswith("Together, LoRA, up to 16B")
     assert json.loads(json.dumps(table.as_json()))["tokens"] == table.tokens
 
 
-def test_money_buys_the_least_given_up_and_little_money_gives_up_more(place: Path) -> None:
-    asked = recipe(place, "8b", data={"train": "nothing.jsonl", "max_length": 512})
-    rich = within_budget(asked, BudgetSpec(money=500), read_machines())
+def test_money_buys_the_least_given_up_and_little_money_gives_up_more(table: Table) -> None:
+    rich = rented(table, BudgetSpec(money=500))
     assert rich.settings["method.kind"] == "full" and rich.machine.startswith("8x") and rich.settings["train.shard"]
-    poor = within_budget(asked, BudgetSpec(money=500, memory="24GB"), read_machines())
+    poor = rented(table, BudgetSpec(money=500, memory="24GB"))
     assert poor.settings["method.kind"] in ("lora", "qlora") and poor.given_up
     with pytest.raises(InputError, match=r"nothing fits: the cheapest way is .* USD in .* h, the fastest"):
-        within_budget(asked, BudgetSpec(money=0.000001), read_machines())
+        rented(table, BudgetSpec(money=0.000001))
 
 
 def test_memory_and_time_choose_here_and_an_impossible_budget_says_what_it_takes(place: Path) -> None:

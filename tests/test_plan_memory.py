@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tunesmith.models.measure import meta_model, shape_of
 from tunesmith.models.parts import parameters_by_part
 from tunesmith.objectives import Supervised
 from tunesmith.plan.activations import kept_by_token
-from tunesmith.plan.memory import Load, predict_memory
+from tunesmith.plan.memory import Load, counted, predict_memory
 from tunesmith.recipe import Memory, Recipe
 from tunesmith.recipe_file import check_recipe
 
@@ -111,9 +112,8 @@ def memory_of(name: str, method: dict[str, Any], device: str = "cuda", **changes
     model = meta_model(LARGE[name][0], name)
     shape, full = shape_of(model), recipe.method.trains_all
     recipe.method.adapt(model)
-    load = Load(tokens=1024, targets=256, longest=512, checkpointing=False, dtype="bf16", device=device)
-    load = Load(**{**vars(load), **changes})
-    return predict_memory(model, shape, recipe, "fp32" if full else "bf16", load)
+    load = replace(Load(tokens=1024, targets=256, longest=512, checkpointing=False, device=device), **changes)
+    return predict_memory(counted(model, shape, recipe, "bf16", "fp32" if full else "bf16"), recipe, load)
 
 
 def test_phases_add_up_and_the_largest_is_the_peak() -> None:

@@ -60,7 +60,7 @@ def within_budget(recipe: Recipe, budget: BudgetSpec, machines: Machines, progre
     if budget.money is not None:
         here = this_machine(planned.hardware)
         table = fit_table(planned.recipe, model, planned.given, machines, here, planned.plan.steps)
-        return _rented(table, budget)
+        return rented(table, budget)
     return _here(planned, model, planned.given, budget)
 
 
@@ -72,7 +72,7 @@ def table_of(recipe: Recipe, machines: Machines, progress: Progress = silent) ->
     return fit_table(planned.recipe, copy_of(planned, None), planned.given, machines, here, planned.plan.steps)
 
 
-def _rented(table: Table, budget: BudgetSpec) -> Choice:
+def rented(table: Table, budget: BudgetSpec) -> Choice:
     """The first variant, in the order of what is given up, that some machine can do; there the cheapest one."""
     limits = budget.memory_bytes or math.inf, budget.seconds or math.inf, budget.money or math.inf
     machines = {one.name: one for one in table.machines.machines}

@@ -88,7 +88,7 @@ def dry_step(planned: Planned, progress: Progress = silent) -> DryStep:
         first_seconds=taken[0],
         tokens=batch.tokens,
         rows=batch.rows,
-        stands_for=None if own else objective.kind,
+        stands_for=None if own else Supervised().kind,
     )
 
 

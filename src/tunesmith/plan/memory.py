@@ -76,7 +76,6 @@ class Load:
         sizes: how many numbers of tokens micro-batches have.
         longest: tokens of the longest row.
         checkpointing: whether activations are recomputed.
-        dtype: of the arithmetic.
         device: its type, such as `cpu`.
         accumulates: whether a step has several micro-batches.
         judged: tokens that are scored at a time; 0 when nothing is judged.
@@ -90,7 +89,6 @@ class Load:
     targets: int
     longest: int
     checkpointing: bool
-    dtype: str
     device: str
     accumulates: bool = True
     judged: int = 0
@@ -118,24 +116,56 @@ class _Held:
     runtime: float
 
 
-def predict_memory(model: nn.Module, shape: Shape, recipe: Recipe, frozen_dtype: str, load: Load) -> Memory:
-    """Bytes of every phase of a job, and of the largest.
+@dataclass(frozen=True)
+class Counted:
+    """An adapted model, counted once for any load.
 
-    Args:
-        model: adapted by the recipe's method, on the meta device or any other.
+    Attributes:
+        trained, frozen: weights; ``quantized`` are those of the frozen ones that are held so, and ``held`` is how.
+        head_trained: whether the output head is trained.
+        kept: bytes of a token.
+        dtype, frozen_dtype: of the arithmetic and of frozen weights.
     """
-    held = _held(model, shape, recipe, frozen_dtype, load)
+
+    shape: Shape
+    trained: int
+    frozen: int
+    quantized: int
+    held: Quantization | None
+    head_trained: bool
+    kept: Kept
+    dtype: str
+    frozen_dtype: str
+
+
+def counted(model: nn.Module, shape: Shape, recipe: Recipe, dtype: str, frozen_dtype: str) -> Counted:
+    """Counts a model that is adapted by the recipe's method, on the meta device or any other."""
+    trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
+    quantized, held = 0, settled_quantization(recipe.model.quantization, model.config, recipe.model.path)
+    if held is not None:
+        head = output_head_name(model)
+        linears = linear_modules(model)
+        quantized = sum(cast(Tensor, linears[name].weight).numel() for name in linears if name != head)
+    head_trained = any(weight.requires_grad for weight in _head_weights(model))
+    kept = kept_by_token(model, shape, dtype, frozen_dtype)
+    return Counted(shape, trained, frozen, quantized, held, head_trained, kept, dtype, frozen_dtype)
+
+
+def predict_memory(model: Counted, recipe: Recipe, load: Load) -> Memory:
+    """Bytes of every phase of a job, and of the largest."""
+    shape, kept, width = model.shape, model.kept, BYTES[model.dtype]
+    held = _held(model, load)
     loaded = held.frozen + (held.trained if recipe.method.trains_all else 0.0)
-    kept, width = kept_by_token(model, shape, load.dtype, frozen_dtype), BYTES[load.dtype]
     always = {"weights": loaded, "constants": held.constants, "runtime": held.runtime}
     phases = [Phase(name="loading", parts=_whole(always | {"workspace": held.mapped}))]
     if load.before:
         phases.append(Phase(name="asking the teacher", parts=_whole({"weights": load.before, "runtime": held.runtime})))
-    narrow = load.device == "cpu" and load.dtype != "fp32"
+    narrow = load.device == "cpu" and model.dtype != "fp32"
     judging = narrow * (SCORING_KERNELS * bool(load.judged) + ANSWERING_KERNELS * bool(load.answers))
-    phases += _judging(shape, kept.passing, always | {"runtime": held.runtime + judging}, load)
+    phases += _judging(model, always | {"runtime": held.runtime + judging}, load)
 
-    training = _training(model, shape, recipe, frozen_dtype, load)
+    training = _training(model, recipe, load)
     weights, copies = held.frozen + held.trained, _copies(held, recipe, load)
     kernels = narrow * (KERNEL_BYTES + SIZE_BYTES * (min(load.sizes, MOST_SIZES) - 1))
     runtime = held.runtime + judging + kernels
@@ -155,7 +185,7 @@ def predict_memory(model: nn.Module, shape: Shape, recipe: Recipe, frozen_dtype:
         slack = {"workspace": _slack(kept, load) / 2}  # the copies fill the other half of it
         phases.append(Phase(name="writing a checkpoint", parts=_whole(steady | saving | written | slack)))
         after = steady | {"runtime": runtime + judging, "optimizer": training["optimizer"]}
-        phases += _judging(shape, kept.passing, after, load, again=_slack(kept, load))
+        phases += _judging(model, after, load, again=_slack(kept, load))
     most = max(phases, key=lambda phase: phase.total)
     shown = next(phase for phase in phases if phase.name == "training").parts
     return Memory(
@@ -180,27 +210,19 @@ def _whole(parts: dict[str, float]) -> dict[str, int]:
     return {name: int(size) for name, size in parts.items() if size}
 
 
-def _held(model: nn.Module, shape: Shape, recipe: Recipe, frozen_dtype: str, load: Load) -> _Held:
-    trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
-    frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
-    quantized, held = 0, settled_quantization(recipe.model.quantization, model.config, recipe.model.path)
-    if held is not None:
-        head = output_head_name(model)
-        linears = linear_modules(model)
-        quantized = sum(cast(Tensor, linears[name].weight).numel() for name in linears if name != head)
-    size = BYTES[frozen_dtype] * (frozen - quantized)
-    file = BYTES[shape.stored] * (frozen if frozen else trained)
+def _held(model: Counted, load: Load) -> _Held:
+    shape, held = model.shape, model.held
+    size = BYTES[model.frozen_dtype] * (model.frozen - model.quantized)
+    file = BYTES[shape.stored] * (model.frozen or model.trained)
     runtime, mapped = 0.0, 0.0
     if load.shares_host_memory:
         runtime = RUNTIME_BYTES + (QUANTIZING_BYTES if held is not None else 0)
-        mapped = file if shape.stored != frozen_dtype else 0.0
-        if held is not None and shape.stored == frozen_dtype:
+        mapped = file if shape.stored != model.frozen_dtype else 0.0
+        if held is not None and shape.stored == model.frozen_dtype:
             size = max(size, file)  # embeddings are a view of the mapped file, which is in memory as a whole
-    if recipe.method.trains_all:
-        mapped += 4 * trained - 0.0 if not frozen else 0.0
-    payload = 0.0 if held is None else quantized * payload_bytes(held)
-    constants = 0.0 if held is None else quantized * constant_bytes(held)
-    return _Held(size + payload, constants, 4.0 * trained, mapped, runtime)
+    payload = 0.0 if held is None else model.quantized * payload_bytes(held)
+    constants = 0.0 if held is None else model.quantized * constant_bytes(held)
+    return _Held(size + payload, constants, 4.0 * model.trained, mapped, runtime)
 
 
 def _copies(held: _Held, recipe: Recipe, load: Load) -> float:
@@ -214,23 +236,20 @@ def _copies(held: _Held, recipe: Recipe, load: Load) -> float:
     return size
 
 
-def _training(model: nn.Module, shape: Shape, recipe: Recipe, frozen_dtype: str, load: Load) -> dict[str, float]:
+def _training(model: Counted, recipe: Recipe, load: Load) -> dict[str, float]:
     """Gradients, states, activations, logits and workspace at the worst moment of a step."""
-    trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
-    width = BYTES[load.dtype]
-    head_trained = any(weight.requires_grad for weight in _head_weights(model))
-    tokens = rounded_up(load.tokens) if load.device == "cpu" and load.dtype != "fp32" else load.tokens
-    kept = kept_by_token(model, shape, load.dtype, frozen_dtype)
+    shape, kept, width = model.shape, model.kept, BYTES[model.dtype]
+    tokens = rounded_up(load.tokens) if load.device == "cpu" and model.dtype != "fp32" else load.tokens
     activations = tokens * kept.of_token(load.checkpointing) if not recipe.method.trunk_is_frozen else 0.0
     activations += load.targets * shape.hidden * (4 + width)  # what the head reads, and its gradient
     casts = 0.0
-    if recipe.method.trains_all and load.dtype != "fp32":
+    if recipe.method.trains_all and model.dtype != "fp32":
         casts = width * (shape.head_weights if shape.fused else shape.linear_weights + shape.head_weights)
     logits = logit_bytes(shape, load.targets, width)
-    of_head = (4.0 + width) * shape.head_weights if head_trained else 0.0
+    of_head = (4.0 + width) * shape.head_weights if model.head_trained else 0.0
     workspace = tokens * kept.backward + casts
     workspace += attention_workspace(shape, tokens, load.longest, width) if load.device == "cpu" else 0.0
-    gradients, states = 4.0 * trained, OPTIMIZER_BYTES[recipe.train.optimizer] * trained
+    gradients, states = 4.0 * model.trained, OPTIMIZER_BYTES[recipe.train.optimizer] * model.trained
     if not load.accumulates:  # activations go as gradients come
         rest = max(activations + logits + workspace + of_head - gradients, of_head)
         activations = min(activations, rest)
@@ -262,15 +281,14 @@ def _cache(shape: Shape, answers: int, tokens: int, width: int) -> float:
     return float(width) * shape.layers * shape.key_value * answers * tokens
 
 
-def _judging(
-    shape: Shape, passing: float, always: dict[str, float], load: Load, again: float | None = None
-) -> list[Phase]:
+def _judging(model: Counted, always: dict[str, float], load: Load, again: float | None = None) -> list[Phase]:
     """Reading held-out rows, and answering them: nothing is kept for a gradient.
 
     Args:
         again: what the allocator holds since training, when it is the tuned model that is judged.
     """
-    width, phases = BYTES[load.dtype], list[Phase]()
+    shape, passing = model.shape, model.kept.passing
+    width, phases = BYTES[model.dtype], list[Phase]()
     who, held = ("the base", 0.0) if again is None else ("the result", again)
     if load.judged:
         tokens = min(load.judged, AT_ONCE)

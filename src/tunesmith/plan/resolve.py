@@ -22,7 +22,7 @@ from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.objectives import Policy, Pretrain
 from tunesmith.plan.duration import Timed, predict_duration
 from tunesmith.plan.hardware import Hardware, native_dtypes
-from tunesmith.plan.memory import Load, predict_memory
+from tunesmith.plan.memory import Load, counted, predict_memory
 from tunesmith.plan.streaming import (
     StreamedLoad,
     refuse_targets_outside_blocks,
@@ -371,7 +371,6 @@ class Fit:
             sizes=largest.sizes,
             longest=self.workload.longest,
             checkpointing=checkpointing,
-            dtype=self.dtype,
             device=self.hardware.device.type,
             accumulates=rows < most,
             judged=reads if judged.rows else 0,
@@ -451,8 +450,10 @@ def _fit(recipe: Recipe, adapted: nn.Module, shape: Shape, fit: Fit, decided: De
     average = fit.average
     most = max(1, recipe.train.batch_size // fit.hardware.processes)
 
+    model = counted(adapted, shape, recipe, fit.dtype, fit.frozen_dtype)
+
     def memory(rows: int, checkpointing: bool) -> Any:
-        return predict_memory(adapted, shape, recipe, fit.frozen_dtype, fit.load(recipe, rows, checkpointing))
+        return predict_memory(model, recipe, fit.load(recipe, rows, checkpointing))
 
     asked_checkpointing = recipe.train.gradient_checkpointing
     checkpointing = (

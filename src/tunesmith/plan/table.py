@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from tunesmith.base import InputError
-from tunesmith.methods import Full, Lora, Method, QLora, trainable_parameters
-from tunesmith.models.measure import Shape, shape_of
+from tunesmith.methods import Full, Lora, Method, QLora
+from tunesmith.models.measure import shape_of
 from tunesmith.models.quantized import settled_quantization
 from tunesmith.plan.activations import BYTES
 from tunesmith.plan.duration import training_flops
 from tunesmith.plan.hardware import Hardware
 from tunesmith.plan.machines import Machine, Machines
-from tunesmith.plan.memory import predict_memory
+from tunesmith.plan.memory import Counted, counted, predict_memory
 from tunesmith.plan.resolve import USABLE_MEMORY, Fit, Given
 from tunesmith.recipe import Memory, Parameters, Recipe
 
@@ -147,7 +147,8 @@ def fit_table(recipe: Recipe, model: nn.Module, given: Given, machines: Machines
         except InputError:  # weights that are stored quantized cannot all be trained, for example
             continue
         variants.append(variant)
-        candidate = _Candidate(variant, adapted, shape, given, machines, steps)
+        model_of_it = counted(adapted, shape, variant.recipe, variant.dtype, variant.frozen_dtype)
+        candidate = _Candidate(variant, model_of_it, given, machines, steps)
         cells += [candidate.on(machine) for machine in (*machines.machines, here)]
     tokens = round(given.workload.tokens / max(1, given.workload.rows) * recipe.train.batch_size * steps)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e9
@@ -160,8 +161,7 @@ def fit_table(recipe: Recipe, model: nn.Module, given: Given, machines: Machines
 @dataclass(frozen=True)
 class _Candidate:
     variant: Variant
-    adapted: nn.Module
-    shape: Shape
+    model: Counted
     given: Given
     machines: Machines
     steps: int
@@ -191,18 +191,16 @@ class _Candidate:
         """Bytes of each device."""
         variant, device = self.variant, torch.device(machine.kind)
         hardware = Hardware(device, machine.name, machine.memory_bytes, machine.count, machine.kind != "cuda")
-        dtypes = cast(Any, (variant.dtype, variant.frozen_dtype))
-        load = Fit(self.given.workload, hardware, *dtypes, self.given).load(variant.recipe, rows, checkpointing)
-        return on_each(
-            predict_memory(self.adapted, self.shape, variant.recipe, variant.frozen_dtype, load), machine.count
-        )
+        dtype, frozen = cast(Any, (variant.dtype, variant.frozen_dtype))
+        load = Fit(self.given.workload, hardware, dtype, frozen, self.given).load(variant.recipe, rows, checkpointing)
+        return on_each(predict_memory(self.model, variant.recipe, load), machine.count)
 
     def rate(self, machine: Machine, rows: int, checkpointing: bool) -> float:
         """Tokens a second: products at a share of the peak, and what must pass through memory besides."""
-        recipe, weights = self.variant.recipe, self.shape.linear_weights
-        trained = sum(parameter.numel() for parameter in trainable_parameters(self.adapted).values())
-        total = sum(parameter.numel() for parameter in self.adapted.parameters())
-        flops = training_flops(self.shape, Parameters(total=total, trainable=trained), self.given.workload)
+        recipe, shape, trained = self.variant.recipe, self.model.shape, self.model.trained
+        weights = shape.linear_weights
+        parameters = Parameters(total=self.model.frozen + trained, trainable=trained)
+        flops = training_flops(shape, parameters, self.given.workload)
         flops += 2 * weights * self.tokens * checkpointing
         seconds = flops / (machine.rate(self.variant.dtype) * self.machines.efficiency.of(machine))  # of a row
         traffic = 28.0 * trained / recipe.train.batch_size  # reading and writing weights, states and gradients
