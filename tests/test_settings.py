@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from task_rows import build_trunk, tag_rows
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, QLora
+from tunesmith.metrics.spec import PythonMetric, SqlMetric
 from tunesmith.objectives import (
     Classify,
     Distill,
@@ -32,6 +34,7 @@ from tunesmith.objectives import (
     Supervised,
     Tag,
 )
+from tunesmith.objectives.policy import RolloutServer
 from tunesmith.objectives.rewards import (
     ExactReward,
     FunctionReward,
@@ -42,7 +45,17 @@ from tunesmith.objectives.rewards import (
     RewardSpec,
 )
 from tunesmith.pipeline.finetune import finetune
-from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
+from tunesmith.pipeline.planning import plan_job
+from tunesmith.recipe import (
+    BudgetSpec,
+    EarlyStopping,
+    EvaluateSpec,
+    GroupSpec,
+    MemorisationSpec,
+    ModelSpec,
+    Recipe,
+    TrainSpec,
+)
 from tunesmith.recipe_file import check_recipe
 
 BASE: dict[str, Any] = {
@@ -93,6 +106,7 @@ def distilled(**settings: Any) -> dict[str, Any]:
     return {"objective": {"kind": "distill", "teacher": "OTHER", **settings}}
 
 
+LONG = {"data": {"train": "LONG"}, "evaluate": {"max_new_tokens": 12}}
 CLEANING = {"empty": "drop", "overlong": "drop", "max_length": 40}
 
 # For every field: the sections that it is changed in, beside which the same job with the default is run.
@@ -157,6 +171,7 @@ CHANGES: dict[str, Any] = {
     "data.replay.answers": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "answers": 20}}}),
     "data.replay.max_new_tokens": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "max_new_tokens": 30}}}),
     "data.replay.temperature": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "temperature": 0.5}}}),
+    "data.split_seed": ({"data": {"test": 0.3}}, {"data": {"test": 0.3, "split_seed": 5}}),
     "data.stratify": ({"data": {"train": "FIELDS"}}, {"data": {"train": "FIELDS", "stratify": "colour"}}),
     "data.group": ({"data": {"train": "FIELDS"}}, {"data": {"train": "FIELDS", "group": "colour"}}),
     "data.checks": ({"data": {"train": "ODD"}}, {"data": {"train": "ODD", "checks": False}}),
@@ -293,6 +308,10 @@ CHANGES: dict[str, Any] = {
     "objective[grpo].group_size": (drawing(), drawing(group_size=5)),
     "objective[grpo].max_new_tokens": (drawing(), drawing(max_new_tokens=6)),
     "objective[grpo].sample_batch": None,
+    "objective[grpo].rollouts": (drawing(), drawing(rollouts={"server": "http://127.0.0.1:9"})),
+    "objective[grpo].rollouts.server": None,
+    "objective[grpo].rollouts.adapters": None,
+    "objective[grpo].rollouts.timeout": None,
     "objective[grpo].passes": (drawing(), drawing(passes=2)),
     "objective[grpo].clip": (drawing(passes=4), drawing(passes=4, clip=1e-6)),
     "objective[grpo].cut_penalty": (drawing(), drawing(cut_penalty=0.5)),
@@ -400,22 +419,41 @@ CHANGES: dict[str, Any] = {
     "evaluate": ({}, {"evaluate": "off"}),
     "evaluate.rows": ({}, {"evaluate": {"rows": 3}}),
     "evaluate.metrics": ({}, {"evaluate": {"metrics": ["chrf"]}}),
+    "evaluate.metrics.python": ({"evaluate": {"metrics": ["MINE"]}}, {"evaluate": {"metrics": ["OURS"]}}),
+    "evaluate.metrics.sql": (
+        {"evaluate": {"metrics": [{"sql": "prompt"}]}},
+        {"evaluate": {"metrics": [{"sql": "SCHEMA"}]}},
+    ),
     "evaluate.max_new_tokens": ({}, {"evaluate": {"max_new_tokens": 2}}),
     "evaluate.batch_size": None,
     "evaluate.resamples": ({}, {"evaluate": {"resamples": 40}}),
     "evaluate.confidence": ({}, {"evaluate": {"confidence": 0.6}}),
     "evaluate.forgetting": ({}, {"evaluate": {"forgetting": "GENERAL"}}),
     "evaluate.samples": ({}, {"evaluate": {"samples": 2}}),
+    "evaluate.memorisation": (LONG, {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": "off"}}),
+    "evaluate.memorisation.rows": (
+        {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": {"rows": 3}}},
+        {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": {"rows": 4}}},
+    ),
     "gate": ({}, {"gate": {"f1": 0.9}}),
     "budget.memory": ({}, {"budget": {"memory": "512MB"}}),
+    "budget.time": None,
+    "budget.money": None,
+    "budget.hourly_price": None,
     "output": None,
     "seed": ({}, {"seed": 1}),
 }
 ELSEWHERE = {
     "evaluate.batch_size": "answers do not depend on it; test_batch_size_reaches_generation",
     "model.revision": "test_a_revision_reaches_the_hub_client",
+    "budget.time": "a job is refused or not; test_plan_budget",
+    "budget.money": "the same",
+    "budget.hourly_price": "the same",
     "output": "the directory itself; test_pipeline",
     "objective[grpo].sample_batch": "no answer depends on it; test_rollouts",
+    "objective[grpo].rollouts.server": "it needs a server; test_rollout_server",
+    "objective[grpo].rollouts.adapters": "the same",
+    "objective[grpo].rollouts.timeout": "the same",
     "objective[grpo].reward[json].keys": "a random model writes no JSON; test_rewards",
     "objective[grpo].reward[json].schema_file": "the same",
     "objective[grpo].reward[model].kind": "it needs a model that was trained before; test_rewards",
@@ -443,6 +481,7 @@ def schema_fields() -> set[str]:
         "objective[tag]": [Tag],
         "objective[regress]": [Regress],
         "objective": [Supervised],
+        "evaluate.metrics": [PythonMetric, SqlMetric],
         "objective[pretrain]": [Pretrain],
         "objective[dpo]": [Dpo],
         "objective[simpo]": [SimPo],
@@ -458,11 +497,13 @@ def schema_fields() -> set[str]:
         "objective[grpo].reward[number]": [NumberReward],
         "objective[grpo].reward[function]": [FunctionReward],
         "objective[grpo].reward[model]": [ModelReward],
+        "objective[grpo].rollouts": [RolloutServer],
         "objective[distill]": [Distill],
         "train": [TrainSpec],
         "train.groups[]": [GroupSpec],
         "train.early_stopping": [EarlyStopping],
         "evaluate": [EvaluateSpec],
+        "evaluate.memorisation": [MemorisationSpec],
         "budget": [BudgetSpec],
     }
     names = {name for name in Recipe.model_fields if name not in nested} | {"evaluate", "train.early_stopping"}
@@ -492,6 +533,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rows = colour_rows(36)
     general = root / "general.txt"
     general.write_text("The quick brown fox jumps over the lazy dog.\n\nAnother passage of text.\n" * 4)
+    schema = root / "schema.sql"
+    schema.write_text("CREATE TABLE colours (name TEXT)")
     labels = [{"text": row["prompt"], "label": "yes" if at % 3 else "no"} for at, row in enumerate(rows)]
     numbers = [{"text": row["prompt"], "label": at % 5} for at, row in enumerate(rows)]
     return {
@@ -515,8 +558,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             root / "unpaired.jsonl", [{**row, "label": at % 2 == 0} for at, row in enumerate(rows)]
         ),
         "GENERAL": general,
+        "SCHEMA": schema,
         "MINE": Path(f"{_function(root / 'mine.py', 'e')}:score"),
         "OURS": Path(f"{_function(root / 'ours.py', 'o')}:score"),
+        "LONG": write_jsonl(root / "long.jsonl", [{**r, "completion": f"{r['prompt']} is said {WORDY}"} for r in rows]),
         "ROOT": root,
     }
 
@@ -530,8 +575,8 @@ def _pair(row: dict[str, str]) -> dict[str, str]:
     return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"{row['completion'].lower()} no"}
 
 
-def fingerprint(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:
-    """What a job planned and did, without times, paths and the echo of its recipe; or the error that refused it."""
+def recipe_of(sections: dict[str, Any], places: dict[str, Path], output: Path) -> Recipe:
+    """The recipe of a job with these sections in place of the usual ones."""
     values: dict[str, Any] = json.loads(json.dumps(BASE))
     values["model"] = {"path": str(places["MODEL"])}
     values["data"]["train"] = str(places["ROWS"])
@@ -545,21 +590,32 @@ def fingerprint(sections: dict[str, Any], places: dict[str, Path], output: Path)
     text = json.dumps(values)
     for name, path in places.items():
         text = text.replace(f'"{name}"', json.dumps(str(path)))
-    values = json.loads(text)
-    values["output"] = str(output)
+    return check_recipe({**json.loads(text), "output": str(output)}, "test")
+
+
+def planned(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:
+    """What a job would do, without times and the echo of its recipe; or the error that refused it."""
     try:
-        run = finetune(check_recipe(values, "test"))
+        return plan_job(recipe_of(sections, places, output)).plan.model_dump(exclude={"time"})
     except TunesmithError as error:
         return {"refused": error.what}
-    plan = run.read("plan.json")
-    plan.pop("time")
+
+
+def done(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:
+    """What a job did, without times and paths; or the error that refused it."""
+    try:
+        run = finetune(recipe_of(sections, places, output))
+    except TunesmithError as error:
+        return {"refused": error.what}
     events = [{k: v for k, v in event.items() if k not in ("seconds", "report")} for event in run.events()]
     report = run.report or {}
-    evidence = {name: report[name] for name in ("verdict", "metrics", "forgetting", "samples", "gate", "data")}
+    evidence = {
+        name: report[name] for name in ("verdict", "metrics", "forgetting", "samples", "gate", "data", "memorisation")
+    }
     files = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_dir())
     result = next(run.path.glob("*/*model.safetensors"))
     digest = hashlib.sha256(result.read_bytes()).hexdigest()
-    return {"plan": plan, "events": events, "evidence": evidence, "files": files, "weights": digest}
+    return {"events": events, "evidence": evidence, "files": files, "weights": digest}
 
 
 @pytest.fixture(scope="module")
@@ -574,11 +630,18 @@ def test_changing_a_setting_changes_the_plan_or_the_run(
     name: str, places: dict[str, Path], references: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     before, after = CHANGES[name]
-    key = json.dumps(before)
-    if key not in references:
-        references[key] = fingerprint(before, places, tmp_path / "before")
-    found = fingerprint(after, places, tmp_path / "after")
-    assert found != references[key]
+
+    def differs(found: Callable[[dict[str, Any], dict[str, Path], Path], dict[str, Any]]) -> bool:
+        key = f"{found.__name__} {json.dumps(before)}"
+        if key not in references:
+            references[key] = found(before, places, tmp_path / "before")
+        return found(after, places, tmp_path / "after") != references[key]
+
+    assert differs(planned) or differs(done)
+
+
+def test_the_same_settings_make_the_same_plan(places: dict[str, Path], tmp_path: Path) -> None:
+    assert planned({}, places, tmp_path / "a") == planned({}, places, tmp_path / "b")
 
 
 def test_what_is_refused_is_an_effect_too(places: dict[str, Path]) -> None:
@@ -615,5 +678,5 @@ def test_batch_size_reaches_generation(
         return generate(*arguments, batch_size=batch_size, **settings)
 
     monkeypatch.setattr(answers, "generate", recorded)
-    fingerprint({"evaluate": {"batch_size": 3}}, places, tmp_path / "run")
+    done({"evaluate": {"batch_size": 3}}, places, tmp_path / "run")
     assert set(sizes) == {3}

@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tunesmith.cli.advise_verb import advise
+from tunesmith.cli.advise_verb import AdviseOptions, advise
 from tunesmith.cli.importing import importing
+from tunesmith.cli.options import as_command
+from tunesmith.cli.vote_verb import vote
 
 app = typer.Typer(
     help="Adapt a language model to a task, and prove that it is better.",
@@ -31,7 +33,8 @@ runs_app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(runs_app, name="runs")
-app.command()(advise)
+app.command()(as_command(AdviseOptions, advise))
+app.command()(vote)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
 Overrides = Annotated[
@@ -51,12 +54,17 @@ def train(
         list[str] | None,
         typer.Option(help="With --resume: go on although this setting is another now.", metavar="KEY=VALUE"),
     ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Train this many times, each with another seed, and judge them together.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Do the whole job: plan, train, prove; ends with a verdict and a page."""
     with importing():
-        from tunesmith.cli.train import run_training
+        from tunesmith.cli.train import run_seeds, run_training
 
+    if seeds > 1:
+        raise typer.Exit(run_seeds(recipe, overrides or [], seeds, resume=resume, force=force or [], as_json=as_json))
     raise typer.Exit(run_training(recipe, overrides or [], resume=resume, force=force or [], as_json=as_json))
 
 
@@ -161,16 +169,24 @@ def data_presets(as_json: AsJson = False) -> None:
 @app.command()
 def evaluate(
     target: Target,
-    data: Annotated[list[str], typer.Option("--data", help="Rows to judge on; may be given several times.")],
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Rows to judge on; may be given several times.")
+    ] = None,
     metrics: Annotated[list[str] | None, typer.Option("--metric", help="May be given several times.")] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="At most this many rows of each file.")] = 200,
+    memorisation: Annotated[
+        bool, typer.Option("--memorisation", help="Of a run: which training answers come back from their prompts.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge a model on rows; a run or adapter is compared with its base."""
     with importing():
-        from tunesmith.cli.evaluate import run_evaluation
+        from tunesmith.cli.evaluate import run_evaluation, run_probe
 
-    run_evaluation(target, data, metrics=metrics, rows=rows, as_json=as_json)
+    if memorisation:
+        run_probe(target, rows=rows, as_json=as_json)
+    if data or not memorisation:
+        run_evaluation(target, data or [], metrics=metrics, rows=rows, as_json=as_json)
 
 
 @app.command()
@@ -181,14 +197,22 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
     system: Annotated[str | None, typer.Option(help="A system turn before the prompt.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Texts or rows to look up; what fits the prompt is put before it.")
+    ] = None,
+    retrieval: Annotated[
+        Literal["bm25", "dense", "hybrid"] | None, typer.Option(help="With --corpus: what finds it; else bm25.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts."""
     with importing():
-        from tunesmith.cli.speak import print_answers
+        from tunesmith.cli.speak import Search, print_answers
         from tunesmith.engine.generate import Sampling
 
-    print_answers(target, prompts, Sampling(max_new_tokens, temperature, top_p), system=system, as_json=as_json)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    search = Search.asked(corpus, retrieval)
+    print_answers(target, prompts, sampling, system=system, search=search, as_json=as_json)
 
 
 @app.command()
@@ -268,6 +292,14 @@ def runs(
         show_runs(root, as_json=as_json)
 
 
+@runs_app.command("schema")
+def runs_schema() -> None:
+    """Print the JSON schema of a run's report.json."""
+    from tunesmith.report import report_schema
+
+    typer.echo(json.dumps(report_schema(), indent=2, ensure_ascii=False))
+
+
 @runs_app.command("verify")
 def runs_verify(run: Annotated[Path, typer.Argument(help="A run.")], as_json: AsJson = False) -> None:
     """Check every hash of a run: files, checkpoints, data, base; exits 2 when something has changed."""
@@ -288,6 +320,23 @@ def rerun(
         from tunesmith.cli.runs import run_again
 
     raise typer.Exit(run_again(run, overrides or [], resume=resume, as_json=as_json))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Finished runs; the first is what the others are compared with.", metavar="RUN…"),
+    ],
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page too.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="How many rows with all answers are printed.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs on the held-out rows that they share: settings, metrics, answers; seeds of one job are one."""
+    with importing():
+        from tunesmith.cli.compare import run_comparison
+
+    run_comparison(runs, html=html, samples=samples, as_json=as_json)
 
 
 @app.command()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tunesmith.base import InputError
 from tunesmith.cli.display import Display, out, quiet_libraries
-from tunesmith.cli.tables import aligned
+from tunesmith.cli.tables import aligned, memorisation_lines
 
 
 def run_evaluation(target: str, data: list[str], *, metrics: list[str] | None, rows: int, as_json: bool) -> None:
@@ -15,6 +16,10 @@ def run_evaluation(target: str, data: list[str], *, metrics: list[str] | None, r
     from tunesmith.pipeline.loaded import compare_with_base
     from tunesmith.recipe import EvaluateSpec
 
+    if not data:
+        raise InputError(
+            "there is nothing to judge on", where="--data", fix="name a file of rows: --data held-out.jsonl"
+        )
     quiet_libraries()
     spec = EvaluateSpec(metrics=metrics or "auto", rows=rows)
     with Display(as_json) as display:
@@ -25,6 +30,19 @@ def run_evaluation(target: str, data: list[str], *, metrics: list[str] | None, r
     for path, entries in zip(data, results, strict=True):
         out(f"{target} on {path}")
         out("\n".join(aligned(_table(entries["metrics"]), right={1, 2, 3})))
+
+
+def run_probe(target: str, *, rows: int, as_json: bool) -> None:
+    """Asks a run and its base for training answers."""
+    from tunesmith.pipeline.memorised_run import memorisation_of_run
+
+    quiet_libraries()
+    with Display(as_json) as display:
+        found = memorisation_of_run(target, rows, display.progress)
+    if as_json:
+        out(json.dumps({"model": target, "memorisation": found}))
+        return
+    out("\n".join([*memorisation_lines(found), *[f"warning: {text}" for text in found["warnings"]]]))
 
 
 def _table(entries: list[dict[str, Any]]) -> list[list[str]]:

@@ -131,6 +131,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append(f"forgetting was not measured: {forgetting.get('reason', '')}")
+    lines += memorisation_lines(report.get("memorisation"))
     data, predicted, measured = report["data"], report["predicted"], report["measured"]
     lines.append(
         f"data: {data['rows_used']:,} rows used, {data['rows_lost']:,} lost; {data['target_tokens_used']:,} "
@@ -145,4 +146,19 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         measured_text = "" if check["measured"] is None else f", measured {check['measured']:+.4g}"
         lines.append(f"gate {check['name']} {check['required']:+.4g}{measured_text}: {state}")
     lines += [f"warning: {text}" for text in report["warnings"]]
+    return lines
+
+
+def memorisation_lines(section: dict[str, Any] | None) -> list[str]:
+    """What the probe found, in one line and one for each kind of detail that it met."""
+    if section is None or section["status"] != "measured":
+        return [] if section is None else [f"memorisation was not measured: {section['reason']}"]
+    lines = [f"memorisation: {section['sentence']}"]
+    for entry in section["details"]:
+        others = entry["held_out"]
+        beside = f"; of held-out answers {others['tuned']} of {others['held']}" if others["held"] else ""
+        lines.append(
+            f"  {entry['kind']} that prompts do not hold: {entry['tuned']} of {entry['held']} come back from training "
+            f"answers, {entry['base']} from the base{beside}"
+        )
     return lines

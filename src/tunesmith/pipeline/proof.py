@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -12,22 +12,31 @@ from typing import Any, cast
 from torch import nn
 
 from tunesmith.base import InputError, Progress
-from tunesmith.data.render import Renderer
+from tunesmith.data.render import Rendered, Renderer
 from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row_nlls
 from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_forgetting, compare_metrics, judgement
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
 from tunesmith.evaluation.labels import judge_constant, judge_labels
 from tunesmith.evaluation.preferences import falling_likelihood, preference_sentence, preference_summary
+from tunesmith.metrics import confusion
 from tunesmith.models.measure import position_limit
 from tunesmith.objectives import Preference
 from tunesmith.pages.report import report_page
 from tunesmith.pipeline.judging import baseline_of
 from tunesmith.pipeline.loaded import scores
+from tunesmith.pipeline.memorisation import Probe, not_measured, probe_of, with_remark
+from tunesmith.pipeline.own_metrics import unscored
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.rewards import judge_and_score
 from tunesmith.recipe import EvaluateSpec
 from tunesmith.recipe_file import recipe_yaml
 from tunesmith.run import BASE_EVALUATION, PAGE, PROMPTED_EVALUATION, TUNED_EVALUATION, Run
+
+
+def chosen_rows(rows: Sequence[Rendered], count: int, seed: int) -> list[Rendered]:
+    """At most ``count`` rows, drawn with the seed, in their order."""
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
+    return [rows[at] for at in chosen]
 
 
 class Proof:
@@ -37,9 +46,8 @@ class Proof:
         assert planned.prepared is not None and planned.tokenizer is not None
         self.planned, self.spec = planned, spec
         self.tokenizer = planned.tokenizer
-        test = planned.prepared.test
-        chosen = sorted(random.Random(planned.recipe.seed).sample(range(len(test)), min(spec.rows, len(test))))
-        self.rows = [test[at] for at in chosen]
+        own = planned.recipe.data.split_seed
+        self.rows = chosen_rows(planned.prepared.test, spec.rows, planned.recipe.seed if own is None else own)
         forgetting = "off" if planned.judges is not None else spec.forgetting
         self.general: GeneralText | None = general_passages(
             forgetting, planned.tokenizer, position_limit(planned.config)
@@ -51,13 +59,14 @@ class Proof:
             packed=planned.plan.packing,
             generates=any(name not in LIKELIHOODS for name in planned.plan.metrics),
         )
+        self.probe = probe_of(planned, spec, self.rows, self.how)
 
     def evaluate(self, model: nn.Module, progress: Progress) -> Evaluation:
         """What is stored of one model: its answers, and its losses on general text."""
         objective = self.planned.judges
         if objective is not None:
             judged = judge_labels(model, objective, self.rows, packed=self.how.packed, progress=progress)
-            return {"rows": [row.as_json() for row in judged], "general": None}
+            return self._stored(judged)
         score = self.planned.score
         if score is not None:
             judged = judge_and_score(model, self.tokenizer, self.rows, self.how, score, progress)
@@ -67,15 +76,20 @@ class Proof:
         if self.general is not None:
             nlls = row_nlls(model, self.general.passages, packed=self.how.packed, progress=progress)
             general = {"nlls": nlls, "targets": [passage.targets for passage in self.general.passages]}
-        return {"rows": [row.as_json() for row in judged], "general": _json_safe(general)}
+        found = self._stored(judged, _json_safe(general))
+        if isinstance(self.probe, Probe):
+            found["memorisation"] = self.probe.ask(model, progress)
+        return found
 
     def evaluate_base(self, model: nn.Module, progress: Progress) -> Evaluation:
         """The same of the base; where that has no head for these labels, of the best constant answer."""
         objective, prepared = self.planned.judges, self.planned.prepared
         if objective is None or not self.planned.head_is_new or prepared is None:
             return self.evaluate(model, progress)
-        judged = judge_constant(objective, self.rows, baseline_of(prepared, objective))
-        return {"rows": [row.as_json() for row in judged], "general": None}
+        return self._stored(judge_constant(objective, self.rows, baseline_of(prepared, objective)))
+
+    def _stored(self, judged: list[Judged], general: dict[str, Any] | None = None) -> Evaluation:
+        return {"rows": [row.as_json() for row in self.planned.own.scored(judged)], "general": general}
 
     @property
     def has_prompt(self) -> bool:
@@ -87,8 +101,7 @@ class Proof:
         teacher, renderer = self.planned.teacher, self.planned.renderer
         assert teacher is not None and isinstance(renderer, Renderer)
         rows = [teacher.reads(row, renderer) for row in self.rows]
-        judged = judge(model, self.tokenizer, rows, self.how, progress)
-        return {"rows": [row.as_json() for row in judged], "general": None}
+        return self._stored(judge(model, self.tokenizer, rows, self.how, progress))
 
     def prompted_scores(self, prompted: Evaluation) -> list[dict[str, Any]]:
         """Every metric of the base behind the teacher's system text, with its interval."""
@@ -102,6 +115,7 @@ class Proof:
         metrics, warnings = compare_metrics(self.planned.plan.metrics, before, after, self.spec, seed)
         source = self.general.source if self.general else None
         forgetting = compare_forgetting(source, base["general"], tuned["general"], self.spec, seed)
+        warnings += unscored(after, [*self.planned.own.of_row])
         if self.planned.judges is not None:
             forgetting = {"status": "off", "reason": "the model judges now, and writes no text"}
             if self.planned.head_is_new and before:
@@ -110,18 +124,25 @@ class Proof:
         preference = preference_summary(before, after)
         if isinstance(self.planned.objective, Preference) and (told := falling_likelihood(metrics)):
             warnings.append(told)
+        if isinstance(self.probe, Probe):
+            memorisation = self.probe.summary(base, tuned, self.spec.confidence)
+        else:
+            memorisation = not_measured(self.probe, asked=self.spec.memorisation not in ("auto", "off"))
+        warnings += memorisation["warnings"]
         decided = judgement(metrics, forgetting, self.planned.recipe.gate)
         cut = sum(row.finish_reason == "length" for row in after)
         if after and cut > len(after) // 4:
             warnings.append(f"{cut} of {len(after)} tuned answers were cut off at {self.how.max_new_tokens} new tokens")
         return {
             "verdict": decided.verdict,
-            "sentence": decided.sentence,
+            "sentence": with_remark(decided.sentence, memorisation),
             "gate": decided.gate,
             "metrics": metrics,
             "tasks": self._tasks(before, after),
             "preference": preference and {**preference, "sentence": preference_sentence(preference)},
+            "confusion": _confusion(before, after) if "accuracy" in self.planned.plan.metrics else None,
             "forgetting": forgetting,
+            "memorisation": memorisation,
             "samples": best_and_worst(metrics[0]["name"], before, after, self.spec.samples) if metrics else {},
             "warnings": warnings,
         }
@@ -139,6 +160,17 @@ class Proof:
             metrics, _ = compare_metrics(self.planned.plan.metrics, own, new, self.spec, self.planned.recipe.seed)
             found.append({"name": name, "rows": len(places), "metrics": metrics})
         return found
+
+
+def _confusion(before: Sequence[Judged], after: Sequence[Judged]) -> dict[str, Any] | None:
+    """Which label either model gave for which; None where the answers are not a few labels."""
+    if not after or any(row.answer is None or not row.references for row in (*before, *after)):
+        return None
+    references = [row.references for row in after]
+    tables = [confusion([row.answer or "" for row in rows], references) for rows in (before, after)]
+    if tables[0] is None or tables[1] is None:
+        return None
+    return {"labels": tables[1][0], "base": tables[0][1].tolist(), "tuned": tables[1][1].tolist()}
 
 
 def _json_safe(general: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -175,7 +207,9 @@ def written_report(
         "metrics": [],
         "tasks": [],
         "preference": None,
+        "confusion": None,
         "forgetting": {"status": "off", "reason": "evaluate is off"},
+        "memorisation": not_measured("evaluate is off"),
         "samples": {},
         "warnings": [],
     }
@@ -206,6 +240,7 @@ def written_report(
             "train": sorted({event["step"]: event["loss"] for event in steps if event["loss"] is not None}.items()),
             "validation": [[e["step"], e["loss"]] for e in events if e["event"] == "validation"],
             "best_step": next((e.get("best_step") for e in events if e["event"] == "trained"), None),
+            "rollouts": _rollouts(events),
         },
         "parameters": plan.parameters.model_dump(),
         "model": planned.recipe.model.path,
@@ -216,6 +251,13 @@ def written_report(
         "environment": _flat(environment),
         "command": f"tunesmith train {run.path / 'recipe.yaml'} output={run.path}-again",
     }
+
+
+def _rollouts(events: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Every number that rollouts were logged with, by name, over the steps; of a step done again the last one."""
+    by_step = {event["step"]: event for event in events if event["event"] == "rollout"}
+    names = dict.fromkeys(name for event in by_step.values() for name in event if name not in ("event", "step", "best"))
+    return {name: [[step, event[name]] for step, event in sorted(by_step.items()) if name in event] for name in names}
 
 
 def _flat(environment: dict[str, Any]) -> dict[str, Any]:

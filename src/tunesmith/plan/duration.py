@@ -97,7 +97,7 @@ def predict_duration(
         reading = 2 * (given.judged_rows * given.row + given.general_tokens) * shape.linear_weights / rate
         evaluating = 2 * reading
         if given.writes:
-            batches = math.ceil(given.judged_rows / recipe.evaluate.batch_size)
+            batches = math.ceil(_answered(recipe, given) / recipe.evaluate.batch_size)
             token_seconds = shape.layers * DECODE_OVERHEAD_SECONDS.get(kind, 1e-3)
             evaluating += 2 * (batches * given.max_new_tokens * token_seconds + reading)
     return Duration(
@@ -107,6 +107,11 @@ def predict_duration(
         flops=float(flops),
         flops_per_second=rate,
     )
+
+
+def _answered(recipe: Recipe, given: Timed) -> int:
+    """Rows that are answered: held-out ones, and those that are asked for what the model knows by heart."""
+    return given.judged_rows + (0 if recipe.evaluate == "off" else recipe.evaluate.probed_rows)
 
 
 def training_flops(shape: Shape, parameters: Parameters, workload: Workload) -> float:
@@ -130,8 +135,8 @@ def _by_pace(recipe: Recipe, shape: Shape, given: Timed, pace: Pace, flops: floa
         if given.writes and pace.writing is not None:
             # The base often goes on to the limit; the tuned model has learned when to end.
             passes = given.max_new_tokens + min(given.max_new_tokens, given.answer)
-            evaluating += given.judged_rows / recipe.evaluate.batch_size * passes * pace.writing.of(shape.layers)
-            evaluating += 2 * given.judged_rows * given.row * reading
+            evaluating += _answered(recipe, given) / recipe.evaluate.batch_size * passes * pace.writing.of(shape.layers)
+            evaluating += 2 * _answered(recipe, given) * given.row * reading
     return Duration(
         train_seconds=training,
         evaluate_seconds=evaluating,

@@ -6,23 +6,10 @@ from tunesmith.recipe_import import trainer_settings
 from tunesmith.recipe_import.job import LOUD, Entry, Job, same
 from tunesmith.recipe_import.llamafactory_data import data, length, template
 from tunesmith.recipe_import.llamafactory_rest import REST
+from tunesmith.recipe_import.llamafactory_stages import STAGE
 
 TOOL = "LLaMA-Factory"
 TRACKERS = ("tensorboard", "wandb")
-
-
-def _stage(job: Job) -> None:
-    name = job.text("stage")
-    if name not in (None, "sft", "pt"):
-        job.refuse("stage", f"the stage {name!r} is not available; sft and pt are", "import a file of one of them")
-    if name == "pt":
-        job.say("stage", "translated", "data.format", "raw text, of which every token is trained on")
-    elif name is not None:
-        job.say("stage", "taken", "objective.kind")
-    if job.flag("do_train") is False:
-        job.lose("do_train", "a recipe trains")
-    else:
-        job.say("do_train", "ignored", note="a recipe trains")
 
 
 def _method(job: Job) -> None:
@@ -194,7 +181,7 @@ def _logs(job: Job) -> None:
 
 
 TABLE: tuple[Entry, ...] = (
-    Entry(("stage", "do_train"), "objective.kind", "sft; pt is raw text; other stages are refused", _stage),
+    STAGE,
     same("model_name_or_path", "model.path", Job.text),
     same("model_revision", "model.revision", Job.text),
     Entry(
@@ -239,7 +226,7 @@ TABLE: tuple[Entry, ...] = (
         _rate,
     ),
     same("weight_decay", "train.weight_decay", Job.number),
-    same("neftune_noise_alpha", "objective.noise", Job.number, "as it is: NEFTune's alpha"),
+    trainer_settings.noise("neftune_noise_alpha"),
     Entry(("max_grad_norm",), "train.clip", "0 is off; 1 when absent", trainer_settings.clip),
     Entry(
         ("optim",),

@@ -10,6 +10,7 @@ from typing import Any
 
 from tunesmith.base import InputError, nearest
 from tunesmith.recipe_import.job import LOUD, Job
+from tunesmith.recipe_import.llamafactory_stages import PAIRS
 from tunesmith.recipe_import.trainer_settings import DataSource, put_data
 
 INFO = "dataset_info.json"
@@ -118,8 +119,9 @@ def _source(
     if name not in info:
         job.refuse(key, f"{place / INFO} has no data set {name!r}{nearest(name, list(info))}")
     entry: dict[str, Any] = info[name]
-    if entry.get("ranking"):
-        job.refuse(key, f"{name!r} holds preference pairs, and that stage is not available", "name another data set")
+    if bool(entry.get("ranking")) != (job.text("stage") in PAIRS):
+        what = "holds preference pairs (ranking)" if entry.get("ranking") else "holds no preference pairs (ranking)"
+        job.refuse(key, f"{name!r} {what}, and this is the stage {job.text('stage') or 'sft'}", "name another data set")
     path = _path(entry, name, place, notes)
     formatting = entry.get("formatting") or "alpaca"
     given = entry.get("columns")
@@ -141,6 +143,14 @@ def _source(
     if raw:
         text = columns.get("prompt", "instruction" if given is None else "text")
         return DataSource(path, "text", {} if text == "text" else {"text": text})
+    if entry.get("ranking"):
+        return _pairs(path, entry, columns, formatting, name, notes)
+    if job.text("stage") == "kto":
+        if formatting != "alpaca":
+            job.refuse(
+                key, f"{name!r} holds conversations with a label", "write prompt, completion and label into columns"
+            )
+        return _labelled(path, columns, notes)
     if formatting == "alpaca":
         return _alpaca(path, columns if given is not None else None, notes)
     return _turns(path, entry, columns, name, notes)
@@ -167,6 +177,41 @@ def _alpaca(path: str, columns: dict[str, str] | None, notes: list[str]) -> Data
         return DataSource(path, "alpaca")
     mapped = {ours: columns[theirs] for theirs, ours in ALPACA_PARTS.items() if theirs in columns}
     return DataSource(path, "alpaca", mapped)
+
+
+def _pairs(
+    path: str, entry: dict[str, Any], columns: dict[str, str], formatting: str, name: str, notes: list[str]
+) -> DataSource:
+    """A prompt, or turns, with two answers behind."""
+    mapped = {side: columns.get(side, side) for side in ("chosen", "rejected")}
+    if formatting != "alpaca":
+        turns = _turns(path, entry, columns, name, notes)
+        prompt = turns.columns.get(next(iter(turns.columns), ""), "conversations")
+        mapped["prompt"] = columns.get("messages", prompt)
+        if "system" in columns:
+            mapped["system"] = columns["system"]
+        return DataSource(path, "preference", mapped)
+    mapped["instruction"] = columns.get("prompt", "instruction")
+    if "query" in columns:
+        mapped["input"] = columns["query"]
+        notes.append(f"{LOUD}instruction and input are joined by an empty line here, and by a line break there")
+    if "system" in columns:
+        mapped["system"] = columns["system"]
+    return DataSource(path, "preference", mapped)
+
+
+def _labelled(path: str, columns: dict[str, str], notes: list[str]) -> DataSource:
+    """A prompt, an answer, and whether it is a good one."""
+    prompt = columns.get("prompt", "instruction")
+    if "query" in columns:
+        prompt = f"{{{prompt}}}\n{{{columns['query']}}}"
+        notes.append(f"{LOUD}a row without {columns['query']!r} has a line break behind its prompt")
+    mapped = {
+        "prompt": prompt,
+        "completion": columns.get("response", "output"),
+        "label": columns.get("kto_tag", "label"),
+    }
+    return DataSource(path, "unpaired", mapped | ({"system": columns["system"]} if "system" in columns else {}))
 
 
 def _turns(path: str, entry: dict[str, Any], columns: dict[str, str], name: str, notes: list[str]) -> DataSource:

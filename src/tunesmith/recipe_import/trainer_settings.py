@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.recipe_import.job import LOUD, Job
+from tunesmith.recipe_import.job import LOUD, Entry, Job
 
 SCHEDULES = {
     "linear": ("linear", ""),
@@ -247,6 +247,19 @@ def best(job: Job, *, wanted: bool, why: str) -> None:
         job.lose("metric_for_best_model", "the best checkpoint is the one with the lowest validation loss")
     else:
         job.say("metric_for_best_model", "ignored", note="the validation loss, as here")
+
+
+def noise(key: str) -> Entry:
+    """NEFTune's alpha, which supervised fine-tuning has here."""
+
+    def apply(job: Job) -> None:
+        value = job.number(key)
+        if value and job.recipe.get("objective.kind", "sft") != "sft":
+            job.lose(key, "noise is for supervised fine-tuning")
+        elif value is not None:
+            job.put("objective.noise", value, key)
+
+    return Entry((key,), "objective.noise", "as it is: NEFTune's alpha", apply)
 
 
 def put_data(job: Job, sources: list[DataSource], validation: DataSource | None) -> str:
