@@ -156,16 +156,32 @@ def data_presets(as_json: AsJson = False) -> None:
 @app.command()
 def evaluate(
     target: Target,
-    data: Annotated[list[str], typer.Option("--data", help="Rows to judge on; may be given several times.")],
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Rows to judge on; may be given several times.")
+    ] = None,
     metrics: Annotated[list[str] | None, typer.Option("--metric", help="May be given several times.")] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="At most this many rows of each file.")] = 200,
+    benchmarks: Annotated[
+        str | None, typer.Option("--benchmarks", help="lm-eval's names, for example hellaswag,mmlu,arc_easy.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most this many items of each task.")] = None,
+    shots: Annotated[int | None, typer.Option("--shots", min=0, help="Worked examples before each item.")] = None,
+    benchmark_data: Annotated[
+        str | None, typer.Option("--benchmark-data", help="A directory with the items, or hub.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a model on rows; a run or adapter is compared with its base."""
+    """Judge a model on rows or on benchmarks; a run or adapter is compared with its base."""
     with importing():
+        from tunesmith.cli.benchmarks import run_benchmark_evaluation
         from tunesmith.cli.evaluate import run_evaluation
 
-    run_evaluation(target, data, metrics=metrics, rows=rows, as_json=as_json)
+    asked = {"--limit": limit, "--shots": shots, "--benchmark-data": benchmark_data}
+    named = [name.strip() for name in (benchmarks or "").split(",") if name.strip()]
+    if data or not named:
+        run_evaluation(target, data or [], metrics=metrics, rows=rows, as_json=as_json, only=asked if not named else {})
+    if named:
+        run_benchmark_evaluation(target, named, limit=limit, shots=shots, data=benchmark_data, as_json=as_json)
 
 
 @app.command()

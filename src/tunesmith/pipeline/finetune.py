@@ -205,7 +205,10 @@ def _work(work: Work) -> Run:
     if not is_main():
         return run
     evaluating = Stopwatch()
-    stored_evaluation(run, TUNED_EVALUATION, work.proof and partial(work.proof.evaluate, model, progress))
+    proof = work.proof
+    stored_evaluation(
+        run, TUNED_EVALUATION, proof and (lambda: proof.evaluate_tuned(model, run.read(BASE_EVALUATION), progress))
+    )
     measured["evaluate_seconds"] = base_seconds + evaluating.seconds
     measured["seconds"] = measured["train_seconds"] + measured["evaluate_seconds"]
     if recipe.budget.memory_bytes is not None:

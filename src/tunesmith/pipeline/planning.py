@@ -49,7 +49,7 @@ from tunesmith.pipeline.teacher import Teacher, find_teacher, kept_on_disk, refu
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.plan.streaming import may_stream
-from tunesmith.recipe import Plan, Recipe, Resolved, Workload
+from tunesmith.recipe import DAMAGE, Plan, Recipe, Resolved, Workload
 from tunesmith.train.near_base import REPLAYED, refuse_unreachable_base
 from tunesmith.train.parallel import world_size
 
@@ -392,7 +392,7 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
         metrics, why = choose_metrics(names, references)[0], "what preferences are judged by"
     else:
         metrics, why = choose_metrics(asked, references)
-    gated = [name for name in recipe.gate if name not in (*metrics, "forgetting")]
+    gated = [name for name in recipe.gate if name not in (*metrics, *DAMAGE)]
     if gated:
         try:
             metrics, _ = choose_metrics([*metrics, *gated], references)
@@ -424,7 +424,7 @@ def _metrics_of_documents(recipe: Recipe) -> tuple[list[str], str]:
     asked = recipe.evaluate.metrics
     for where, names in (("evaluate.metrics", [] if asked == "auto" else asked), ("gate", [*recipe.gate])):
         for name in names:
-            if name not in (*OF_DOCUMENTS, "forgetting"):
+            if name not in (*OF_DOCUMENTS, *DAMAGE):
                 raise InputError(f"{name} needs answers, and {answers}", where=where, fix="use perplexity")
     metrics = [*asked] if isinstance(asked, list) else []
     why = "as the recipe says" if metrics else "the rows are documents"

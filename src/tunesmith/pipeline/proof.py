@@ -21,6 +21,7 @@ from tunesmith.evaluation.preferences import falling_likelihood, preference_sent
 from tunesmith.models.measure import position_limit
 from tunesmith.objectives import Preference
 from tunesmith.pages.report import report_page
+from tunesmith.pipeline.ability import Ability, compare_ability, gate_checks, said_of
 from tunesmith.pipeline.judging import baseline_of
 from tunesmith.pipeline.loaded import scores
 from tunesmith.pipeline.planning import Planned
@@ -44,6 +45,7 @@ class Proof:
         self.general: GeneralText | None = general_passages(
             forgetting, planned.tokenizer, position_limit(planned.config)
         )
+        self.ability = Ability(planned, spec)
         self.how = Judging(
             max_new_tokens=planned.plan.max_new_tokens,
             batch_size=spec.batch_size,
@@ -69,11 +71,15 @@ class Proof:
             general = {"nlls": nlls, "targets": [passage.targets for passage in self.general.passages]}
         return {"rows": [row.as_json() for row in judged], "general": _json_safe(general)}
 
+    def evaluate_tuned(self, model: nn.Module, base: Evaluation, progress: Progress) -> Evaluation:
+        """The same with general ability, of which some is measured against the base's."""
+        return {**self.evaluate(model, progress), **self.ability.of_tuned(model, base, progress)}
+
     def evaluate_base(self, model: nn.Module, progress: Progress) -> Evaluation:
         """The same of the base; where that has no head for these labels, of the best constant answer."""
         objective, prepared = self.planned.judges, self.planned.prepared
         if objective is None or not self.planned.head_is_new or prepared is None:
-            return self.evaluate(model, progress)
+            return {**self.evaluate(model, progress), **self.ability.of_base(model, progress)}
         judged = judge_constant(objective, self.rows, baseline_of(prepared, objective))
         return {"rows": [row.as_json() for row in judged], "general": None}
 
@@ -110,7 +116,8 @@ class Proof:
         preference = preference_summary(before, after)
         if isinstance(self.planned.objective, Preference) and (told := falling_likelihood(metrics)):
             warnings.append(told)
-        decided = judgement(metrics, forgetting, self.planned.recipe.gate)
+        ability, gate = compare_ability(base, tuned, self.spec, seed), self.planned.recipe.gate
+        decided = judgement(metrics, forgetting, gate, gate_checks(gate, ability), said_of(ability))
         cut = sum(row.finish_reason == "length" for row in after)
         if after and cut > len(after) // 4:
             warnings.append(f"{cut} of {len(after)} tuned answers were cut off at {self.how.max_new_tokens} new tokens")
@@ -122,6 +129,7 @@ class Proof:
             "tasks": self._tasks(before, after),
             "preference": preference and {**preference, "sentence": preference_sentence(preference)},
             "forgetting": forgetting,
+            **ability,
             "samples": best_and_worst(metrics[0]["name"], before, after, self.spec.samples) if metrics else {},
             "warnings": warnings,
         }
@@ -176,6 +184,9 @@ def written_report(
         "tasks": [],
         "preference": None,
         "forgetting": {"status": "off", "reason": "evaluate is off"},
+        "benchmarks": [],
+        "benchmark_notes": [],
+        "divergence": {"status": "off", "reason": "evaluate is off"},
         "samples": {},
         "warnings": [],
     }
