@@ -146,4 +146,7 @@ def ability_lines(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"KL from the base on {divergence['n']} general prompts: {divergence['value']:.4f}{ends} nats a token"
         )
+    for entry in report.get("contamination") or []:
+        for example in entry["examples"]:
+            lines.append(f"seen in training: {entry['name']} {example['item']}, in {example['source']}")
     return lines + [f"note: {note}" for note in report.get("benchmark_notes") or []]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.pages.ability import ability_part, contamination_part
 from tunesmith.pages.chart import interval_chart, loss_chart, reading
 from tunesmith.pages.page import count, duration, is_number, magnitude, number, percent, render, scaled, size
 
@@ -55,6 +56,8 @@ def report_page(report: dict[str, Any]) -> str:
         interval_chart=interval_chart(part["metrics"] or []),
         loss_chart=loss_chart(curves["train"], curves["validation"], curves["best_step"]),
         forgetting=_forgetting(part["forgetting"]),
+        ability=ability_part(report),
+        contamination=contamination_part(report),
         lost_share=_lost_share(part["data"] or Part()),
         cost=_cost(part["predicted"] or Part(), part["measured"] or Part()),
     )

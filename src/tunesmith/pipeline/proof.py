@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from tunesmith.base import InputError, Progress
+from tunesmith.base import InputError, Progress, silent
+from tunesmith.data.contamination import told as told_contamination
 from tunesmith.data.render import Renderer
 from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row_nlls
 from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_forgetting, compare_metrics, judgement
@@ -22,6 +23,7 @@ from tunesmith.models.measure import position_limit
 from tunesmith.objectives import Preference
 from tunesmith.pages.report import report_page
 from tunesmith.pipeline.ability import Ability, compare_ability, gate_checks, said_of
+from tunesmith.pipeline.contamination import contamination
 from tunesmith.pipeline.judging import baseline_of
 from tunesmith.pipeline.loaded import scores
 from tunesmith.pipeline.planning import Planned
@@ -100,7 +102,7 @@ class Proof:
         """Every metric of the base behind the teacher's system text, with its interval."""
         return scores([Judged(**row) for row in prompted["rows"]], self.planned.plan.metrics, self.spec)
 
-    def compare(self, base: Evaluation, tuned: Evaluation) -> dict[str, Any]:
+    def compare(self, base: Evaluation, tuned: Evaluation, progress: Progress = silent) -> dict[str, Any]:
         """The part of the report that is evidence."""
         before = [Judged(**row) for row in base["rows"]]
         after = [Judged(**row) for row in tuned["rows"]]
@@ -117,7 +119,10 @@ class Proof:
         if isinstance(self.planned.objective, Preference) and (told := falling_likelihood(metrics)):
             warnings.append(told)
         ability, gate = compare_ability(base, tuned, self.spec, seed), self.planned.recipe.gate
-        decided = judgement(metrics, forgetting, gate, gate_checks(gate, ability), said_of(ability))
+        seen = contamination(self.planned, self.rows, self.ability.asked, progress)
+        decided = judgement(
+            metrics, forgetting, gate, gate_checks(gate, ability), [*said_of(ability), *told_contamination(seen)]
+        )
         cut = sum(row.finish_reason == "length" for row in after)
         if after and cut > len(after) // 4:
             warnings.append(f"{cut} of {len(after)} tuned answers were cut off at {self.how.max_new_tokens} new tokens")
@@ -130,6 +135,7 @@ class Proof:
             "preference": preference and {**preference, "sentence": preference_sentence(preference)},
             "forgetting": forgetting,
             **ability,
+            "contamination": seen,
             "samples": best_and_worst(metrics[0]["name"], before, after, self.spec.samples) if metrics else {},
             "warnings": warnings,
         }
@@ -187,6 +193,7 @@ def written_report(
         "benchmarks": [],
         "benchmark_notes": [],
         "divergence": {"status": "off", "reason": "evaluate is off"},
+        "contamination": [],
         "samples": {},
         "warnings": [],
     }
