@@ -12,14 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from tunesmith.base import silent
+from tunesmith.pipeline.loaded import load
+from tunesmith.pipeline.planning import plan_job
+from tunesmith.pipeline.proof import Proof
+from tunesmith.recipe_file import check_recipe
 from tunesmith.run import Run
 
 WORK = Path("runs/methods")
@@ -49,18 +55,22 @@ FACTORS = (0.3, 1.0, 3.0)
 
 @dataclass(frozen=True)
 class Task:
-    """One task: a recipe without method, and which methods make sense on it."""
+    """One task: a recipe without method, and which methods make sense on it.
+
+    Learning rates are searched for in `search_steps`, or are those of another task with the same model (`rates_of`).
+    """
 
     recipe: dict[str, Any]
     metric: str
-    search_steps: int
+    search_steps: int = 0
+    rates_of: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
 
 
 def tasks(data: Path, encoder: str) -> dict[str, Task]:
     sql, summaries, banking = data / "sql_wikisql_mlx", data / "sum_scitldr", data / "cls_banking77"
     off = {"checks": False, "duplicates": "keep", "overlap": "keep"}
-    asked = {"evaluate_every": "auto", "checkpoint_every": "auto"}
+    asked = {"evaluate_every": "off", "checkpoint_every": "off"}
     return {
         "sql": Task(
             {
@@ -68,15 +78,15 @@ def tasks(data: Path, encoder: str) -> dict[str, Task]:
                 "data": {
                     **off,
                     "train": str(sql / "train.jsonl"),
-                    "validation": str(sql / "valid.jsonl"),
+                    "validation": 0.03,
                     "test": str(sql / "test.jsonl"),
                     "answer_after": "\nA: ",
                 },
-                "train": {"steps": 32, "batch_size": 16, **asked},
-                "evaluate": {"rows": 100, "metrics": ["exact_match", "rougeL"], "samples": 0},
+                "train": {"steps": 32, "batch_size": 4, **asked},
+                "evaluate": {"rows": 64, "metrics": ["exact_match", "rougeL"], "samples": 0},
             },
             "exact_match",
-            10,
+            8,
         ),
         "summaries": Task(
             {
@@ -84,17 +94,17 @@ def tasks(data: Path, encoder: str) -> dict[str, Task]:
                 "data": {
                     **off,
                     "train": str(summaries / "train.jsonl"),
-                    "validation": str(summaries / "dev.jsonl"),
+                    "validation": 0.01,
                     "test": str(summaries / "test.jsonl"),
                     "columns": {"prompt": "Summarise in one sentence: {document}", "completion": "summaries"},
-                    "max_length": 512,
+                    "max_length": 384,
                     "overlong": "drop",
                 },
-                "train": {"steps": 20, "batch_size": 8, **asked},
-                "evaluate": {"rows": 64, "metrics": ["rougeL"], "max_new_tokens": 48, "samples": 0},
+                "train": {"steps": 24, "batch_size": 2, **asked},
+                "evaluate": {"rows": 48, "metrics": ["rougeL"], "max_new_tokens": 48, "samples": 0},
             },
             "rougeL",
-            6,
+            rates_of="sql",
         ),
         "banking77": Task(
             {
@@ -103,15 +113,15 @@ def tasks(data: Path, encoder: str) -> dict[str, Task]:
                     **off,
                     "train": str(banking / "train.csv"),
                     "test": str(banking / "test.csv"),
-                    "validation": 0.05,
+                    "validation": 0.03,
                 },
                 "objective": {"kind": "classify"},
-                "train": {"steps": 120, "batch_size": 32, **asked},
+                "train": {"steps": 80, "batch_size": 32, **asked},
                 "evaluate": {"rows": 1500, "samples": 0},
             },
             "accuracy",
-            30,
-            {
+            20,
+            left_out={
                 **dict.fromkeys(("prefix", "prompt"), "keeps no head"),
                 "lora, rslora": "as lora",
                 "qlora": "a model of 45 MB",
@@ -121,19 +131,44 @@ def tasks(data: Path, encoder: str) -> dict[str, Task]:
 
 
 def finished(name: str, recipe: dict[str, Any]) -> Run:
-    """The run of a recipe, trained now unless it is there."""
+    """The run of a recipe, trained now in a process of its own unless it is there."""
     output = WORK / name
     if not (output / "report.json").is_file():
         path = WORK / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**recipe, "output": str(output)}), encoding="utf-8")
-        started = time.perf_counter()
+        started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-m", "tunesmith", "train", str(path), "--resume"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         print(f"{name}: exit {done.returncode}, {time.perf_counter() - started:.0f} s", flush=True)
         if done.returncode not in (0, 3):
             raise RuntimeError(done.stderr[-800:])
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+        (WORK / f"{name}.seconds.json").write_text(json.dumps(seconds))
     return Run.open(output)
+
+
+def evidence(name: str, task: Task, run: Run) -> dict[str, Any]:
+    """What a run's report says of scores and forgetting; a model that writes is judged here, its base once a task."""
+    if run.report is not None and run.report["metrics"]:
+        return run.report
+    kept = WORK / f"{name}.evidence.json"
+    if not kept.is_file():
+        proof = _proof(json.dumps(task.recipe))
+        base = WORK / f"{name.split('-')[0]}-base.json"
+        if not base.is_file():
+            base.write_text(json.dumps(proof.evaluate(load(task.recipe["model"]), silent)))
+        found = proof.compare(json.loads(base.read_text()), proof.evaluate(load(run.path), silent))
+        kept.write_text(json.dumps({key: found[key] for key in ("metrics", "forgetting")}))
+    return json.loads(kept.read_text())
+
+
+@cache
+def _proof(recipe: str) -> Proof:
+    settings = check_recipe({**json.loads(recipe), "output": str(WORK / "none")}, "bench")
+    assert settings.evaluate != "off"
+    return Proof(plan_job(settings), settings.evaluate)
 
 
 def slug(text: str) -> str:
@@ -163,11 +198,6 @@ def best_rate(name: str, task: Task, method: dict[str, Any], middle: float) -> f
     return min(losses, key=lambda rate: losses[rate])
 
 
-def seconds_a_step(runs: list[Run]) -> float:
-    """Median over the steps of all seeds, the first two of each left out."""
-    return median(event["seconds"] for run in runs for event in [e for e in run.events() if e["event"] == "step"][2:])
-
-
 def size_of(run: Run) -> int:
     result = run.result
     return 0 if result is None else sum(path.stat().st_size for path in result.glob("*.safetensors"))
@@ -176,15 +206,19 @@ def size_of(run: Run) -> int:
 def row_of(label: str, kept: dict[str, Any]) -> str:
     rate, runs = kept["rate"], [Run.open(Path(path)) for path in kept["runs"]]
     reports = [run.report or {} for run in runs]
-    first = [report["metrics"][0] for report in reports]
+    found = [
+        json.loads(Path(path).read_text()) if path else report
+        for path, report in zip(kept["evidence"], reports, strict=True)
+    ]
+    first = [entry["metrics"][0] for entry in found]
     score = " / ".join(f"{entry['tuned']:.3f}" for entry in first)
     gain = " / ".join(f"{entry['difference']:+.3f} ({entry['low']:+.3f} … {entry['high']:+.3f})" for entry in first)
-    second = [report["metrics"][1] for report in reports if len(report["metrics"]) > 1]
+    second = [entry["metrics"][1] for entry in found if len(entry["metrics"]) > 1]
     beside = " / ".join(f"{entry['tuned']:.3f}" for entry in second)
-    changes = [report["forgetting"].get("change") for report in reports]
+    changes = [entry["forgetting"].get("change") for entry in found]
     forgot = " / ".join("–" if change is None else f"{change:+.1%}" for change in changes)
     peak = max(report["measured"]["peak_bytes"] for report in reports) / 2**30
-    seconds = f"{seconds_a_step(runs):.2f}"
+    seconds = f"{min(json.loads((WORK / f'{run.path.name}.seconds.json').read_text()) for run in runs):.0f}"
     trained = reports[0]["parameters"]["trainable"]
     cells = [label, f"{rate:.1e}", score, gain, beside, forgot, f"{trained:,}", f"{peak:.2f}", seconds]
     return f"| {' | '.join(cells)} | {size_of(runs[0]) / 2**20:.1f} |"
@@ -192,13 +226,14 @@ def row_of(label: str, kept: dict[str, Any]) -> str:
 
 HEAD = """# Every method on the same tasks
 
-Written by `python bench/methods.py DATA --write`. The same steps, rows and batch for every method; its learning rate is
-the best of three on validation loss in a shorter run; two seeds, side by side. The gain is over the base on the same
-test rows with its 95 % paired bootstrap interval (banking77's base is the best constant answer). Forgetting is the
-change of perplexity on general text. Peak memory is that of the whole process; s/step is the median of the steps of
-both seeds. One core of a machine without a GPU (`OMP_NUM_THREADS=1 taskset -c 0`), bf16.
+Written by `python bench/methods.py DATA --write`. Every method gets the same steps and rows; its learning rate is
+the best of three on validation loss in a shorter run (summaries: the rate found on SQL); two seeds, side by side. The
+gain is over the base on the same test rows with its 95 % paired bootstrap interval (banking77's base is the best
+constant answer). Forgetting is the change of perplexity on general text. Peak memory is that of the whole process while
+it trains; CPU s are the processor seconds of the quicker seed's process, loading included (banking77: with its
+evaluation). One thread on a machine without a GPU (`OMP_NUM_THREADS=1`), bf16.
 """
-COLUMNS = ["method", "rate", "score", "gain", "second", "forgetting", "trained", "GiB", "s/step", "MiB"]
+COLUMNS = ["method", "rate", "score", "gain", "second", "forgetting", "trained", "GiB", "CPU s", "MiB"]
 
 
 def written(given: dict[str, Task]) -> str:
@@ -240,11 +275,24 @@ def main() -> None:
                 continue
             method, middle = ADAPTERS[label]
             place = f"{name}-{slug(label)}"
-            rate = middle if given.quick else best_rate(place, task, method, middle)
+            if given.quick:
+                rate = middle
+            elif task.rates_of:
+                rate = json.loads((WORK / f"{task.rates_of}-{slug(label)}.json").read_text())["rate"]
+            else:
+                rate = best_rate(place, task, method, middle)
             seeds = SEEDS[:1] if given.quick else SEEDS
             ending = "-quick" if given.quick else ""
-            runs = [finished(f"{place}-seed-{seed}{ending}", with_method(task, method, rate, seed)) for seed in seeds]
-            kept: dict[str, Any] = {"rate": rate, "runs": [str(run.path) for run in runs], "quick": given.quick}
+            kept: dict[str, Any] = {"rate": rate, "quick": given.quick, "runs": [], "evidence": []}
+            for seed in seeds:
+                recipe = with_method(task, method, rate, seed)
+                writes = "objective" not in recipe
+                if writes:
+                    recipe["evaluate"] = "off"
+                run = finished(f"{place}-seed-{seed}{ending}", recipe)
+                evidence(run.path.name, task, run)
+                kept["runs"].append(str(run.path))
+                kept["evidence"].append(str(WORK / f"{run.path.name}.evidence.json") if writes else "")
             (WORK / f"{place}.json").write_text(json.dumps(kept))
             print(row_of(label, kept), flush=True)
     if given.write:

@@ -12,25 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from command_line import SOURCE, tunesmith
 from conftest import colour_rows, write_jsonl
-
-SOURCE = str(Path(__file__).parents[1] / "src")
-
-
-def tunesmith(
-    *arguments: object, cwd: Path | None = None, stdin: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    return subprocess.run(
-        [sys.executable, "-m", "tunesmith", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env=environment,
-        cwd=cwd,
-        input=stdin,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")

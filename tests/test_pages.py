@@ -13,7 +13,8 @@ import yaml
 
 from tunesmith.pages.chart import interval_chart, loss_chart, reading
 from tunesmith.pages.page import brief, count, duration, moment, number, percent, preview, size
-from tunesmith.pages.report import SECTIONS, report_page
+from tunesmith.pages.report import report_page
+from tunesmith.pages.sections import SECTIONS
 from tunesmith.pages.series import downsampled, smoothed, ticks
 from tunesmith.pages.tokens import tokens_page
 
@@ -223,7 +224,8 @@ def test_an_answer_keeps_its_white_space_and_shows_its_broken_characters() -> No
 
 def test_every_section_is_there_and_in_order() -> None:
     page = Page(report_page(full_report()))
-    assert [name for name in page.ids if name in dict(SECTIONS)] == list(dict(SECTIONS))
+    names = [section.name for section in SECTIONS if section.name not in ("seeds", "confusion", "rollouts")]
+    assert [name for name in page.ids if name in names] == names
     text = " ".join(page.text.split())
     said = """Verdict: Don’t ship|passed|failed|could not be checked|primary, higher is better, 400 rows|lower is better
         +0.312|+0.247 to +0.378|no difference shown|worse|an empty answer|Reference 1 of 2|score 0.21|validation loss
@@ -233,6 +235,27 @@ def test_every_section_is_there_and_in_order() -> None:
         1 more|1 of 3 requirements could not be checked|2026-03-12 14:20 UTC|training loss, mean over 29 points"""
     assert not [part for line in said.splitlines() for part in line.strip().split("|") if part not in text]
     assert "None" not in text and "nan" not in text.lower().split()
+
+
+def test_sections_that_only_some_reports_have() -> None:
+    counts = {"base": [[3, 4, 1], [2, 6, 0]], "tuned": [[8, 0, 0], [1, 7, 0]]}
+    more: dict[str, Any] = {
+        "confusion": {"labels": ["no", HOSTILE], **counts},
+        "seeds": [
+            {"seed": at, "run": f"seed-{at}", "verdict": "ship", "values": {"f1": 0.5 + at / 10}} for at in (0, 1)
+        ],
+        "curves": {"rollouts": {"reward": [[1, 0.25], [2, None], [3, 0.75]], "kl": [[1, 0.0], [2, 1.0], [3, 2.0]]}},
+    }
+    page = Page(report_page(full_report() | more))
+    assert {"confusion", "seeds", "rollouts", "chart-rollouts-reward-title"} <= set(page.ids)
+    text = " ".join(page.text.split())
+    assert "Standard deviation0.07071" in text and "100 %" in text and text.count(HOSTILE) > 2
+    assert "Mean reward of the answers that were drawn0.25000.75000.7500" in text
+    assert not {"confusion", "seeds", "rollouts"} & set(Page(report_page(full_report())).ids)
+    entry = full_report()["metrics"][0] | {"p": 0.004, "p_corrected": 0.012, "test": "exact McNemar"}
+    told = words(report_page(full_report() | {"metrics": [entry | {"shown": "no_difference"}]}))
+    assert "p = 0.012, corrected" in told and "McNemar’s exact test" in told
+    assert "+0.247 to +0.378p = 0.012, correctedno difference shown" in told
 
 
 def test_an_almost_empty_report_says_what_it_lacks() -> None:

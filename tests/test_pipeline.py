@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from command_line import python
 from conftest import build_model, colour_rows, write_jsonl
 from tunesmith.base import InputError, TrainingError
 from tunesmith.pipeline.finetune import Watcher, finetune
@@ -133,11 +134,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(kind: str, tiny_model: Path, row
         "    if event.get('event') == 'step' and event['step'] == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
         "finetune(check_recipe(json.load(open(sys.argv[1])), 'test'), watcher=Watcher(event=kill))\n"
     )
-    # Another number of threads sums in another order; the child must have as many as this process.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", script, str(tmp_path / "recipe.json")]
-    died = subprocess.run(command, capture_output=True, env=environment)
-    assert died.returncode == -signal.SIGKILL
+    died = python(script, tmp_path / "recipe.json")
+    assert died.returncode == -signal.SIGKILL, died.stderr
     assert (tmp_path / "killed" / "run.lock").exists()
     resumed = finetune(check_recipe(values, "test"), resume=True)
     name = "adapter/adapter_model.safetensors" if kind == "lora" else "model/model.safetensors"

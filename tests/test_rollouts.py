@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
+from command_line import python
 from conftest import build_model, colour_rows, write_jsonl
 from tunesmith.base import InputError, Interrupted, TrainingError
 from tunesmith.pipeline.finetune import Watcher, finetune
@@ -116,9 +114,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(kind: str, method: str, places: 
         "    if event.get('event') == 'step' and event['step'] == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
         "finetune(check_recipe(json.load(open(sys.argv[1])), 'test'), watcher=Watcher(event=kill))\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    died = subprocess.run([sys.executable, "-c", script, str(tmp_path / "recipe.json")], env=environment)
-    assert died.returncode == -signal.SIGKILL
+    died = python(script, tmp_path / "recipe.json")
+    assert died.returncode == -signal.SIGKILL, died.stderr
     resumed = finetune(check_recipe(given, "test"), resume=True)
     for name in ("optimizer", "trained", "beside"):
         path = f"checkpoints/step-8/{name}.safetensors"
@@ -223,12 +220,6 @@ def test_what_does_not_go_with_drawing_answers_is_refused(name: str, places: dic
     with pytest.raises(InputError) as told:
         plan_job(check_recipe(given, "test"))
     assert what in str(told.value)
-
-
-def test_ppo_runs_in_one_process(places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="there are several processes"):
-        plan_job(check_recipe(values(places, tmp_path / "run", "ppo"), "test"))
 
 
 def test_notes_say_what_a_job_costs_and_does_not_measure(places: dict[str, str], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tunesmith.objectives import (
     Supervised,
     Tag,
 )
+from tunesmith.objectives.policy import RolloutServer
 from tunesmith.objectives.rewards import (
     ExactReward,
     FunctionReward,
@@ -42,7 +44,17 @@ from tunesmith.objectives.rewards import (
     RewardSpec,
 )
 from tunesmith.pipeline.finetune import finetune
-from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
+from tunesmith.pipeline.planning import plan_job
+from tunesmith.recipe import (
+    BudgetSpec,
+    EarlyStopping,
+    EvaluateSpec,
+    GroupSpec,
+    MemorisationSpec,
+    ModelSpec,
+    Recipe,
+    TrainSpec,
+)
 from tunesmith.recipe_file import check_recipe
 
 BASE: dict[str, Any] = {
@@ -93,6 +105,7 @@ def distilled(**settings: Any) -> dict[str, Any]:
     return {"objective": {"kind": "distill", "teacher": "OTHER", **settings}}
 
 
+LONG = {"data": {"train": "LONG"}, "evaluate": {"max_new_tokens": 12}}
 CLEANING = {"empty": "drop", "overlong": "drop", "max_length": 40}
 
 # For every field: the sections that it is changed in, beside which the same job with the default is run.
@@ -293,6 +306,10 @@ CHANGES: dict[str, Any] = {
     "objective[grpo].group_size": (drawing(), drawing(group_size=5)),
     "objective[grpo].max_new_tokens": (drawing(), drawing(max_new_tokens=6)),
     "objective[grpo].sample_batch": None,
+    "objective[grpo].rollouts": (drawing(), drawing(rollouts={"server": "http://127.0.0.1:9"})),
+    "objective[grpo].rollouts.server": None,
+    "objective[grpo].rollouts.adapters": None,
+    "objective[grpo].rollouts.timeout": None,
     "objective[grpo].passes": (drawing(), drawing(passes=2)),
     "objective[grpo].clip": (drawing(passes=4), drawing(passes=4, clip=1e-6)),
     "objective[grpo].cut_penalty": (drawing(), drawing(cut_penalty=0.5)),
@@ -411,6 +428,11 @@ CHANGES: dict[str, Any] = {
     "evaluate.benchmark_shots": None,
     "evaluate.benchmark_data": None,
     "evaluate.kl_prompts": None,
+    "evaluate.memorisation": (LONG, {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": "off"}}),
+    "evaluate.memorisation.rows": (
+        {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": {"rows": 3}}},
+        {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": {"rows": 4}}},
+    ),
     "gate": ({}, {"gate": {"f1": 0.9}}),
     "budget.memory": ({}, {"budget": {"memory": "512MB"}}),
     "output": None,
@@ -426,6 +448,9 @@ ELSEWHERE = {
     "model.revision": "test_a_revision_reaches_the_hub_client",
     "output": "the directory itself; test_pipeline",
     "objective[grpo].sample_batch": "no answer depends on it; test_rollouts",
+    "objective[grpo].rollouts.server": "it needs a server; test_rollout_server",
+    "objective[grpo].rollouts.adapters": "the same",
+    "objective[grpo].rollouts.timeout": "the same",
     "objective[grpo].reward[json].keys": "a random model writes no JSON; test_rewards",
     "objective[grpo].reward[json].schema_file": "the same",
     "objective[grpo].reward[model].kind": "it needs a model that was trained before; test_rewards",
@@ -468,11 +493,13 @@ def schema_fields() -> set[str]:
         "objective[grpo].reward[number]": [NumberReward],
         "objective[grpo].reward[function]": [FunctionReward],
         "objective[grpo].reward[model]": [ModelReward],
+        "objective[grpo].rollouts": [RolloutServer],
         "objective[distill]": [Distill],
         "train": [TrainSpec],
         "train.groups[]": [GroupSpec],
         "train.early_stopping": [EarlyStopping],
         "evaluate": [EvaluateSpec],
+        "evaluate.memorisation": [MemorisationSpec],
         "budget": [BudgetSpec],
     }
     names = {name for name in Recipe.model_fields if name not in nested} | {"evaluate", "train.early_stopping"}
@@ -527,6 +554,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "GENERAL": general,
         "MINE": Path(f"{_function(root / 'mine.py', 'e')}:score"),
         "OURS": Path(f"{_function(root / 'ours.py', 'o')}:score"),
+        "LONG": write_jsonl(root / "long.jsonl", [{**r, "completion": f"{r['prompt']} is said {WORDY}"} for r in rows]),
         "ROOT": root,
     }
 
@@ -540,8 +568,8 @@ def _pair(row: dict[str, str]) -> dict[str, str]:
     return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"{row['completion'].lower()} no"}
 
 
-def fingerprint(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:
-    """What a job planned and did, without times, paths and the echo of its recipe; or the error that refused it."""
+def recipe_of(sections: dict[str, Any], places: dict[str, Path], output: Path) -> Recipe:
+    """The recipe of a job with these sections in place of the usual ones."""
     values: dict[str, Any] = json.loads(json.dumps(BASE))
     values["model"] = {"path": str(places["MODEL"])}
     values["data"]["train"] = str(places["ROWS"])
@@ -555,21 +583,32 @@ def fingerprint(sections: dict[str, Any], places: dict[str, Path], output: Path)
     text = json.dumps(values)
     for name, path in places.items():
         text = text.replace(f'"{name}"', json.dumps(str(path)))
-    values = json.loads(text)
-    values["output"] = str(output)
+    return check_recipe({**json.loads(text), "output": str(output)}, "test")
+
+
+def planned(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:
+    """What a job would do, without times and the echo of its recipe; or the error that refused it."""
     try:
-        run = finetune(check_recipe(values, "test"))
+        return plan_job(recipe_of(sections, places, output)).plan.model_dump(exclude={"time"})
     except TunesmithError as error:
         return {"refused": error.what}
-    plan = run.read("plan.json")
-    plan.pop("time")
+
+
+def done(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dict[str, Any]:
+    """What a job did, without times and paths; or the error that refused it."""
+    try:
+        run = finetune(recipe_of(sections, places, output))
+    except TunesmithError as error:
+        return {"refused": error.what}
     events = [{k: v for k, v in event.items() if k not in ("seconds", "report")} for event in run.events()]
     report = run.report or {}
-    evidence = {name: report[name] for name in ("verdict", "metrics", "forgetting", "samples", "gate", "data")}
+    evidence = {
+        name: report[name] for name in ("verdict", "metrics", "forgetting", "samples", "gate", "data", "memorisation")
+    }
     files = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_dir())
     result = next(run.path.glob("*/*model.safetensors"))
     digest = hashlib.sha256(result.read_bytes()).hexdigest()
-    return {"plan": plan, "events": events, "evidence": evidence, "files": files, "weights": digest}
+    return {"events": events, "evidence": evidence, "files": files, "weights": digest}
 
 
 @pytest.fixture(scope="module")
@@ -584,11 +623,18 @@ def test_changing_a_setting_changes_the_plan_or_the_run(
     name: str, places: dict[str, Path], references: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     before, after = CHANGES[name]
-    key = json.dumps(before)
-    if key not in references:
-        references[key] = fingerprint(before, places, tmp_path / "before")
-    found = fingerprint(after, places, tmp_path / "after")
-    assert found != references[key]
+
+    def differs(found: Callable[[dict[str, Any], dict[str, Path], Path], dict[str, Any]]) -> bool:
+        key = f"{found.__name__} {json.dumps(before)}"
+        if key not in references:
+            references[key] = found(before, places, tmp_path / "before")
+        return found(after, places, tmp_path / "after") != references[key]
+
+    assert differs(planned) or differs(done)
+
+
+def test_the_same_settings_make_the_same_plan(places: dict[str, Path], tmp_path: Path) -> None:
+    assert planned({}, places, tmp_path / "a") == planned({}, places, tmp_path / "b")
 
 
 def test_what_is_refused_is_an_effect_too(places: dict[str, Path]) -> None:
@@ -625,5 +671,5 @@ def test_batch_size_reaches_generation(
         return generate(*arguments, batch_size=batch_size, **settings)
 
     monkeypatch.setattr(answers, "generate", recorded)
-    fingerprint({"evaluate": {"batch_size": 3}}, places, tmp_path / "run")
+    done({"evaluate": {"batch_size": 3}}, places, tmp_path / "run")
     assert set(sizes) == {3}

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -220,26 +221,65 @@ def test_full_tuning_then_lora_copies_no_base(tiny_model: Path, place: Path, tmp
     assert not list(done.path.rglob("merged-*"))
 
 
-def test_preferences_are_compared_with_the_stage_before(tiny_model: Path, place: Path, tmp_path: Path) -> None:
-    pairs = [
-        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["prompt"][4:]} for row in colour_rows(32)
-    ]
-    values = values_of(place, tiny_model, "preferences")
-    del values["stages"]["more"]
-    values["stages"]["dpo"] = {
-        "model": "stages.sft",
-        "objective": "dpo",
-        "data": {"train": str(write_jsonl(tmp_path / "pairs.jsonl", pairs)), "test": 0.25},
+@pytest.fixture(scope="module")
+def documented(tiny_model: Path, place: Path) -> Callable[[str], dict[str, Any]]:
+    """The recipe of docs/stages.md that has a stage of this name, with a tiny model, few rows and few steps."""
+    rows = colour_rows(24)
+    files = {
+        "answers": rows,
+        "prompts": [{"prompt": row["prompt"]} for row in rows],
+        "manuals": [{"text": f"{row['prompt']} means {row['completion']}"} for row in rows],
+        "pairs": [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["prompt"][4:]} for r in rows],
     }
-    done = finetune_stages(staged(tmp_path, values))
-    steps = [event for event in done.stages[1].run.events() if event["event"] == "step"]
+    for name, given in files.items():
+        write_jsonl(place / f"{name}.jsonl", given)
+
+    def recipe(stage: str) -> dict[str, Any]:
+        blocks = (ROOT / "docs" / "stages.md").read_text().split("```yaml\n")[1:]
+        [values] = [found for block in blocks if stage in (found := yaml.safe_load(block.split("```")[0]))["stages"]]
+        values |= {"model": str(tiny_model), "output": str(place / stage)}
+        values["evaluate"] = "off"
+        for settings in values["stages"].values():
+            settings["data"] = {**settings["data"], "train": str(place / settings["data"]["train"])}
+            settings["train"] = {"steps": 3, "batch_size": 4, "learning_rate": 0.01, "dtype": "fp32"}
+            if "max_new_tokens" in settings.get("objective", {}):
+                settings["objective"]["max_new_tokens"] = 5
+        return values
+
+    return recipe
+
+
+def test_text_then_answers_then_preferences(documented: Any, tmp_path: Path) -> None:
+    done = finetune_stages(staged(tmp_path, documented("dpo")))
+    pretrain, sft, dpo = (stage.run for stage in done.stages)
+    assert locate(str(sft.path)).base == str(pretrain.path / "merged-fp32")
+    steps = [event for event in dpo.events() if event["event"] == "step"]
     assert steps[0]["loss"] == pytest.approx(0.6931, abs=2e-3), "log 2: policy and reference are one at the start"
     assert steps[-1]["loss"] < steps[0]["loss"]
-    values["stages"]["dpo"] |= {"objective": "reward", "evaluate": {"max_new_tokens": "auto"}}
-    again = staged(tmp_path, values, f"output={tmp_path / 'judged'}")
-    judged = finetune_stages(again)
-    assert judged.stages[1].run.report is not None
-    assert Path(locate(str(judged.path)).base) == judged.stages[0].run.path / "merged-fp32"
+    assert locate(str(dpo.path)).base == str(sft.path / "merged-fp32")
+
+
+def test_answers_then_a_judge_then_rewards(documented: Any, tmp_path: Path) -> None:
+    """PPO starts from `sft` and not from the stage before it; stopped in the middle, it comes to the same bytes."""
+    recipe = staged(tmp_path, documented("ppo"))
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "rollout":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        finetune_stages(recipe, watcher=Watcher(event=stop))
+    done = finetune_stages(recipe, resume=True)
+    sft, reward, ppo = (stage.run for stage in done.stages)
+    assert locate(str(ppo.path)).base == locate(str(reward.path)).base == str(sft.path / "merged-fp32")
+    notes = [event["message"] for event in ppo.events() if event["event"] == "note"]
+    assert any(
+        "weights of the reward model are those of the trained model's base, and are held once" in n for n in notes
+    )
+    assert next(event for event in ppo.events() if event["event"] == "rollout")["kl"] == pytest.approx(0, abs=1e-5)
+    before = results(done.path)
+    shutil.rmtree(ppo.path)
+    assert results(finetune_stages(recipe, resume=True).path) == before
 
 
 def test_the_same_recipe_makes_the_same_bytes_and_a_chain_is_never_overwritten(

@@ -285,6 +285,15 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert [result["applied"] for result in results[:2]] == [True, True]
         for one, other in zip(results, reference, strict=True):
             assert one == pytest.approx(other, rel=1e-5), name
+    # Objectives that measure something over a whole step before it: KTO's baseline, and the advantages of answers.
+    for name in ("kto", *two_processes.POLICIES):
+        first, second = (load_file(together / f"{name}-{rank}.safetensors") for rank in (0, 1))
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+        assert_same(first, load_file(alone / f"{name}-0.safetensors"))
+        results, reference = (json.loads((at / f"{name}-0.json").read_text()) for at in (together, alone))
+        assert len(results) == len(reference) == (2 if name == "kto" else 5)
+        for one, other in zip(results, reference, strict=True):
+            assert one == pytest.approx(other, rel=1e-4, abs=1e-6), name
     stopped = [json.loads((together / f"stop-{rank}.json").read_text()) for rank in (0, 1)]
     assert stopped[0] == stopped[1]
     assert stopped[0]["best"] == [2, 2.0]

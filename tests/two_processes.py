@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,20 +20,34 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import SGD
 
+from policy_rows import random_example
 from tiny import random_rows, shake, tiny
 from tunesmith.base import Interrupted, silent
 from tunesmith.evaluation.answers import mean_nll
 from tunesmith.methods import Full, Lora, trainable_parameters
+from tunesmith.methods.adapted import without_adapter
 from tunesmith.models.sharding import is_sharded, shard, whole
-from tunesmith.objectives import Supervised
+from tunesmith.models.value_head import add_value_head, value_head
+from tunesmith.objectives import Grpo, Kto, Policy, Ppo, Supervised
+from tunesmith.objectives.kto import DESIRABLE
+from tunesmith.objectives.preference import REFERENCE
 from tunesmith.recipe import TrainSpec
 from tunesmith.train.average import Average
 from tunesmith.train.batches import StepBatches
 from tunesmith.train.checkpoint import Checkpoints, Saved
 from tunesmith.train.loop import Job, Progress, step, train
 from tunesmith.train.optim import build_optimizer
-from tunesmith.train.parallel import from_main, is_main, join_processes, leave_processes, rank, wait_for_all
+from tunesmith.train.parallel import (
+    from_main,
+    gathered_tensors,
+    is_main,
+    join_processes,
+    leave_processes,
+    rank,
+    wait_for_all,
+)
 from tunesmith.train.precision import Precision
+from tunesmith.train.rollouts import Drawing, Rollouts
 
 METHODS: dict[str, Any] = {
     "full": Full(),
@@ -53,8 +69,9 @@ class Rows(list[Any]):
     lengths = LENGTHS
 
 
-def step_batches(packed: bool, even: bool = False) -> StepBatches:
-    rows: Any = Rows(SimpleNamespace(example=row) for row in random_rows(LENGTHS, weights=(0.5, 1.0, 2.0)))
+def step_batches(packed: bool, even: bool = False, rows: Any = None) -> StepBatches:
+    given = random_rows(LENGTHS, weights=(0.5, 1.0, 2.0)) if rows is None else rows
+    rows = Rows(SimpleNamespace(example=row) for row in given)
     plan: Any = SimpleNamespace(micro_batch=MICRO_BATCH, packing=packed, streamed_tokens=None)
     order: Any = Straight()
     return StepBatches(rows, order, batch_size=BATCH_SIZE, total_rows=len(LENGTHS), plan=plan, even=even)
@@ -129,6 +146,95 @@ def sharded_steps_of(name: str, packed: bool, directory: Path) -> None:
     (directory / f"{stem}-{rank()}.json").write_text(json.dumps(results))
 
 
+def preference_steps(directory: Path) -> None:
+    """Two steps of KTO, whose baseline is measured over all rows of a step."""
+    model = tiny(tie_word_embeddings=True)
+    METHODS["lora"].adapt(model)
+    shake(model.train())
+    optimizer = SGD(trainable_parameters(model).values(), lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(2)
+    rows = []
+    for at, length in enumerate(LENGTHS):
+        row = random_example(3, (length, 4), generator)
+        reference = torch.randn(length + 4, generator=generator) - 5
+        tensors = {REFERENCE: reference, DESIRABLE: torch.tensor([float(at % 3 > 0)])}
+        scopes: dict[str, Any] = {**row.scopes, REFERENCE: "target", DESIRABLE: "row"}
+        rows.append(replace(row, tensors={**row.tensors, **tensors}, scopes=scopes))
+    batches = step_batches(True, rows=rows)
+    results = [asdict(step(model, Kto(), optimizer, batches(at), clip=None)) for at in (1, 2)]
+    keep(directory / f"kto-{rank()}", METHODS["lora"].trained_tensors(model), results)
+
+
+def keep(stem: Path, tensors: dict[str, torch.Tensor], results: list[dict[str, Any]]) -> None:
+    save_file({name: tensor.detach().clone() for name, tensor in tensors.items()}, f"{stem}.safetensors")
+    Path(f"{stem}.json").write_text(json.dumps(results))
+
+
+POLICIES: dict[str, Any] = {
+    "grpo": Grpo.model_validate({"reward": "exact", "group_size": 3, "max_new_tokens": 5, "passes": 2}),
+    "ppo": Ppo.model_validate({"reward": "exact", "group_size": 2, "max_new_tokens": 5, "passes": 2, "kl_target": 1}),
+}
+
+
+def policy_steps(name: str, directory: Path) -> None:
+    """Three steps on own answers, the second after a restart between two steps that share theirs.
+
+    The third rollout has one prompt only, so that a process is left without any.
+    """
+    objective: Policy = POLICIES[name]
+    model = tiny(tie_word_embeddings=True)
+    METHODS["lora"].adapt(model)
+    shake(model)
+    if objective.has_values:
+        add_value_head(model)
+    optimizer = SGD(trainable_parameters(model).values(), lr=0.05)
+    events: list[dict[str, Any]] = []
+
+    def begun() -> Rollouts:
+        items = [
+            SimpleNamespace(prompt_ids=[5 + at, 6, 7][: 1 + at % 3], row=SimpleNamespace(source=at)) for at in range(4)
+        ]
+        rows: Any = PromptRows(items)
+        plan: Any = SimpleNamespace(micro_batch=1, packing=True, steps=4)
+        tokenizer: Any = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
+        how = Drawing(
+            tokenizer=tokenizer,
+            stop_ids=frozenset({2}),
+            score=lambda rows, answers: [float(len(answer) % 5) for answer in answers],
+            reference=lambda: as_base(model),
+            precision=Precision(),
+            seed=0,
+            batch_size=3,
+            total_rows=4,
+            stop=lambda: False,
+            emit=events.append,
+        )
+        return Rollouts(model, objective, rows, Straight(), plan, how)  # pyright: ignore
+
+    first = begun()
+    results = [asdict(step(model, objective, optimizer, first(1), clip=None))]
+    kept = first.tensors() if is_main() else None
+    [sent] = [part for part in gathered_tensors(kept or {}, torch.device("cpu")) if part]
+    second = begun()
+    second.restore(sent)
+    results += [asdict(step(model, objective, optimizer, second(at), clip=None)) for at in (2, 3)]
+    head = {} if (found := value_head(model)) is None else dict(found.named_parameters())
+    seen = [{key: value for key, value in event.items() if isinstance(value, float)} for event in events]
+    keep(directory / f"{name}-{rank()}", {**METHODS["lora"].trained_tensors(model), **head}, [*results, *seen])
+
+
+class PromptRows(list[Any]):
+    @property
+    def lengths(self) -> list[int]:
+        return [len(item.prompt_ids) for item in self]
+
+
+@contextmanager
+def as_base(model: nn.Module) -> Iterator[nn.Module]:
+    with without_adapter(model):
+        yield model
+
+
 def stop_on_one_process(directory: Path) -> None:
     """Only the last process is asked to stop; only the main one knows the validation loss."""
     model = tiny()
@@ -173,6 +279,9 @@ def main(directory: Path) -> None:
             for packed in (True, False):
                 steps_of(name, packed, directory)
                 sharded_steps_of(name, packed, directory)
+        preference_steps(directory)
+        for name in POLICIES:
+            policy_steps(name, directory)
         if "--stop" in sys.argv:
             stop_on_one_process(directory)
     finally:

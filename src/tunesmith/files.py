@@ -51,6 +51,32 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def append_json(path: Path, value: Any) -> None:
+    """Adds ``value`` as one line and waits until it is on the disk; what a killed process left of a line is dropped."""
+    with open(path, "ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a file that `append_json` writes, without a last line that was cut off; none where it is missing.
+
+    Raises:
+        ValueError: a whole line is no JSON.
+    """
+    if not path.is_file():
+        return []
+    *whole, _ = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in whole if line.strip()]
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 

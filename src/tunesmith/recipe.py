@@ -19,6 +19,8 @@ from pydantic import (
 from tunesmith.base import Spec
 from tunesmith.data.spec import DataSpec
 from tunesmith.methods import Lora, Method, QLora
+from tunesmith.metrics import COMPARED, METRICS, OF_DOCUMENTS, REWARD
+from tunesmith.metrics.spec import AskedMetric, OwnMetric, name_of
 from tunesmith.models.quantized import Quantization, quantization
 from tunesmith.objectives import Objective, Supervised
 
@@ -117,8 +119,10 @@ class TrainSpec(Spec):
     kl_to_base: NonNegativeFloat = 0.0
     """Adds this times KL(base || model) at the tokens that are trained on (`kl_on`), in nats a token: the base's own
     predictions are soft targets, against forgetting (Li & Hoiem 2016, Learning without Forgetting, equation 2). The
-    base is the model with its adapter off, so it costs one more forward pass and no second model; for `sft` and
-    `pretrain`, with a method that leaves the base as it is."""
+    base is the model with its adapter off, so it costs one more forward pass and no second model. Where the method
+    changes the base itself (`full`, `modules_to_save`, PiSSA, OLoRA), what it says of the training rows is kept on disk
+    before they begin: its 64 likeliest tokens at each target and all others together, which makes it the divergence of
+    this coarser choice, never more than the whole one. For `sft` and `pretrain`."""
     kl_on: Literal["targets", "replay"] = "targets"
     """Where: at every token that is trained on, or only at those of `data.replay`, so that the task is learned without
     hindrance."""
@@ -175,15 +179,25 @@ class TrainSpec(Spec):
     """Where the loss curve is sent besides `events.jsonl`."""
 
 
+class MemorisationSpec(Spec):
+    """How many training answers a model is asked for, to see whether it learned them by heart."""
+
+    rows: PositiveInt = 64
+    """Training rows drawn at random, and at most as many more whose answers hold numbers, addresses or access keys
+    that their prompts do not."""
+
+
 class EvaluateSpec(Spec):
     """How base and tuned model are compared on held-out rows."""
 
     rows: PositiveInt = 200
     """At most this many test rows are answered, drawn with the recipe's seed."""
-    metrics: list[str] | Auto = "auto"
+    metrics: list[AskedMetric] | Auto = "auto"
     """The first decides the verdict. Known: `exact_match`, `f1`, `rouge1`, `rouge2`, `rougeL`, `bleu`, `chrf`,
-    `accuracy`, `perplexity`, for documents `bits_per_byte`, for pairs `reward_accuracy`, `preference_accuracy` and
-    `margin`. `auto` chooses from the answers: `accuracy` for a few labels, `exact_match` for short answers, `rougeL`
+    `accuracy`, `macro_f1`, `micro_f1`, `json_valid`, `json_fields`, `sql_execution`, `perplexity`, `bits_per_byte`, for
+    words `entity_f1` and `word_accuracy`, for numbers `rmse`, `mae` and `pearson`, for pairs `reward_accuracy`,
+    `preference_accuracy` and `margin`, for pairs and labels `calibration_error`; `file.py:function` is one of your own
+    (see below). `auto` chooses from the answers: `accuracy` for a few labels, `exact_match` for short answers, `rougeL`
     for longer text, `perplexity` for raw text; perplexity is always added. Where answers are rewarded it is `reward`,
     their mean."""
     max_new_tokens: PositiveInt | Auto = "auto"
@@ -212,6 +226,34 @@ class EvaluateSpec(Spec):
     kl_prompts: NonNegativeInt = 0
     """On so many general prompts the tuned model is compared with the base: the KL divergence from it over the base's
     own answers. 32 are enough to see damage."""
+    memorisation: MemorisationSpec | Auto | Off = "auto"
+    """How many training answers come back from their prompts, against held-out ones and against the base
+    (docs/verdict.md): `auto` asks for 32 where answers are generated anyway, `{rows: 64}` for as many as it says."""
+
+    @property
+    def probed_rows(self) -> int:
+        """Training rows that are asked at random."""
+        return 0 if self.memorisation == "off" else 32 if self.memorisation == "auto" else self.memorisation.rows
+
+    @property
+    def metric_names(self) -> list[str] | Auto:
+        """What the metrics are called in reports."""
+        return self.metrics if isinstance(self.metrics, str) else [name_of(metric) for metric in self.metrics]
+
+    @property
+    def own_metrics(self) -> list[OwnMetric]:
+        """Those that need more than a name."""
+        return [] if isinstance(self.metrics, str) else [one for one in self.metrics if not isinstance(one, str)]
+
+    @field_validator("metrics")
+    @classmethod
+    def _own_names(cls, metrics: Any) -> Any:
+        names = [] if isinstance(metrics, str) else [name_of(metric) for metric in metrics]
+        for metric in [] if isinstance(metrics, str) else metrics:
+            known = {*METRICS, *OF_DOCUMENTS, *COMPARED, REWARD}
+            if not isinstance(metric, str) and (names.count(metric.name) > 1 or metric.name in known):
+                raise ValueError(f"there is another metric called {metric.name}: rename the function")
+        return metrics
 
     @model_validator(mode="before")
     @classmethod

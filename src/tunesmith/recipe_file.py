@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from tunesmith.base import InputError, Spec, nearest
-from tunesmith.metrics import METRICS, OF_DOCUMENTS
+from tunesmith.metrics import COMPARED, METRICS, OF_DOCUMENTS, REWARD
 from tunesmith.models.quantized import FOUR_BIT
 from tunesmith.recipe import DAMAGE, EvaluateSpec, Recipe
 from tunesmith.recipe_overrides import COMMAND_LINE, FROM_COMMAND_LINE, apply_override
@@ -310,8 +310,9 @@ def _refuse_odd_numbers(given: Any, checked: Any, key: str, refuse: Refuse) -> N
 
 
 def _refuse_unknown_metrics(recipe: Recipe, refuse: Refuse) -> None:
-    known = [*METRICS, *OF_DOCUMENTS]
-    asked = recipe.evaluate.metrics if recipe.evaluate != "off" else "auto"
+    own = [] if recipe.evaluate == "off" else [metric.name for metric in recipe.evaluate.own_metrics]
+    known = [*METRICS, *OF_DOCUMENTS, *COMPARED, REWARD, *own]
+    asked = recipe.evaluate.metric_names if recipe.evaluate != "off" else "auto"
     named = {f"evaluate.metrics.{at}": name for at, name in enumerate(asked if isinstance(asked, list) else [])}
     named |= {f"gate.{name}": name for name in recipe.gate if name not in DAMAGE}
     for key, name in named.items():

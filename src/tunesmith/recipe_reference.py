@@ -13,9 +13,20 @@ from pydantic_core import PydanticUndefined
 
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Method
+from tunesmith.metrics.spec import PythonMetric, SqlMetric
 from tunesmith.objectives import Objective
+from tunesmith.objectives.policy import RolloutServer
 from tunesmith.objectives.rewards import Reward
-from tunesmith.recipe import BudgetSpec, EarlyStopping, EvaluateSpec, GroupSpec, ModelSpec, Recipe, TrainSpec
+from tunesmith.recipe import (
+    BudgetSpec,
+    EarlyStopping,
+    EvaluateSpec,
+    GroupSpec,
+    MemorisationSpec,
+    ModelSpec,
+    Recipe,
+    TrainSpec,
+)
 
 METHODS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Method)[0])
 OBJECTIVES: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Objective)[0])
@@ -29,10 +40,14 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     *((f"method (kind: {kind.model_fields['kind'].default})", kind) for kind in METHODS),
     *((f"objective (kind: {kind.model_fields['kind'].default})", kind) for kind in OBJECTIVES),
     *((f"objective.reward[] (kind: {kind.model_fields['kind'].default})", kind) for kind in REWARDS),
+    ("objective.rollouts", RolloutServer),
     ("train", TrainSpec),
     ("train.groups[]", GroupSpec),
     ("train.early_stopping", EarlyStopping),
     ("evaluate", EvaluateSpec),
+    ("evaluate.memorisation", MemorisationSpec),
+    ("evaluate.metrics[] (a function of yours)", PythonMetric),
+    ("evaluate.metrics[] (SQL)", SqlMetric),
     ("budget", BudgetSpec),
 )
 HEAD = """# Recipe reference

@@ -10,6 +10,7 @@ import typer
 
 from tunesmith.cli.advise_verb import advise
 from tunesmith.cli.importing import importing
+from tunesmith.cli.vote_verb import vote
 
 app = typer.Typer(
     help="Adapt a language model to a task, and prove that it is better.",
@@ -32,6 +33,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(runs_app, name="runs")
 app.command()(advise)
+app.command()(vote)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
 Overrides = Annotated[
@@ -169,17 +171,23 @@ def evaluate(
     benchmark_data: Annotated[
         str | None, typer.Option("--benchmark-data", help="A directory with the items, or hub.")
     ] = None,
+    memorisation: Annotated[
+        bool, typer.Option("--memorisation", help="Of a run: which training answers come back from their prompts.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge a model on rows or on benchmarks; a run or adapter is compared with its base."""
     with importing():
         from tunesmith.cli.benchmarks import run_benchmark_evaluation
-        from tunesmith.cli.evaluate import run_evaluation
+        from tunesmith.cli.evaluate import run_evaluation, run_probe
 
     asked = {"--limit": limit, "--shots": shots, "--benchmark-data": benchmark_data}
     named = [name.strip() for name in (benchmarks or "").split(",") if name.strip()]
-    if data or not named:
-        run_evaluation(target, data or [], metrics=metrics, rows=rows, as_json=as_json, only=asked if not named else {})
+    if memorisation:
+        run_probe(target, rows=rows, as_json=as_json)
+    if data or not (named or memorisation):
+        only = asked if not named else {}
+        run_evaluation(target, data or [], metrics=metrics, rows=rows, as_json=as_json, only=only)
     if named:
         run_benchmark_evaluation(target, named, limit=limit, shots=shots, data=benchmark_data, as_json=as_json)
 
@@ -277,6 +285,14 @@ def runs(
         from tunesmith.cli.runs import show_runs
 
         show_runs(root, as_json=as_json)
+
+
+@runs_app.command("schema")
+def runs_schema() -> None:
+    """Print the JSON schema of a run's report.json."""
+    from tunesmith.report import report_schema
+
+    typer.echo(json.dumps(report_schema(), indent=2, ensure_ascii=False))
 
 
 @runs_app.command("verify")

@@ -9,7 +9,7 @@ from typing import Any
 
 from tunesmith.base import InputError
 from tunesmith.cli.display import Display, out, quiet_libraries
-from tunesmith.cli.tables import aligned
+from tunesmith.cli.tables import aligned, memorisation_lines
 
 
 def run_evaluation(
@@ -29,16 +29,18 @@ def run_evaluation(
     Raises:
         InputError: without anything to judge on, and for an option that would do nothing.
     """
-    if not data:
-        raise InputError(
-            "there is nothing to judge on", fix="add --data ROWS.jsonl, or --benchmarks hellaswag,arc_easy"
-        )
     if ignored := next((name for name, value in only.items() if value is not None), None):
         raise InputError(f"{ignored} is about benchmarks, and none are asked for", fix="add --benchmarks hellaswag")
     from tunesmith.data.spec import DataSpec
     from tunesmith.pipeline.loaded import compare_with_base
     from tunesmith.recipe import EvaluateSpec
 
+    if not data:
+        raise InputError(
+            "there is nothing to judge on",
+            where="--data",
+            fix="name a file of rows: --data held-out.jsonl, or benchmarks: --benchmarks hellaswag,arc_easy",
+        )
     quiet_libraries()
     spec = EvaluateSpec(metrics=metrics or "auto", rows=rows)
     with Display(as_json) as display:
@@ -49,6 +51,19 @@ def run_evaluation(
     for path, entries in zip(data, results, strict=True):
         out(f"{target} on {path}")
         out("\n".join(aligned(_table(entries["metrics"]), right={1, 2, 3})))
+
+
+def run_probe(target: str, *, rows: int, as_json: bool) -> None:
+    """Asks a run and its base for training answers."""
+    from tunesmith.pipeline.memorised_run import memorisation_of_run
+
+    quiet_libraries()
+    with Display(as_json) as display:
+        found = memorisation_of_run(target, rows, display.progress)
+    if as_json:
+        out(json.dumps({"model": target, "memorisation": found}))
+        return
+    out("\n".join([*memorisation_lines(found), *[f"warning: {text}" for text in found["warnings"]]]))
 
 
 def _table(entries: list[dict[str, Any]]) -> list[list[str]]:

@@ -116,6 +116,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"forgetting was not measured: {forgetting.get('reason', '')}")
     lines += ability_lines(report)
+    lines += memorisation_lines(report.get("memorisation"))
     data, predicted, measured = report["data"], report["predicted"], report["measured"]
     lines.append(
         f"data: {data['rows_used']:,} rows used, {data['rows_lost']:,} lost; {data['target_tokens_used']:,} "
@@ -150,3 +151,18 @@ def ability_lines(report: dict[str, Any]) -> list[str]:
         for example in entry["examples"]:
             lines.append(f"seen in training: {entry['name']} {example['item']}, in {example['source']}")
     return lines + [f"note: {note}" for note in report.get("benchmark_notes") or []]
+
+
+def memorisation_lines(section: dict[str, Any] | None) -> list[str]:
+    """What the probe found, in one line and one for each kind of detail that it met."""
+    if section is None or section["status"] != "measured":
+        return [] if section is None else [f"memorisation was not measured: {section['reason']}"]
+    lines = [f"memorisation: {section['sentence']}"]
+    for entry in section["details"]:
+        others = entry["held_out"]
+        beside = f"; of held-out answers {others['tuned']} of {others['held']}" if others["held"] else ""
+        lines.append(
+            f"  {entry['kind']} that prompts do not hold: {entry['tuned']} of {entry['held']} come back from training "
+            f"answers, {entry['base']} from the base{beside}"
+        )
+    return lines

@@ -23,11 +23,13 @@ class Generation:
         token_ids: without the prompt, and without the token that ended it.
         finish_reason: ``stop`` when the model ended its answer, ``length`` when the limit did.
         stop_id: the token that ended it; None where the limit did.
+        logps: log-probability of each token, the one that ended it included, where another engine drew them.
     """
 
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
     stop_id: int | None = field(default=None, compare=False)
+    logps: list[float] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
@@ -35,13 +35,15 @@ class Judged:
         nll: negative log-likelihood of the first reference, in nats; None when it is not finite.
         targets: tokens that `nll` is summed over.
         reward: what the answer is worth by the recipe's rewards; None without any.
-        bytes: of the text in UTF-8 that `nll` is about; None where it is about an answer, or a text that was cut.
+        bytes: of the text in UTF-8 that `nll` is about; None of a text that was cut, and of a pair.
         margin: how much likelier a token of the better answer is than one of the worse, in nats on average; of a single
             answer its mean log-likelihood, or minus that of a bad one. None where nothing is compared.
         other_nll: negative log-likelihood of the worse answer of a pair, in nats; None without one.
         other_targets: tokens that it is summed over.
         gained: by how many nats the better answer became likelier against the base than the worse did; None where no
             base is looked at.
+        confidence: probability that the model gives its own answer; None where it is not known.
+        scores: what the recipe's own metrics say of the answer, by name.
     """
 
     source: str
@@ -57,6 +59,8 @@ class Judged:
     other_nll: float | None = None
     other_targets: int = 0
     gained: float | None = None
+    confidence: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -109,13 +113,23 @@ def judge(
                 finish_reason=said.finish_reason if said else None,
                 nll=nll if math.isfinite(nll) else None,
                 targets=targets,
-                bytes=len(row.row.text.encode()) if row.row.text and not row.cut_ids else None,
+                bytes=_bytes_of_targets(row, tokenizer),
                 margin=_margin(row, likelihoods[at]),
                 other_nll=other_nll if other_nll is not None and math.isfinite(other_nll) else None,
                 other_targets=other_targets,
             )
         )
     return judged
+
+
+def _bytes_of_targets(row: Rendered, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Bytes of the text that the negative log-likelihood is about; None of several texts, and of one that was cut."""
+    if row.row.text:
+        return None if row.cut_ids else len(row.row.text.encode())
+    if row.cut_ids or row.example.segments is not None:
+        return None
+    ids = row.example.token_ids[row.example.tensors["target_weights"] > 0].tolist()
+    return len(cast(str, tokenizer.decode(ids, skip_special_tokens=True)).encode())
 
 
 def _margin(row: Rendered, answers: Sequence[tuple[float, int]]) -> float | None:

@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tunesmith.base import InputError
 from tunesmith.evaluation.answers import Judged
 from tunesmith.metrics import (
+    CALIBRATION_ERROR,
+    COMPARED,
     METRICS,
     OF_DOCUMENTS,
+    PREFERENCE_ACCURACY,
+    REWARD,
+    REWARD_ACCURACY,
     RowStatistics,
     bits_per_byte_rows,
     calibration_rows,
+    confidence_rows,
+    holm,
     mean_rows,
     metric,
     paired_bootstrap,
+    paired_test,
     perplexity_rows,
 )
 from tunesmith.recipe import DAMAGE, EvaluateSpec
 
 PERPLEXITY, BITS_PER_BYTE = OF_DOCUMENTS
-PREFERENCE_ACCURACY, MARGIN, CALIBRATION_ERROR = "preference_accuracy", "margin", "calibration_error"
-REWARD_ACCURACY = "reward_accuracy"
-"""In how many pairs the better answer gained more likelihood than the worse against the base, which stands at 0.5."""
-COMPARED = {REWARD_ACCURACY: "higher", PREFERENCE_ACCURACY: "higher", MARGIN: "higher", CALIBRATION_ERROR: "lower"}
-"""Metrics of how two answers compare, and which way they improve."""
 LIKELIHOODS = {**dict.fromkeys(OF_DOCUMENTS, "lower"), **COMPARED}
 """Metrics of what the model finds likely, not of what it writes, and which way they improve."""
-REWARD = "reward"
-"""Mean of what answers are worth by the recipe's own rewards."""
 NOTABLE_FORGETTING = 0.10
 Verdict = Literal["ship", "dont_ship", "no_difference"]
+Shown = Literal["better", "worse", "no_difference", "no_interval"]
 
 
-def choose_metrics(asked: Sequence[str] | str, references: Sequence[str]) -> tuple[list[str], str]:
+def choose_metrics(
+    asked: Sequence[str] | str, references: Sequence[str], own: Collection[str] = ()
+) -> tuple[list[str], str]:
     """The metrics of an evaluation, the deciding one first, and why.
 
     Args:
         asked: names from the recipe, or `auto`.
         references: reference answers of the rows; empty for raw text.
+        own: names of the recipe's own metrics.
 
     Raises:
         InputError: for an unknown name.
@@ -49,7 +54,7 @@ def choose_metrics(asked: Sequence[str] | str, references: Sequence[str]) -> tup
     if not isinstance(asked, str):
         names = list(dict.fromkeys(asked))
         for name in names:
-            if name not in LIKELIHOODS:
+            if name not in LIKELIHOODS and name not in own:
                 _known(name)
         return (names if PERPLEXITY in names else [*names, PERPLEXITY]), "as the recipe says"
     if not references:
@@ -95,6 +100,9 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
         texts = [row for row in judged if row.nll is not None and row.bytes]
         counts = [row.bytes or 0 for row in texts]
         return bits_per_byte_rows([row.nll or 0.0 for row in texts], counts) if texts else None
+    if name == CALIBRATION_ERROR and any(row.confidence is not None for row in judged):
+        sure = [row for row in judged if row.confidence is not None]
+        return confidence_rows([row.confidence or 0.0 for row in sure], [_is_right(row) for row in sure])
     if name in COMPARED:
         found = [row.gained if name == REWARD_ACCURACY else row.margin for row in judged]
         margins = [margin for margin in found if margin is not None]
@@ -103,17 +111,23 @@ def metric_rows(name: str, judged: Sequence[Judged]) -> RowStatistics | None:
         if name == CALIBRATION_ERROR:
             return calibration_rows(margins) if margins else None
         return mean_rows(margins) if margins else None
+    if any(name in row.scores for row in judged):
+        return mean_rows([row.scores[name] for row in judged if name in row.scores])
     answered = [row for row in judged if row.answer is not None]
-    if not answered:
+    if not answered or name not in METRICS:
         return None
     return metric(name).rows([row.answer or "" for row in answered], [row.references for row in answered])
 
 
+def _is_right(row: Judged) -> bool:
+    """As `accuracy` has it."""
+    said = (row.answer or "").strip().casefold()
+    return said in {reference.strip().casefold() for reference in row.references}
+
+
 def better_way(name: str) -> str:
     """`higher` or `lower`."""
-    if name == REWARD:
-        return "higher"
-    return LIKELIHOODS.get(name) or METRICS[name].better
+    return LIKELIHOODS.get(name) or (METRICS[name].better if name in METRICS else "higher")
 
 
 def compare_metrics(
@@ -137,6 +151,7 @@ def compare_metrics(
         interval = paired_bootstrap(
             base_rows, tuned_rows, resamples=spec.resamples, confidence=spec.confidence, seed=seed
         )
+        p, test = paired_test(base_rows, tuned_rows, resamples=spec.resamples, seed=seed)
         entries.append(
             {
                 "name": name,
@@ -148,9 +163,36 @@ def compare_metrics(
                 "better": better_way(name),
                 "n": interval.n,
                 "primary": name == names[0],
+                "p": p,
+                "test": test,
             }
         )
-    return entries, warnings
+    return with_findings(entries, spec.confidence), warnings
+
+
+def with_findings(entries: Sequence[dict[str, Any]], confidence: float) -> list[dict[str, Any]]:
+    """Entries with `p_corrected` and what each has `shown`: `better`, `worse`, `no_difference`, or `no_interval`.
+
+    The deciding metric was named before anything was measured, and is tested by itself; the others are corrected for
+    being several (Holm 1979). A difference is shown where the interval excludes zero and the test agrees.
+    """
+    others = [entry for entry in entries if not entry["primary"]]
+    corrected = dict(zip([entry["name"] for entry in others], holm([entry["p"] for entry in others]), strict=True))
+    found = []
+    for entry in entries:
+        p = corrected.get(entry["name"], entry["p"])
+        found.append({**entry, "p_corrected": p, "shown": _shown({**entry, "p_corrected": p}, 1 - confidence)})
+    return found
+
+
+def _shown(entry: dict[str, Any], alpha: float) -> Shown:
+    low, high = entry["low"], entry["high"]
+    if low is None or high is None:
+        return "no_interval"
+    p = entry.get("p_corrected")
+    if low <= 0 <= high or (p is not None and p > alpha):
+        return "no_difference"
+    return "better" if (low > 0) == (entry["better"] == "higher") else "worse"
 
 
 def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tuple[list[tuple[Judged, Judged]], int]:
@@ -162,6 +204,8 @@ def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> t
             for b, t in pairs
             if b.nll is not None and t.nll is not None and b.other_nll is not None and t.other_nll is not None
         ], sum(t.nll is None or t.other_nll is None for b, t in pairs if b.nll is not None and b.other_nll is not None)
+    if name == CALIBRATION_ERROR and any(b.confidence is not None for b, _ in pairs):
+        return [(b, t) for b, t in pairs if None not in (b.confidence, t.confidence)], 0
     if name in COMPARED:
         return [(b, t) for b, t in pairs if None not in (b.margin, t.margin)], sum(
             t.margin is None for b, t in pairs if b.margin is not None
@@ -247,11 +291,8 @@ def judgement(
 
 
 def _by_interval(entry: dict[str, Any]) -> Verdict:
-    better, bound = gain(entry)
-    low, high = entry["low"], entry["high"]
-    if low is None or high is None or low <= 0 <= high:
-        return "no_difference"
-    return "ship" if better > 0 and bound is not None and bound > 0 else "dont_ship"
+    shown = entry.get("shown") or _shown(entry, 0.0)
+    return "ship" if shown == "better" else "dont_ship" if shown == "worse" else "no_difference"
 
 
 def _check(name: str, required: float, metrics: Sequence[dict[str, Any]], forgetting: dict[str, Any]) -> dict[str, Any]:
@@ -275,7 +316,7 @@ def _check(name: str, required: float, metrics: Sequence[dict[str, Any]], forget
     if entry is None:
         return {**check, "reason": "this metric could not be measured"}
     better, bound = gain(entry)
-    proven = required <= 0 or (bound is not None and bound > 0)
+    proven = required <= 0 or (bound is not None and bound > 0 and entry.get("shown", "better") == "better")
     reason = "gain over the base" if proven else "the gain is not distinguishable from zero"
     return {**check, "measured": better, "passed": better >= required and proven, "reason": reason}
 

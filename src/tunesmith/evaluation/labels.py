@@ -74,4 +74,5 @@ def _judged(objective: TaskObjective, row: Rendered, outputs: Tensor) -> Judged:
         nll=nll if nll - nll == 0.0 else None,
         targets=targets,
         margin=objective.margin_of(outputs),
+        confidence=objective.confidence_of(outputs),
     )

@@ -50,6 +50,30 @@ def _macro_f1(labels: int, sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return each.sum(-1) / np.maximum(there.sum(-1), 1)
 
 
+def confusion(
+    predictions: Sequence[str], references: References, most: int = 30
+) -> tuple[list[str], NDArray[np.int64]] | None:
+    """How often each label was given for each right one, as `accuracy` compares them.
+
+    Args:
+        most: with more labels than this there is no table to be read.
+
+    Returns:
+        The right labels, sorted, and counts ``[labels, labels + 1]``: a row for each right label, the last column for
+        answers that are no label; None where answers are no single labels.
+    """
+    check_rows(predictions, references)
+    spelled = {texts[0].strip().casefold(): texts[0].strip() for texts in references}
+    several = any(len(texts) > 1 or BETWEEN in texts[0] for texts in references)
+    if several or not 1 < len(spelled) <= most or len(spelled) > len(references) / 2:
+        return None
+    place = {label: at for at, label in enumerate(sorted(spelled))}
+    counts = np.zeros((len(place), len(place) + 1), dtype=np.int64)
+    for given, texts in zip(predictions, references, strict=True):
+        counts[place[texts[0].strip().casefold()], place.get(given.strip().casefold(), -1)] += 1
+    return [spelled[label] for label in place], counts
+
+
 def _entity_rows(predictions: Sequence[str], references: References) -> RowStatistics:
     """Hits, predictions and references among the entities of each row: ``[n, 3]``."""
     from seqeval.metrics.sequence_labeling import get_entities

@@ -39,6 +39,11 @@ class RowStatistics:
         """Number of rows, n."""
         return self.values.shape[0]
 
+    @property
+    def is_binary(self) -> bool:
+        """Whether the metric is the share of rows that are right, each being right or wrong."""
+        return self.value is _mean and bool(np.isin(self.values[:, 1], (0.0, 1.0)).all())
+
     def corpus(self) -> float:
         """The metric over all rows. Raises ValueError where there are none."""
         if not len(self):
@@ -75,10 +80,20 @@ def calibration_rows(margins: ArrayLike) -> RowStatistics:
         margins: ``[n]``, in nats: by how much the better answer of each pair is found better.
     """
     given = np.asarray(margins, dtype=np.float64)
-    confidence = 1 / (1 + np.exp(-np.abs(given)))
-    right = (given > 0) + 0.5 * (given == 0)
+    return confidence_rows(1 / (1 + np.exp(-np.abs(given))), (given > 0) + 0.5 * (given == 0))
+
+
+def confidence_rows(confidences: ArrayLike, right: ArrayLike) -> RowStatistics:
+    """Expected calibration error: how far confidence and share of right answers lie apart, in ten equal bins of
+    confidence, weighted by their rows (Guo et al. 2017, equation 3; Naeini et al. 2015).
+
+    Args:
+        confidences: ``[n]``, the probability that the model gives its own answer.
+        right: ``[n]``, whether it is right: 1 or 0.
+    """
+    confidence, right = np.asarray(confidences, dtype=np.float64), np.asarray(right, dtype=np.float64)
     which = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    values = np.zeros((len(given), 1 + BINS))
+    values = np.zeros((len(confidence), 1 + BINS))
     values[:, 0] = 1.0
-    values[np.arange(len(given)), 1 + which] = confidence - right
+    values[np.arange(len(confidence)), 1 + which] = confidence - right
     return RowStatistics(values, lambda sums: np.abs(sums[..., 1:]).sum(axis=-1) / sums[..., 0])

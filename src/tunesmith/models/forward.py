@@ -18,7 +18,7 @@ from tunesmith.batch import NO_PARENT, Batch, Example, pack
 from tunesmith.models.attention import SEGMENTS, UnsupportedAttention, use_attention, use_default_attention
 from tunesmith.models.decoder import Decoder, decoder_of
 from tunesmith.models.embeddings import vocabulary_rows
-from tunesmith.models.head import has_plain_head, head_logits, target_logps
+from tunesmith.models.head import has_plain_head, head_logits, largest_and_sum, target_logps
 from tunesmith.models.noise import noisy_embeddings
 from tunesmith.models.outcomes import LOGITS_AT_ONCE, Head, Outcomes, likeliest, outcomes_of
 from tunesmith.models.projection import compute_dtype, projection_of, rounded_up
@@ -106,11 +106,16 @@ def next_token_ranks(model: nn.Module, batch: Batch, positions: Tensor, targets:
     first = torch.empty(len(targets), dtype=torch.bool, device=rows.device)
     ends = torch.searchsorted(which[order], torch.arange(0, len(places) + size, size, device=which.device)).tolist()
     for number, own in enumerate(rows.split(size)):
-        logits = head(own).float()
+        logits = head(own)
         chosen = order[ends[number] : ends[number + 1]]
         row, token = which[chosen] - number * size, targets[chosen]
-        logps[chosen] = logits[row, token] - logits.logsumexp(1)[row]
-        first[chosen] = logits.argmax(1)[row] == token
+        asked = logits[row, token].float()
+        top, total = largest_and_sum(logits)
+        logps[chosen] = asked - top[row] - total.log()[row]
+        likeliest = asked == top[row]
+        tied = row[likeliest]  # looking for the place of the largest is slow, and mostly there is no need
+        likeliest[likeliest.clone()] = logits[tied].argmax(1) == token[likeliest]
+        first[chosen] = likeliest
     return logps, first
 
 

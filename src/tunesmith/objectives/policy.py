@@ -8,14 +8,16 @@ it as this stage began; and `advantages`.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 from torch import Tensor, nn
 
+from tunesmith.base import Spec
 from tunesmith.batch import Batch
 from tunesmith.objectives.logps import token_logps
 from tunesmith.objectives.objective import TargetLogps, TrainingObjective
@@ -64,6 +66,27 @@ class Rollout:
         return sums.index_add(0, self.answer_of_token(), tokens.double())
 
 
+class RolloutServer(Spec):
+    """A vLLM server that draws the answers, with each new adapter put into it while it runs."""
+
+    server: str
+    """Its address, such as `http://localhost:8000`. It serves the weights that this job starts from, started as
+    `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank RANK`; a key that it asks for
+    is read from the environment variable `VLLM_API_KEY`."""
+    adapters: str | None = Field(default=None, min_length=1)
+    """A directory that this process and the server see under the same path, in which each adapter is put for as long as
+    its answers are drawn. Without it `rollout-adapters/` in the run."""
+    timeout: PositiveFloat = 600.0
+    """Longest wait for one answer of the server, in seconds."""
+
+    @field_validator("server")
+    @classmethod
+    def _is_address(cls, server: str) -> str:
+        if not re.fullmatch(r"https?://[^/\s]+/?", server):
+            raise ValueError(f"{server!r} is no address of a server: write http://HOST:PORT, without a path")
+        return server
+
+
 class Policy(TrainingObjective):
     """What is common to objectives that draw answers, score them, and make the better ones likelier."""
 
@@ -75,6 +98,10 @@ class Policy(TrainingObjective):
     temperature 1 and from the whole vocabulary: of any other way of drawing them the gradient would be a wrong one."""
     sample_batch: PositiveInt = 32
     """Answers that are drawn at a time; fewer need less memory. It changes no answer beyond rounding."""
+    rollouts: RolloutServer | None = None
+    """Who draws the answers of training: a vLLM server, for plain LoRA; without it this process. What a token's
+    likelihood was when it was drawn is computed by this process in any case, and how far the server is from that stands
+    in `events.jsonl`. Validation and evaluation answer in this process."""
     passes: PositiveInt = 1
     """Optimizer steps that are taken with the same answers before new ones are drawn."""
     clip: PositiveFloat = 0.2

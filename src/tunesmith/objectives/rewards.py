@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from tunesmith.base import Spec
+from tunesmith.metrics.spec import names_function
 
 
 class RewardSpec(Spec):
@@ -88,10 +89,7 @@ class FunctionReward(RewardSpec):
     @field_validator("path")
     @classmethod
     def _names_both(cls, path: str) -> str:
-        file, _, name = path.rpartition(":")
-        if not file.endswith(".py") or not name.isidentifier():
-            raise ValueError(f"{path!r} does not name a function: write file.py:function")
-        return path
+        return names_function(path)
 
 
 class ModelReward(RewardSpec):

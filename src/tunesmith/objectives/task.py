@@ -104,6 +104,10 @@ class TaskObjective(TrainingObjective):
         """By how much one answer of a row is better than the other; None where nothing is compared."""
         return None
 
+    def confidence_of(self, outputs: Tensor) -> float | None:
+        """Probability of the one label that outputs ``[targets, labels]`` of a row say; None where they say others."""
+        return None
+
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """What the head reads for every target of the batch, ``[targets, width]``."""
         if self.words:
@@ -191,6 +195,9 @@ class Classify(TaskObjective):
                 label for label, value in zip(self.labels, outputs[0].tolist(), strict=True) if value > 0
             )
         return self.labels[int(outputs[0].argmax())]
+
+    def confidence_of(self, outputs: Tensor) -> float | None:
+        return None if self.multi_label else float(outputs[0].softmax(0).max())
 
     def said(self, answers: Sequence[str]) -> str:
         given = {label.strip() for label in answers if label.strip()}

@@ -30,13 +30,16 @@ HAIRLINE = Markup('<line x1="{x1}" x2="{x2}" y1="{y1}" y2="{y2}" stroke="var(--{
 TEXT = Markup('<text x="{x}" y="{y}" text-anchor="{anchor}" fill="var(--{colour}, currentColor)"{more}>{text}</text>')
 
 
+Style = Literal["faint", "solid", "marked", "dotted", "dashed"]
+
+
 @dataclass(frozen=True)
 class Line:
     """One series. Style and colour both tell lines apart, so that a grey print still reads."""
 
     name: str
     points: list[Point]
-    style: Literal["faint", "solid", "marked"]
+    style: Style
 
 
 def loss_chart(train: Points | None, validation: Points | None, best_step: int | None = None) -> Markup:
@@ -69,14 +72,19 @@ def line_chart(
     desc: str,
     notes: Sequence[str] = (),
     mark: int | None = None,
-    name: str = "loss",
-    along: str = "step",
+    axes: tuple[str, str] = ("loss", "step"),
+    identity: str = "loss",
 ) -> Markup:
-    """Draws ``lines`` over what ``along`` names; with nothing to draw, a note that says so."""
+    """Draws ``lines``; with nothing to draw, a note that says so.
+
+    Args:
+        axes: what stands at the upright axis and at the level one.
+        identity: of the picture on its page.
+    """
     xs = [x for line in lines for x, y in line.points if y is not None]
     ys = [y for line in lines for _, y in line.points if y is not None]
     if not ys:
-        why = "no finite value was recorded" if any(line.points for line in lines) else "no loss was recorded"
+        why = "no finite value was recorded" if any(line.points for line in lines) else f"no {axes[0]} was recorded"
         return Markup('<p class="note">Nothing to draw: {}.</p>').format(why)
     left, right = widened(min(xs), max(xs), pad=0.0)
     low, high = widened(min(ys), max(ys), pad=0.05)
@@ -87,7 +95,7 @@ def line_chart(
     def down(y: float) -> float:
         return round(HEIGHT * (high - y) / (high - low), 1)
 
-    body = _axes(ticks(left, right, target=6, whole=True), ticks(low, high), across, down, (name, along))
+    body = _axes(ticks(left, right, target=6, whole=True), ticks(low, high), across, down, axes)
     body += Markup(
         '<svg width="100%" height="{}" viewBox="0 0 1000 {}" preserveAspectRatio="none" '
         'overflow="visible" aria-hidden="true">'
@@ -102,7 +110,7 @@ def line_chart(
         body += _markers([(across(x), down(y)) for x, y in shown if y is not None], line.style)
     if mark is not None and left <= mark <= right:
         body += _marked_step(across(mark), (mark - left) / (right - left), mark)
-    picture = SVG.format(id=f"chart-{name}", height=HEIGHT, title=title, desc=desc, body=body)
+    picture = SVG.format(id=f"chart-{identity}", height=HEIGHT, title=title, desc=desc, body=body)
     return (
         Markup('<figure class="chart">')
         + _legend(lines)
@@ -139,6 +147,8 @@ def interval_chart(metrics: Sequence[dict[str, Any]]) -> Markup:
 
 def reading(row: dict[str, Any]) -> str:
     """What an interval shows: ``better``, ``worse``, ``no difference shown``, or ``no interval``."""
+    if said := row.get("shown"):
+        return str(said).replace("_", " ") + (" shown" if said == "no_difference" else "")
     low, high = row.get("low"), row.get("high")
     if low is None or high is None or not (is_number(low) and is_number(high)):
         return "no interval"
@@ -185,6 +195,8 @@ def _stroke(style: str, path: str) -> Markup:
         "faint": ("line", 1, Markup(' stroke-opacity="0.45"')),
         "solid": ("line", 2, Markup("")),
         "marked": ("line-2", 2, Markup(' stroke-dasharray="6 4"')),
+        "dotted": ("good", 2, Markup(' stroke-dasharray="1.5 5"')),
+        "dashed": ("bad", 2, Markup(' stroke-dasharray="12 4 2 4"')),
     }[style]
     return Markup(
         '<path d="{}" fill="none" stroke="var(--{}, currentColor)" stroke-width="{}" stroke-linecap="round" '
@@ -201,7 +213,8 @@ def _lone(points: Sequence[Point]) -> list[Point]:
 def _markers(places: Sequence[tuple[str, float]], style: str) -> Markup:
     if len(places) > 60:
         return Markup("")
-    inside, around = ("--paper, Canvas", "--line-2") if style == "marked" else ("--line, currentColor", "--line")
+    colours = {"marked": "--line-2", "dotted": "--good", "dashed": "--bad"}
+    inside, around = ("--paper, Canvas", colours[style]) if style in colours else ("--line, currentColor", "--line")
     dot = Markup('<circle cx="{}" cy="{}" r="3.5" fill="var({})" stroke="var({}, currentColor)" stroke-width="2"/>')
     return Markup("").join(dot.format(x, y, inside, around) for x, y in places)
 

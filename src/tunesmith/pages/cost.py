@@ -33,7 +33,7 @@ def cost_page(found: dict[str, Any]) -> str:
             title=f"Cost so far in {currency}, by month",
             desc=found["sentence"],
             notes=notes,
-            name=currency,
-            along="month",
+            axes=(currency, "month"),
+            identity="cost",
         ),
     )

@@ -23,6 +23,11 @@ def render(template: str, **values: Any) -> str:
     return _UNSEEN.sub(lambda found: _sign(ord(found[0])), page)
 
 
+def fragment(template: str, **values: Any) -> Markup:
+    """Renders a part of a page, which `render` puts into the whole."""
+    return Markup(_environment().get_template(template).render(**values))
+
+
 def _sign(code: int) -> str:
     if code > 127:
         return "\ufffd"

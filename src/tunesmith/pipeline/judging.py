@@ -15,9 +15,8 @@ from tunesmith.data.render import Rendered, Renderer
 from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import RenderedRows
-from tunesmith.evaluation.compare import COMPARED
 from tunesmith.evaluation.labels import answers_of
-from tunesmith.metrics import metric
+from tunesmith.metrics import CALIBRATION_ERROR, COMPARED, metric
 from tunesmith.models.task_head import looks_back_only
 from tunesmith.objectives import Classify, Regress, Reward, TaskObjective
 from tunesmith.recipe import DAMAGE, Recipe
@@ -98,7 +97,8 @@ def baseline_of(prepared: Prepared, objective: TaskObjective) -> Tensor:
 
 def chosen_metrics(recipe: Recipe, objective: TaskObjective) -> tuple[list[str], str]:
     """The metrics of a model that judges, the deciding one first, and why."""
-    asked = "auto" if recipe.evaluate == "off" else recipe.evaluate.metrics
+    asked = "auto" if recipe.evaluate == "off" else recipe.evaluate.metric_names
+    own = set() if recipe.evaluate == "off" else {one.name for one in recipe.evaluate.own_metrics}
     names = list(objective.metrics if isinstance(asked, str) else dict.fromkeys(asked))
     why = (
         f"what objective.kind: {recipe.objective.kind} is judged by" if isinstance(asked, str) else "as the recipe says"
@@ -114,7 +114,9 @@ def chosen_metrics(recipe: Recipe, objective: TaskObjective) -> tuple[list[str],
         for name in wanted:
             if name == "perplexity":
                 raise InputError("a model that judges writes no text to be surprised by", where=place, fix="remove it")
-            if name in COMPARED and isinstance(objective, Reward):
+            if name in own or (name in COMPARED and isinstance(objective, Reward)):
+                continue
+            if name == CALIBRATION_ERROR and isinstance(objective, Classify) and not objective.multi_label:
                 continue
             try:
                 metric(name)

@@ -26,6 +26,7 @@ from tunesmith.models.task_head import TaskHead
 from tunesmith.objectives import Classify, Regress, Reward, TaskObjective
 from tunesmith.objectives.task import objective_of
 from tunesmith.pipeline.judging import label_renderer, labelled, refuse_wrong_labels
+from tunesmith.pipeline.own_metrics import OwnMetrics
 from tunesmith.recipe import EvaluateSpec
 
 if TYPE_CHECKING:
@@ -115,5 +116,7 @@ class Labeller:
         )
         refuse_wrong_labels(prepared.train, objective, "given")
         rows = labelled(prepared.train, objective)[: spec.rows]
-        metrics = list(objective.metrics) if spec.metrics == "auto" else list(spec.metrics)
-        return judge_labels(self.model, objective, rows, packed=self._packs(), progress=progress), metrics
+        metrics = list(objective.metrics) if spec.metrics == "auto" else list(spec.metric_names)
+        own = OwnMetrics.of(spec.own_metrics)
+        judged = judge_labels(self.model, objective, rows, packed=self._packs(), progress=progress)
+        return own.scored(judged), metrics

@@ -25,15 +25,13 @@ from tunesmith.engine.generate import Generation, Sampling, generate
 from tunesmith.evaluation.answers import Judged, Judging, judge
 from tunesmith.evaluation.compare import (
     LIKELIHOODS,
-    MARGIN,
-    PREFERENCE_ACCURACY,
     choose_metrics,
     compare_metrics,
     metric_rows,
 )
 from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.quantized_lora import base_read
-from tunesmith.metrics import OF_DOCUMENTS, bootstrap
+from tunesmith.metrics import MARGIN, OF_DOCUMENTS, PREFERENCE_ACCURACY, bootstrap
 from tunesmith.models.embeddings import cover_tokens
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import (
@@ -51,6 +49,7 @@ from tunesmith.models.templates import resolve_template
 from tunesmith.objectives import Pretrain
 from tunesmith.pipeline.labeller import Labeller
 from tunesmith.pipeline.locating import Location, base_of_run, locate
+from tunesmith.pipeline.own_metrics import OwnMetrics
 from tunesmith.plan.hardware import DTYPES, detect_hardware, native_dtypes
 from tunesmith.recipe import EvaluateSpec
 
@@ -261,7 +260,7 @@ def compare_with_base(
             {"data": file.train, "metrics": scores(rows, names, spec)}
             for file, (rows, names) in zip(files, judged, strict=True)
         ]
-    base = load_speaker(_base_of(location), progress=progress, like=location)
+    base = load_speaker(base_of(location), progress=progress, like=location)
     before = _judged_by(base, files, spec, progress)
     results = []
     for file, (tuned_rows, names), (base_rows, _) in zip(files, judged, before, strict=True):
@@ -273,19 +272,21 @@ def compare_with_base(
 def _judged_by(
     speaker: Speaker, files: Sequence[DataSpec], spec: EvaluateSpec, progress: Progress
 ) -> list[tuple[list[Judged], list[str]]]:
-    """Rows are read as the run that made the model read its own: columns, template, system turn."""
+    return [judged_rows(speaker, read_as_trained(speaker, file), spec, progress) for file in files]
+
+
+def read_as_trained(speaker: Speaker, file: DataSpec) -> DataSpec:
+    """A file of rows with the columns, template and system turn of the run that made the model, where one did."""
     recipe = speaker.location.recipe
-    found = []
-    for file in files:
-        if recipe is not None:
-            own = {key: getattr(recipe.data, key) for key in ("answer_after", "system", "template")}
-            like = held_out_spec(str(file.train), recipe.data)
-            file = file.model_copy(update={**own, "format": like.format, "columns": like.columns})
-        found.append(judged_rows(speaker, file, spec, progress))
-    return found
+    if recipe is None:
+        return file
+    own = {key: getattr(recipe.data, key) for key in ("answer_after", "system", "template")}
+    like = held_out_spec(str(file.train), recipe.data)
+    return file.model_copy(update={**own, "format": like.format, "columns": like.columns})
 
 
-def _base_of(location: Location) -> str:
+def base_of(location: Location) -> str:
+    """Directory or hub id of what an adapter, or the model of a run, began as; of another model itself."""
     if location.run is None or location.recipe is None or location.adapter is not None:
         return location.base
     return base_of_run(location.run, location.recipe)
@@ -298,7 +299,8 @@ def judged_rows(
     data = data.model_copy(update={"duplicates": "keep", "test": "auto", "validation": None, "checks": False})
     if speaker.of_documents and open_rows(readings(data)[0][0], RowErrors()).format == "text":
         return judged_documents(speaker, data, spec, progress)
-    asked: list[str] | str = spec.metrics
+    asked: list[str] | str = spec.metric_names
+    own = OwnMetrics.of(spec.own_metrics)
     if holds_pairs(data):
         limit = position_limit(read_config(speaker.location.base))
         pairs = PairRenderer(over_last_answers(speaker.renderer))
@@ -308,7 +310,7 @@ def judged_rows(
         found = prepared_rows(speaker, data, progress)
     rows = found.train[: spec.rows]
     references = [row.row.references[0] for row in rows if row.row.messages]
-    metrics, _ = choose_metrics(asked, references)
+    metrics, _ = choose_metrics(asked, references, [*own.of_row])
     longest = max((len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids), default=0)
     limit = max(16, longest * 3 // 2) if spec.max_new_tokens == "auto" else spec.max_new_tokens
     how = Judging(
@@ -318,7 +320,7 @@ def judged_rows(
         packing_obstacle(speaker.model) is None,
         any(name not in LIKELIHOODS for name in metrics),
     )
-    return judge(speaker.model, speaker.tokenizer, rows, how, progress), metrics
+    return own.scored(judge(speaker.model, speaker.tokenizer, rows, how, progress)), metrics
 
 
 def judged_documents(
@@ -331,7 +333,7 @@ def judged_documents(
     data = data.model_copy(update={"max_length": "auto" if recipe is None else recipe.data.max_length})
     held = data.model_copy(update={"validation": data.train, "overlap": "keep"})
     found = prepare(held, renderer, model_limit=limit, seed=0, wants_test=False, progress=progress)
-    metrics: list[str] = [*OF_DOCUMENTS] if isinstance(spec.metrics, str) else list(spec.metrics)
+    metrics: list[str] = [*OF_DOCUMENTS] if isinstance(spec.metrics, str) else list(spec.metric_names)
     if wrong := [name for name in metrics if name not in OF_DOCUMENTS]:
         raise InputError(f"{wrong[0]} needs answers, and documents have none", where="--metric", fix="use perplexity")
     packed = packing_obstacle(speaker.model) is None

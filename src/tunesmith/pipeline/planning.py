@@ -23,8 +23,8 @@ from tunesmith.data.render_prompts import PromptRenderer
 from tunesmith.data.sources import readings, source_specs
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import RenderedRows
-from tunesmith.evaluation.compare import LIKELIHOODS, MARGIN, PREFERENCE_ACCURACY, REWARD_ACCURACY, choose_metrics
-from tunesmith.metrics import OF_DOCUMENTS
+from tunesmith.evaluation.compare import LIKELIHOODS, choose_metrics
+from tunesmith.metrics import MARGIN, OF_DOCUMENTS, PREFERENCE_ACCURACY, REWARD_ACCURACY
 from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
 from tunesmith.models.load import load_tokenizer, read_config, read_plain_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
@@ -34,6 +34,7 @@ from tunesmith.objectives import Pairwise, Policy, Preference, Pretrain, Reward,
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
 from tunesmith.pipeline.locating import Location
 from tunesmith.pipeline.own_answers import Base, are_made, replays_itself, with_own_answers
+from tunesmith.pipeline.own_metrics import NO_METRICS, OwnMetrics
 from tunesmith.pipeline.policy import (
     policy_metrics,
     policy_notes,
@@ -45,12 +46,12 @@ from tunesmith.pipeline.policy import (
 from tunesmith.pipeline.preference_rows import preference_renderer, refuse_encoder, with_partners
 from tunesmith.pipeline.rewards import Scorer
 from tunesmith.pipeline.starting import merged_config, start_of, with_start_told
-from tunesmith.pipeline.teacher import Teacher, find_teacher, kept_on_disk, refuse_unfit_rows
+from tunesmith.pipeline.teacher import Teacher, base_on_disk, find_teacher, kept_on_disk, refuse_unfit_rows
 from tunesmith.plan.hardware import Hardware, detect_hardware
 from tunesmith.plan.resolve import Judged, resolve
 from tunesmith.plan.streaming import may_stream
 from tunesmith.recipe import DAMAGE, Plan, Recipe, Resolved, Workload
-from tunesmith.train.near_base import REPLAYED, refuse_unreachable_base
+from tunesmith.train.near_base import REPLAYED, base_is_kept, refuse_unreachable_base
 from tunesmith.train.parallel import world_size
 
 ASSUMED_ROWS, ASSUMED_TOKENS = 1000, 512
@@ -68,6 +69,7 @@ class Planned:
         objective: the recipe's, with what the data and the model settle filled in.
         head_is_new: whether the base has no head for these labels, so that it is compared with a constant answer.
         score: what answers are worth, where the objective rewards them.
+        own: the metrics that the recipe brings along.
         teacher: whom the model learns from, if anybody.
     """
 
@@ -82,6 +84,7 @@ class Planned:
     objective: TrainingObjective
     head_is_new: bool = False
     score: Scorer | None = None
+    own: OwnMetrics = NO_METRICS
     teacher: Teacher | None = None
     start: Location | None = None
 
@@ -166,6 +169,8 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     if teacher is not None and isinstance(renderer, Renderer):
         found.append(kept_on_disk(recipe, prepared))
         notes += refuse_unfit_rows(teacher, recipe, prepared, renderer)
+    if base_is_kept(recipe):
+        found.append(base_on_disk(prepared))
     if recipe.train.shard and world_size() == 1:
         notes.append("train.shard spreads nothing over one process; torchrun starts several")
     score = None
@@ -175,10 +180,12 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
             Resolved(name=name, value=value, reason="hash of its content") for name, value in score.record.items()
         ]
         notes += policy_notes(recipe, plan, objective)
+    own = OwnMetrics.of([] if recipe.evaluate == "off" else recipe.evaluate.own_metrics)
+    found += [Resolved(name=name, value=value, reason="hash of its content") for name, value in own.record.items()]
     plan = with_start_told(plan.model_copy(update={"notes": notes, "resolved": found}), recipe, start)
     adapter = start if start.adapter is not None else None
     planned = Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective)
-    return replace(planned, score=score, teacher=teacher, start=adapter)
+    return replace(planned, score=score, own=own, teacher=teacher, start=adapter)
 
 
 def _named_as_asked(prepared: Prepared, recipe: Recipe, data: DataSpec, said: list[str]) -> Prepared:
@@ -274,7 +281,7 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     elif isinstance(recipe.objective, Policy):
         metrics, why = policy_metrics(recipe)
     else:
-        metrics, why = choose_metrics(_asked(recipe), [])
+        metrics, why = choose_metrics(_asked(recipe), [], _own(recipe))
     judged = Judged(metrics, why if not missing else "there are no rows to look at", 0, 64)
     plan = resolve(recipe, model, workload, detect_hardware(), judged, workload.longest)
     what = f"there is no {missing[0]}" if missing else "the model has no tokenizer"
@@ -372,7 +379,11 @@ def _asked(recipe: Recipe) -> list[str] | str:
     """The recipe's metrics, and those that its gate needs."""
     if recipe.evaluate == "off":
         return "auto"
-    return recipe.evaluate.metrics
+    return recipe.evaluate.metric_names
+
+
+def _own(recipe: Recipe) -> list[str]:
+    return [] if recipe.evaluate == "off" else [metric.name for metric in recipe.evaluate.own_metrics]
 
 
 def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) -> Judged:
@@ -386,22 +397,19 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
     rows = prepared.test or prepared.train
     references = [row.row.references[0] for row in rows if row.row.messages]
     asked = _asked(recipe)
+    own = _own(recipe)
     if isinstance(objective, Preference) and asked == "auto":
         names = [PREFERENCE_ACCURACY, MARGIN] if isinstance(objective, Pairwise) else [MARGIN]
         names = [REWARD_ACCURACY, *names] if isinstance(objective, Pairwise) and objective.uses_reference else names
         metrics, why = choose_metrics(names, references)[0], "what preferences are judged by"
     else:
-        metrics, why = choose_metrics(asked, references)
+        metrics, why = choose_metrics(asked, references, own)
     gated = [name for name in recipe.gate if name not in (*metrics, *DAMAGE)]
     if gated:
         try:
-            metrics, _ = choose_metrics([*metrics, *gated], references)
+            metrics, _ = choose_metrics([*metrics, *gated], references, own)
         except InputError as error:
             raise InputError(error.what, where=f"gate.{gated[0]}", fix=error.fix) from error
-    if "bits_per_byte" in metrics:
-        raise InputError(
-            "bits per byte are of whole documents", where="evaluate.metrics", fix="use perplexity, or pretrain"
-        )
     if not references and (generated := [name for name in metrics if name not in LIKELIHOODS]):
         raise InputError(
             f"{generated[0]} needs prompts and answers; these rows are raw text",
@@ -421,7 +429,7 @@ def _metrics_of_documents(recipe: Recipe) -> tuple[list[str], str]:
         return [*OF_DOCUMENTS], "the rows are documents"
     if recipe.evaluate.max_new_tokens != "auto":
         raise InputError(answers, where="evaluate.max_new_tokens", fix="remove it")
-    asked = recipe.evaluate.metrics
+    asked = recipe.evaluate.metric_names
     for where, names in (("evaluate.metrics", [] if asked == "auto" else asked), ("gate", [*recipe.gate])):
         for name in names:
             if name not in (*OF_DOCUMENTS, *DAMAGE):

@@ -6,6 +6,9 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ from tunesmith.data.render import Renderer
 from tunesmith.data.render_prompts import PromptRenderer
 from tunesmith.data.spec import DataSpec
 from tunesmith.evaluation.compare import PERPLEXITY, REWARD
+from tunesmith.methods import Lora
 from tunesmith.methods.adapted import without_adapter
 from tunesmith.metrics import metric
 from tunesmith.models.value_head import add_value_head, value_head
@@ -26,8 +30,11 @@ from tunesmith.pipeline.rewards import references_of
 from tunesmith.plan.memory import BYTES
 from tunesmith.recipe import DAMAGE, Plan, Recipe, Workload
 from tunesmith.train.checkpoint import Beside
-from tunesmith.train.parallel import world_size
+from tunesmith.train.rollout_server import ServedAnswers
 from tunesmith.train.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from tunesmith.pipeline.planning import Planned
 
 _HEAD = "value_head."
 
@@ -64,13 +71,27 @@ def refuse_unfit_recipe(recipe: Recipe, objective: Policy) -> None:
             where="train.shard",
             fix="leave it out; a quantized base (model.quantize) takes less memory",
         )
+    if objective.rollouts is not None:
+        _refuse_unserved_method(recipe)
     if recipe.train.kl_to_base:
         raise InputError("objective.kl holds a policy near its base", where="train.kl_to_base", fix="use objective.kl")
-    if objective.has_values and world_size() > 1:
+
+
+def _refuse_unserved_method(recipe: Recipe) -> None:
+    """Raises InputError for adapters that vLLM does not load while it runs."""
+    method = recipe.method
+    fix = "use plain lora, or leave objective.rollouts out"
+    if not isinstance(method, Lora):
         raise InputError(
-            "ppo compares the advantages of all answers of a step, and there are several processes",
-            where="objective.kind",
-            fix="run it in one process, or use grpo or rloo",
+            f"vLLM takes new weights as LoRA's adapters, and this is {method.kind}", where="method.kind", fix=fix
+        )
+    plain = Lora()
+    for name in ("dora", "init", "modules_to_save", "trainable_tokens", "rank_pattern", "alpha_pattern"):
+        if getattr(method, name) != getattr(plain, name):
+            raise InputError("vLLM does not load such an adapter while it runs", where=f"method.{name}", fix=fix)
+    if method.quantization_aware != plain.quantization_aware:
+        raise InputError(
+            "vLLM adds the update to the base without rounding it", where="method.quantization_aware", fix=fix
         )
 
 
@@ -95,7 +116,7 @@ def refuse_unfit_prompts(prepared: Prepared, recipe: Recipe, objective: Policy, 
     errors.raise_any(
         "give a reference in the column 'completion', lower objective.max_new_tokens, or leave these rows out"
     )
-    asked = [] if recipe.evaluate == "off" else recipe.evaluate.metrics
+    asked = [] if recipe.evaluate == "off" else recipe.evaluate.metric_names
     comparing = [name for name in ([] if isinstance(asked, str) else asked) if name != REWARD]
     missing = next((row for row in prepared.test.sources() if not references_of(row)), None)
     if comparing and missing is not None:
@@ -112,14 +133,15 @@ def policy_metrics(recipe: Recipe) -> tuple[list[str], str]:
     Raises:
         InputError: for an unknown name, and for perplexity.
     """
-    asked = "auto" if recipe.evaluate == "off" else recipe.evaluate.metrics
+    asked = "auto" if recipe.evaluate == "off" else recipe.evaluate.metric_names
+    own = set() if recipe.evaluate == "off" else {one.name for one in recipe.evaluate.own_metrics}
     names = [REWARD] if isinstance(asked, str) else list(dict.fromkeys([*asked, REWARD]))
     names += [name for name in recipe.gate if name not in (*names, *DAMAGE)]
     for name in names:
         place = f"gate.{name}" if name in recipe.gate else "evaluate.metrics"
         if name == PERPLEXITY:
             raise InputError("a model that gives its own answers is judged by them", where=place, fix="use reward")
-        if name != REWARD:
+        if name != REWARD and name not in own:
             try:
                 metric(name)
             except InputError as error:
@@ -192,6 +214,24 @@ def reference_of(recipe: Recipe, objective: Policy, model: nn.Module) -> Referen
             yield model
 
     return entered
+
+
+def served_answers(planned: Planned, objective: Policy, run: Path) -> ServedAnswers | None:
+    """The server that draws the answers; None where this process draws them."""
+    spec = objective.rollouts
+    if spec is None:
+        return None
+    assert planned.prepared is not None
+    return ServedAnswers(
+        spec,
+        planned.recipe.method,
+        planned.location,
+        Path(spec.adapters).resolve() if spec.adapters else run.resolve() / "rollout-adapters",
+        sha256(str(run.resolve()).encode()).hexdigest()[:12],
+        objective.max_new_tokens,
+        frozenset(planned.prepared.stop_ids),
+        objective.sample_batch,
+    )
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -19,6 +19,7 @@ from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_fo
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
 from tunesmith.evaluation.labels import judge_constant, judge_labels
 from tunesmith.evaluation.preferences import falling_likelihood, preference_sentence, preference_summary
+from tunesmith.metrics import confusion
 from tunesmith.models.measure import position_limit
 from tunesmith.objectives import Preference
 from tunesmith.pages.report import report_page
@@ -26,6 +27,8 @@ from tunesmith.pipeline.ability import Ability, compare_ability, gate_checks, sa
 from tunesmith.pipeline.contamination import contamination
 from tunesmith.pipeline.judging import baseline_of
 from tunesmith.pipeline.loaded import scores
+from tunesmith.pipeline.memorisation import Probe, not_measured, probe_of, with_remark
+from tunesmith.pipeline.own_metrics import unscored
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.rewards import judge_and_score
 from tunesmith.recipe import EvaluateSpec
@@ -55,13 +58,14 @@ class Proof:
             packed=planned.plan.packing,
             generates=any(name not in LIKELIHOODS for name in planned.plan.metrics),
         )
+        self.probe = probe_of(planned, spec, self.rows, self.how)
 
     def evaluate(self, model: nn.Module, progress: Progress) -> Evaluation:
         """What is stored of one model: its answers, and its losses on general text."""
         objective = self.planned.judges
         if objective is not None:
             judged = judge_labels(model, objective, self.rows, packed=self.how.packed, progress=progress)
-            return {"rows": [row.as_json() for row in judged], "general": None}
+            return self._stored(judged)
         score = self.planned.score
         if score is not None:
             judged = judge_and_score(model, self.tokenizer, self.rows, self.how, score, progress)
@@ -71,7 +75,10 @@ class Proof:
         if self.general is not None:
             nlls = row_nlls(model, self.general.passages, packed=self.how.packed, progress=progress)
             general = {"nlls": nlls, "targets": [passage.targets for passage in self.general.passages]}
-        return {"rows": [row.as_json() for row in judged], "general": _json_safe(general)}
+        found = self._stored(judged, _json_safe(general))
+        if isinstance(self.probe, Probe):
+            found["memorisation"] = self.probe.ask(model, progress)
+        return found
 
     def evaluate_tuned(self, model: nn.Module, base: Evaluation, progress: Progress) -> Evaluation:
         """The same with general ability, of which some is measured against the base's."""
@@ -82,8 +89,10 @@ class Proof:
         objective, prepared = self.planned.judges, self.planned.prepared
         if objective is None or not self.planned.head_is_new or prepared is None:
             return {**self.evaluate(model, progress), **self.ability.of_base(model, progress)}
-        judged = judge_constant(objective, self.rows, baseline_of(prepared, objective))
-        return {"rows": [row.as_json() for row in judged], "general": None}
+        return self._stored(judge_constant(objective, self.rows, baseline_of(prepared, objective)))
+
+    def _stored(self, judged: list[Judged], general: dict[str, Any] | None = None) -> Evaluation:
+        return {"rows": [row.as_json() for row in self.planned.own.scored(judged)], "general": general}
 
     @property
     def has_prompt(self) -> bool:
@@ -95,8 +104,7 @@ class Proof:
         teacher, renderer = self.planned.teacher, self.planned.renderer
         assert teacher is not None and isinstance(renderer, Renderer)
         rows = [teacher.reads(row, renderer) for row in self.rows]
-        judged = judge(model, self.tokenizer, rows, self.how, progress)
-        return {"rows": [row.as_json() for row in judged], "general": None}
+        return self._stored(judge(model, self.tokenizer, rows, self.how, progress))
 
     def prompted_scores(self, prompted: Evaluation) -> list[dict[str, Any]]:
         """Every metric of the base behind the teacher's system text, with its interval."""
@@ -110,6 +118,7 @@ class Proof:
         metrics, warnings = compare_metrics(self.planned.plan.metrics, before, after, self.spec, seed)
         source = self.general.source if self.general else None
         forgetting = compare_forgetting(source, base["general"], tuned["general"], self.spec, seed)
+        warnings += unscored(after, [*self.planned.own.of_row])
         if self.planned.judges is not None:
             forgetting = {"status": "off", "reason": "the model judges now, and writes no text"}
             if self.planned.head_is_new and before:
@@ -118,24 +127,30 @@ class Proof:
         preference = preference_summary(before, after)
         if isinstance(self.planned.objective, Preference) and (told := falling_likelihood(metrics)):
             warnings.append(told)
+        if isinstance(self.probe, Probe):
+            memorisation = self.probe.summary(base, tuned, self.spec.confidence)
+        else:
+            memorisation = not_measured(self.probe, asked=self.spec.memorisation not in ("auto", "off"))
+        warnings += memorisation["warnings"]
         ability, gate = compare_ability(base, tuned, self.spec, seed), self.planned.recipe.gate
         seen = contamination(self.planned, self.rows, self.ability.asked, progress)
-        decided = judgement(
-            metrics, forgetting, gate, gate_checks(gate, ability), [*said_of(ability), *told_contamination(seen)]
-        )
+        said = [*said_of(ability), *told_contamination(seen)]
+        decided = judgement(metrics, forgetting, gate, gate_checks(gate, ability), said)
         cut = sum(row.finish_reason == "length" for row in after)
         if after and cut > len(after) // 4:
             warnings.append(f"{cut} of {len(after)} tuned answers were cut off at {self.how.max_new_tokens} new tokens")
         return {
             "verdict": decided.verdict,
-            "sentence": decided.sentence,
+            "sentence": with_remark(decided.sentence, memorisation),
             "gate": decided.gate,
             "metrics": metrics,
             "tasks": self._tasks(before, after),
             "preference": preference and {**preference, "sentence": preference_sentence(preference)},
+            "confusion": _confusion(before, after) if "accuracy" in self.planned.plan.metrics else None,
             "forgetting": forgetting,
             **ability,
             "contamination": seen,
+            "memorisation": memorisation,
             "samples": best_and_worst(metrics[0]["name"], before, after, self.spec.samples) if metrics else {},
             "warnings": warnings,
         }
@@ -153,6 +168,17 @@ class Proof:
             metrics, _ = compare_metrics(self.planned.plan.metrics, own, new, self.spec, self.planned.recipe.seed)
             found.append({"name": name, "rows": len(places), "metrics": metrics})
         return found
+
+
+def _confusion(before: Sequence[Judged], after: Sequence[Judged]) -> dict[str, Any] | None:
+    """Which label either model gave for which; None where the answers are not a few labels."""
+    if not after or any(row.answer is None or not row.references for row in (*before, *after)):
+        return None
+    references = [row.references for row in after]
+    tables = [confusion([row.answer or "" for row in rows], references) for rows in (before, after)]
+    if tables[0] is None or tables[1] is None:
+        return None
+    return {"labels": tables[1][0], "base": tables[0][1].tolist(), "tuned": tables[1][1].tolist()}
 
 
 def _json_safe(general: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -189,11 +215,13 @@ def written_report(
         "metrics": [],
         "tasks": [],
         "preference": None,
+        "confusion": None,
         "forgetting": {"status": "off", "reason": "evaluate is off"},
         "benchmarks": [],
         "benchmark_notes": [],
         "divergence": {"status": "off", "reason": "evaluate is off"},
         "contamination": [],
+        "memorisation": not_measured("evaluate is off"),
         "samples": {},
         "warnings": [],
     }
@@ -217,6 +245,7 @@ def written_report(
             "train": sorted({event["step"]: event["loss"] for event in steps if event["loss"] is not None}.items()),
             "validation": [[e["step"], e["loss"]] for e in events if e["event"] == "validation"],
             "best_step": next((e.get("best_step") for e in events if e["event"] == "trained"), None),
+            "rollouts": _rollouts(events),
         },
         "parameters": plan.parameters.model_dump(),
         "model": planned.recipe.model.path,
@@ -227,6 +256,13 @@ def written_report(
         "environment": _flat(environment),
         "command": f"tunesmith train {run.path / 'recipe.yaml'} output={run.path}-again",
     }
+
+
+def _rollouts(events: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Every number that rollouts were logged with, by name, over the steps; of a step done again the last one."""
+    by_step = {event["step"]: event for event in events if event["event"] == "rollout"}
+    names = dict.fromkeys(name for event in by_step.values() for name in event if name not in ("event", "step", "best"))
+    return {name: [[step, event[name]] for step, event in sorted(by_step.items()) if name in event] for name in names}
 
 
 def _flat(environment: dict[str, Any]) -> dict[str, Any]:

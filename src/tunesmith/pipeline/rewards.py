@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import math
+import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import sha256
-from numbers import Real
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -32,13 +28,11 @@ from tunesmith.objectives.rewards import (
     RegexReward,
     Rewards,
 )
+from tunesmith.pipeline.user_function import OfAnswer, file_hash, loaded_function
 from tunesmith.train.rollouts import Score
 
 if TYPE_CHECKING:
     from tunesmith.pipeline.reward_model import ByModel
-
-OfAnswer = Callable[[str, str, list[str]], float]
-"""What an answer is worth, from its prompt, itself and the references of its row."""
 
 
 def references_of(row: Row) -> list[str]:
@@ -81,14 +75,14 @@ class Scorer:
         record: dict[str, str] = {}
         for reward in rewards:
             if isinstance(reward, FunctionReward):
-                of_answer, record[reward.path] = _loaded_function(reward.path)
+                of_answer, record[reward.path] = loaded_function(reward.path, "reward", "objective.reward.path")
                 parts.append((reward.weight, ByText(of_answer)))
             elif isinstance(reward, ModelReward):
                 models.append(_by_model(reward.path, dtype))
                 parts.append((reward.weight, models[-1]))
             else:
                 if isinstance(reward, JsonReward) and reward.schema_file is not None:
-                    record[reward.schema_file] = _hashed(Path(reward.schema_file), "objective.reward.schema_file")
+                    record[reward.schema_file] = file_hash(Path(reward.schema_file), "objective.reward.schema_file")
                 parts.append((reward.weight, ByText(_verifier(reward))))
         return cls(parts, models, record)
 
@@ -150,59 +144,6 @@ def _keeps_schema(schema: Any, prompt: str, answer: str, references: list[str]) 
         return float(schema.is_valid(json_value(answer)))
     except ValueError:
         return 0.0
-
-
-def _hashed(path: Path, where: str) -> str:
-    try:
-        return sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=f"{where} {path}", fix="check the path") from error
-
-
-def _loaded_function(named: str) -> tuple[OfAnswer, str]:
-    """The function that `file.py:function` names, and the hash of the file."""
-    file, _, name = named.rpartition(":")
-    where = f"objective.reward.path {named}"
-    digest = _hashed(Path(file), "objective.reward.path")
-    module = _module(Path(file), digest, where)
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [own for own, value in vars(module).items() if callable(value) and not own.startswith("_")]
-        raise InputError(
-            f"there is no function {name!r} in this file",
-            where=where,
-            fix=f"it has {', '.join(known)}" if known else "define it there",
-        )
-
-    def of_answer(prompt: str, answer: str, references: list[str]) -> float:
-        try:
-            value = function(prompt, answer, list(references))
-        except Exception as error:
-            raise InputError(
-                f"the reward function raised {type(error).__name__}: {error}",
-                where=where,
-                fix=f"make it give a number for every answer, also for this one: {answer[:80]!r}",
-            ) from error
-        if not isinstance(value, Real) or not math.isfinite(float(value)):
-            raise InputError(
-                f"the reward function gave {value!r:.60}, which is no finite number",
-                where=where,
-                fix=f"make it give a number for every answer, also for this one: {answer[:80]!r}",
-            )
-        return float(value)
-
-    return of_answer, digest
-
-
-def _module(file: Path, digest: str, where: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tunesmith_reward_{digest[:16]}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"the file of the reward function cannot be run: {error}", where=where) from error
-    return module
 
 
 def judge_and_score(

@@ -25,6 +25,7 @@ from tunesmith.objectives import Distill
 from tunesmith.pipeline.loaded import Location, load, locate
 from tunesmith.plan.hardware import DTYPES, detect_hardware
 from tunesmith.recipe import Plan, Recipe, Resolved
+from tunesmith.train.near_base import KEPT_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -237,6 +238,15 @@ def kept_on_disk(recipe: Recipe, prepared: Prepared) -> Resolved:
     targets = int(prepared.train.targets.sum() + prepared.validation.targets.sum())
     if objective.weight == 0:
         return Resolved(name="from the teacher", value="answers", reason="objective.weight is 0")
-    size = targets * (8 * objective.top_k + 4)
-    reason = f"about {objective.top_k} tokens and the rest at {targets:,} targets; they are kept on disk"
-    return Resolved(name="from the teacher", value=f"{size / 1e6:,.1f} MB", reason=reason)
+    return _of_targets("from the teacher", targets, objective.top_k)
+
+
+def base_on_disk(prepared: Prepared) -> Resolved:
+    """What the log-probabilities of a base that will be changed will take."""
+    return _of_targets("from the base", int(prepared.train.targets.sum()), KEPT_TOKENS)
+
+
+def _of_targets(name: str, targets: int, top_k: int) -> Resolved:
+    size = targets * (8 * top_k + 4)
+    reason = f"about {top_k} tokens and the rest at {targets:,} targets; they are kept on disk"
+    return Resolved(name=name, value=f"{size / 1e6:,.1f} MB", reason=reason)

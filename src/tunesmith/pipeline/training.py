@@ -32,7 +32,7 @@ from tunesmith.pipeline import probe
 from tunesmith.pipeline.distilling import with_own_answers
 from tunesmith.pipeline.environment import code_sha256
 from tunesmith.pipeline.planning import Planned
-from tunesmith.pipeline.policy import Kept, reference_of, total_prompts, with_value_head
+from tunesmith.pipeline.policy import Kept, reference_of, served_answers, total_prompts, with_value_head
 from tunesmith.pipeline.proof import Proof
 from tunesmith.pipeline.resuming import record_changes
 from tunesmith.pipeline.rewards import judge_and_score
@@ -47,7 +47,7 @@ from tunesmith.train.batches import StepBatches
 from tunesmith.train.checkpoint import Checkpoints, Saved
 from tunesmith.train.health import Health, refuse_dead_weights
 from tunesmith.train.loop import Emit, Job, MicroBatches, Progress, train
-from tunesmith.train.near_base import NearBase, refuse_other_heads
+from tunesmith.train.near_base import NearBase, base_is_kept, refuse_other_heads
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.parallel import is_main, wait_for_all, world_size
 from tunesmith.train.precision import Precision
@@ -97,15 +97,19 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
     plan = planned.plan
     saved = _adapted(work)
     batches: MicroBatches
+    notes = list[str]()
     if isinstance(planned.objective, Policy):
-        batches = _rollouts(work, planned.objective, saved, emit)
+        batches, notes = _rollouts(work, planned.objective, saved, emit)
         saved = replace(saved, beside=Kept(batches, model))
     else:
         batches = with_own_answers(planned, model, _batches(planned))
     objective = _near_base(work)
-    _tell_of_other_blocks(work, emit)
     checkpoints = Checkpoints(run.checkpoints, planned.recipe.train.keep, _identity(planned))
     progress = _where_it_stands(work, checkpoints, saved, emit)
+    if progress.step == 0:  # what was said before is cut off with the events of a run that had not got this far
+        _tell_of_other_blocks(work, emit)
+        for message in notes:
+            emit({"event": "note", "step": 0, "message": message})
 
     def save(now: Progress, best: bool) -> None:
         if plan.streamed_tokens is not None:
@@ -207,7 +211,7 @@ def _adapted(work: Work) -> Saved:
 def _near_base(work: Work) -> StepObjective:
     """The objective with the recipe's penalties; made before a checkpoint is put back, while the model is the base."""
     train = work.planned.recipe.train
-    if train.kl_to_base:
+    if train.kl_to_base and not base_is_kept(work.planned.recipe):
         refuse_other_heads(work.model)
     asked = train.kl_to_base or train.l2_to_base
     return NearBase(work.planned.objective, work.model, train) if asked else work.planned.objective
@@ -299,13 +303,15 @@ def _batches(planned: Planned) -> StepBatches:
     return StepBatches.of_job(planned.recipe, planned.plan, planned.prepared.train, planned.prepared.order)
 
 
-def _rollouts(work: Work, objective: Policy, saved: Saved, emit: Emit) -> Rollouts:
+def _rollouts(work: Work, objective: Policy, saved: Saved, emit: Emit) -> tuple[Rollouts, list[str]]:
+    """Where the batches of such a job come from, and what a user should know of it."""
     planned, model = work.planned, work.model
     recipe, plan, prepared = planned.recipe, planned.plan, planned.prepared
     assert prepared is not None and planned.tokenizer is not None and planned.score is not None
+    notes = list[str]()
     if shared := planned.score.share(model):
-        message = f"{shared:,} weights of the reward model are those of the trained model's base, and are held once"
-        emit({"event": "note", "step": 0, "message": message})
+        notes.append(f"{shared:,} weights of the reward model are those of the trained model's base, and are held once")
+    server = served_answers(planned, objective, work.run.path)
     drawing = Drawing(
         tokenizer=planned.tokenizer,
         stop_ids=frozenset(prepared.stop_ids),
@@ -317,8 +323,10 @@ def _rollouts(work: Work, objective: Policy, saved: Saved, emit: Emit) -> Rollou
         total_rows=total_prompts(recipe, plan, prepared, objective),
         stop=work.stopping.asked if world_size() == 1 else lambda: False,
         emit=emit,
+        server=server,
     )
-    return Rollouts(model, objective, prepared.train, prepared.order, plan, drawing)
+    notes += [] if server is None else server.check()
+    return Rollouts(model, objective, prepared.train, prepared.order, plan, drawing), notes
 
 
 def _validation(work: Work, emit: Emit) -> Callable[[int], float | None]:
@@ -346,6 +354,7 @@ def _validation(work: Work, emit: Emit) -> Callable[[int], float | None]:
                 judged = judge(work.model, tokenizer, rows, how, watched)
             else:
                 judged = judge_and_score(work.model, tokenizer, rows, how, planned.score, watched)
+            judged = planned.own.scored(judged)
             scores = {name: found.corpus() for name in plan.metrics if (found := metric_rows(name, judged)) is not None}
             if validates and planned.score is not None:  # the more reward, the better
                 loss = 0.0 - scores[REWARD]

@@ -40,9 +40,10 @@ def predict_duration(recipe: Recipe, shape: Shape, parameters: Parameters, given
     training = flops / rate / given.hardware.processes
     evaluating = 0.0
     if recipe.evaluate != "off" and given.judged_rows:
-        batches = math.ceil(given.judged_rows / recipe.evaluate.batch_size)
+        judged = given.judged_rows + (recipe.evaluate.probed_rows if given.max_new_tokens else 0)
+        batches = math.ceil(judged / recipe.evaluate.batch_size)
         token_seconds = shape.layers * DECODE_OVERHEAD_SECONDS.get(kind, 1e-3)
-        prompts = given.judged_rows * given.workload.tokens / max(1, given.workload.rows)
+        prompts = judged * given.workload.tokens / max(1, given.workload.rows)
         reading = 2 * prompts * shape.linear_weights / rate
         evaluating = 2 * (batches * given.max_new_tokens * token_seconds + 2 * reading)
     return Duration(

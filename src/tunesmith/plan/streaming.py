@@ -63,7 +63,8 @@ def _wishes(recipe: Recipe) -> list[tuple[str, bool, str, str]]:
     """Key, whether it asks for too much, why, and what would do instead."""
     train, evaluate = recipe.train, recipe.evaluate
     smoothing = recipe.objective.label_smoothing if isinstance(recipe.objective, Supervised) else 0.0
-    metrics = [] if evaluate == "off" or evaluate.metrics == "auto" else evaluate.metrics
+    probed = evaluate != "off" and evaluate.memorisation not in ("auto", "off")
+    metrics = [] if evaluate == "off" or evaluate.metrics == "auto" else evaluate.metric_names
     gated = [name for name in recipe.gate if name not in ("perplexity", "forgetting")]
     answers = "every token of an answer would read the whole model"
     again = "blocks that are read one at a time are computed again in the backward pass"
@@ -79,6 +80,7 @@ def _wishes(recipe: Recipe) -> list[tuple[str, bool, str, str]]:
         ("train.gradient_checkpointing", train.gradient_checkpointing is False, again, "auto"),
         ("train.generate_every", train.generate_every != "off", answers, "off"),
         ("evaluate.metrics", any(name != "perplexity" for name in metrics), answers, "[perplexity]"),
+        ("evaluate.memorisation", probed, answers, "off"),
         ("gate", bool(gated), f"{', '.join(gated)} needs answers: {answers}", "perplexity or forgetting"),
     ]
 

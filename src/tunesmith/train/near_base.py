@@ -16,11 +16,14 @@ from tunesmith.batch import Batch
 from tunesmith.methods import trainable_parameters
 from tunesmith.methods.adapted import without_adapter
 from tunesmith.methods.low_rank import LoraLayer, lora_layers
-from tunesmith.models.forward import hidden_at
+from tunesmith.models.embeddings import vocabulary_rows
+from tunesmith.models.forward import hidden_at, likeliest_next
 from tunesmith.models.head import divergences, has_plain_head
 from tunesmith.models.noise import NOISE
 from tunesmith.models.projection import projection_of
 from tunesmith.objectives import AroundObjective, NextToken, StepObjective
+from tunesmith.objectives.distill import kl
+from tunesmith.objectives.logps import token_outcomes
 from tunesmith.recipe import Recipe, TrainSpec
 
 NO_SHARD = "leave train.shard out, or remove the penalty"
@@ -29,6 +32,11 @@ TAKEN_OFF_THE_BASE = ("pissa", "olora")
 REPLAYED = "replayed"
 """Tensor of a batch: fp32, one entry a target: 1 where the row is replayed, else 0."""
 KL, L2 = "kl_to_base", "l2_to_base"
+BASE_TOKENS, BASE_LOGPS = "base_tokens", "base_logps"
+"""Tensors of a batch with what the base found likeliest at each target: int32 ``[targets, k]``, and fp32
+``[targets, k + 1]`` in nats, with all other tokens together in the last column."""
+KEPT_TOKENS = 64
+"""k of those, as of a teacher."""
 
 
 def refuse_unreachable_base(recipe: Recipe) -> None:
@@ -46,23 +54,34 @@ def refuse_unreachable_base(recipe: Recipe) -> None:
             raise InputError("no rows are replayed", where="train.kl_on", fix="set data.replay, or kl_on: targets")
     if not train.kl_to_base:
         return
-    what = ""
     if not isinstance(recipe.objective, NextToken):
         raise InputError(
             f"objective.kind: {recipe.objective.kind} has no divergence from the base beside its own loss",
             where="train.kl_to_base",
             fix="remove it; it is for sft and pretrain",
         )
-    if method.saved_as != "adapter":
-        what = f"{method.kind} changes the base itself, so that nobody knows any longer what it would say"
-    elif getattr(method, "modules_to_save", []):
-        what = "modules_to_save changes modules of the base themselves"
-    elif getattr(method, "init", "") in TAKEN_OFF_THE_BASE:
-        what = "this start of LoRA takes its update off the base's own weights"
-    if what:
+    if base_is_kept(recipe) and recipe.budget.memory is not None:
         raise InputError(
-            what, where="train.kl_to_base", fix="use a plain adapter (lora), or train.l2_to_base or data.replay instead"
+            f"{method.kind} changes the base itself, and what it says would have to be kept before training, for which "
+            "the whole model must be in memory",
+            where="train.kl_to_base",
+            fix="leave budget.memory out, or use a plain adapter (lora)",
         )
+
+
+def base_is_kept(recipe: Recipe) -> bool:
+    """Whether what the base says of the rows must be kept before training, because it is not there any longer then."""
+    method = recipe.method
+    changes = method.saved_as != "adapter" or bool(getattr(method, "modules_to_save", []))
+    return recipe.train.kl_to_base > 0 and (changes or getattr(method, "init", "") in TAKEN_OFF_THE_BASE)
+
+
+def said_by_base(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """What the model, which is the base still, finds likely at the targets: `BASE_TOKENS` and `BASE_LOGPS`."""
+    chosen = torch.nonzero(batch.tensors["target_weights"] > 0).squeeze(1)
+    rows = vocabulary_rows(model)
+    tokens, logps = likeliest_next(model, batch, batch.before(chosen), KEPT_TOKENS, 1.0, rows)
+    return {BASE_TOKENS: tokens.int(), BASE_LOGPS: logps}
 
 
 def refuse_other_heads(model: nn.Module) -> None:
@@ -89,7 +108,9 @@ class NearBase(AroundObjective):
 
     - KL (`train.kl_to_base`): KL(base || model) at the targets, in the mean over them: the old model's answers are soft
       targets (Li & Hoiem 2016, Learning without Forgetting, equation 2, at temperature 1). The base is this model with
-      its adapter off, so there is no second one in memory.
+      its adapter off, so there is no second one in memory. Where a method changes the base itself, rows carry what it
+      said before training, and the divergence is that of a choice among its likeliest tokens and the rest together,
+      which is never more than that of the whole vocabulary.
     - L2 (`train.l2_to_base`): half the squared distance of the trained weights from where they started (Li et al. 2018,
       L2-SP, equation 2); for LoRA the squared norm of its update of each weight.
 
@@ -122,6 +143,8 @@ class NearBase(AroundObjective):
         if not counted.any():
             return {**super().loss(model, batch), **further, KL: counted.sum()}
         chosen = torch.nonzero(batch.tensors["target_weights"] > 0).squeeze(1)
+        if BASE_LOGPS in batch.tensors:
+            return {**self._near_kept(model, batch, chosen, counted), **further}
         places = batch.before(chosen)
         other = _states_of_base(model, batch, places)
         hidden = hidden_at(model, batch, places)  # once, for the objective too
@@ -133,6 +156,16 @@ class NearBase(AroundObjective):
         at = torch.nonzero(counted).squeeze(1)
         found = (divergences(hidden[at], other[at], _head(model)) * counted[at]).sum()
         return {**super().loss(model, read), **further, KL: self._kl * found}
+
+    def _near_kept(self, model: nn.Module, batch: Batch, chosen: Tensor, counted: Tensor) -> dict[str, Tensor]:
+        """The objective's own terms, and the divergence from what the base had said."""
+        if has_plain_head(model):  # the trunk runs once for both
+            hidden = hidden_at(model, batch, batch.before(chosen))
+            tensors, scopes = {**batch.tensors, "features": hidden}, {**batch.scopes, "features": "target"}
+            batch = replace(batch, tensors=tensors, scopes=cast(Any, scopes))
+        found = token_outcomes(model, batch, batch.tensors[BASE_TOKENS].long(), 1.0).outcomes
+        divergence = kl(batch.tensors[BASE_LOGPS], found)
+        return {**super().loss(model, batch), KL: self._kl * (divergence * counted).sum()}
 
     def _counted(self, batch: Batch) -> Tensor:
         """What the divergence at each target counts, fp32 ``[targets]``."""

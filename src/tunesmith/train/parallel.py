@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from tunesmith.models.sharding import gradient_norm, is_part, scale_gradients
@@ -66,6 +67,17 @@ def gathered(values: Tensor, device: torch.device) -> list[Tensor]:
     everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everybody, mine)
     return [one.cpu() for one in everybody]
+
+
+def gathered_tensors(named: dict[str, Tensor], device: torch.device) -> list[dict[str, Tensor]]:
+    """Named tensors of every process, of any names and shapes, by rank, on the CPU."""
+    if not dist.is_initialized():
+        return [named]
+    own = torch.frombuffer(bytearray(save(named)), dtype=torch.uint8)
+    sizes = [int(size) for size in gathered(torch.tensor([len(own)]), device)]
+    padded = torch.cat([own, own.new_zeros(max(sizes) - len(own))])
+    everybody = gathered(padded, device)
+    return [load(part[:size].numpy().tobytes()) for part, size in zip(everybody, sizes, strict=True)]
 
 
 def from_main(value: float, device: torch.device) -> float:

@@ -14,6 +14,9 @@ PATIENCE = 5
 """Rollouts in a row after which something is said aloud."""
 LEAST_ENTROPY = 0.02
 """Nats a token below which nothing is left to be drawn."""
+LARGEST_GAP, TOO_LARGE_GAP = 0.1, 1.0
+"""Nats a token between what a server that drew the answers and this process find of them: from the first on it is said
+aloud; from the second on the server has another model, and its answers say nothing of this one."""
 FARTHEST = 1.0
 """Nats a token between policy and reference beyond which little of the model is left."""
 
@@ -32,6 +35,8 @@ class Seen:
         flat: share of prompts whose answers are all worth the same; None with one answer a prompt.
         alike: share of prompts whose answers are all the same text; with one answer a prompt, whether those to all
             prompts are.
+        server_gap: mean distance between a token's log-probability here and on the server that drew it, in nats; None
+            where this process drew it.
     """
 
     reward: float
@@ -43,6 +48,7 @@ class Seen:
     cut: float
     flat: float | None
     alike: float
+    server_gap: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -67,7 +73,8 @@ class RolloutHealth:
             last: whether no more answers will be drawn.
 
         Raises:
-            TrainingError: at the end, when no answer was ever worth more than another.
+            TrainingError: at the end, when no answer was ever worth more than another; and when the server that drew
+                the answers has another model than this process.
         """
         self.rollouts += 1
         self.spread = self.spread or not _is_flat(seen)
@@ -77,7 +84,7 @@ class RolloutHealth:
             "sure": seen.entropy < LEAST_ENTROPY,
             "far": seen.kl_of_token is not None and seen.kl_of_token > FARTHEST,
         }
-        told = []
+        told = _of_server(seen)
         for name, shows in present.items():
             self.signs[name] = self.signs[name] + 1 if shows else 0
             if self.signs[name] == PATIENCE:
@@ -112,6 +119,19 @@ SIGNS = {
     "({kl:.3g}); raise objective.kl or lower train.learning_rate",
 }
 """What is said of each sign."""
+
+
+def _of_server(seen: Seen) -> list[str]:
+    gap = seen.server_gap or 0.0
+    if gap < LARGEST_GAP:
+        return []
+    what = f"the server that draws the answers and this process are {gap:.3g} nats a token apart about them"
+    if gap >= TOO_LARGE_GAP:
+        raise TrainingError(
+            f"{what}: it has another model",
+            fix="serve the weights that this job starts from, in the same dtype and quantization",
+        )
+    return [f"{what}: the answers are not quite this policy's; serve the same weights in the same dtype"]
 
 
 def _is_flat(seen: Seen) -> bool:

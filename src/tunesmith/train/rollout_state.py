@@ -1,16 +1,22 @@
-"""Examples as named tensors and back, for checkpoints."""
+"""Examples as named tensors and back, for checkpoints and for other processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from tunesmith.batch import Example, Scope
+from tunesmith.objectives.policy import Rollout
+from tunesmith.train.parallel import gathered_tensors, world_size
 
-_TENSOR = "tensor:"
+_TENSOR, _OF_ROLLOUT = "tensor:", "rollout:"
+OF_ANSWERS, OF_TOKENS = ("rewards", "lengths"), ("logps", "reference", "values")
+"""Tensors of a rollout, by what they have one entry for."""
 
 
 def stored_examples(examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -47,3 +53,30 @@ def examples_of(stored: dict[str, Tensor]) -> list[Example]:
         Example(own, {name: parts[at] for name, parts in named.items()}, scopes, None, segments[at])
         for at, own in enumerate(ids)
     ]
+
+
+def of_all_processes(
+    examples: Sequence[Example], rollout: Rollout, device: torch.device
+) -> tuple[Sequence[Example], Rollout]:
+    """The answers to the prompts of all processes, which take them in turn, in the order of the prompts."""
+    if world_size() == 1:
+        return examples, rollout
+    named = {name: getattr(rollout, name) for name in (*OF_ANSWERS, *OF_TOKENS)}
+    told = {f"{_OF_ROLLOUT}{name}": tensor for name, tensor in named.items() if tensor is not None}
+    parts = gathered_tensors({**stored_examples(examples), **told}, device)
+    turns = zip_longest(*(_by_prompt(part, rollout.group) for part in parts))
+    every = [one for turn in turns for one in turn if one is not None]
+    joined = {name: torch.cat([tensors[name] for _, tensors in every]) for name in named if named[name] is not None}
+    return [example for example, _ in every], replace(rollout, **joined)
+
+
+def _by_prompt(part: dict[str, Tensor], group: int) -> list[tuple[Example, dict[str, Tensor]]]:
+    """What one process told: each prompt with its answers, and what is known of those."""
+    examples = examples_of(part)
+    targets = [example.targets for example in examples]
+    told = {
+        name: part[f"{_OF_ROLLOUT}{name}"].split(group if name in OF_ANSWERS else targets)
+        for name in (*OF_ANSWERS, *OF_TOKENS)
+        if f"{_OF_ROLLOUT}{name}" in part
+    }
+    return [(example, {name: parts[at] for name, parts in told.items()}) for at, example in enumerate(examples)]

@@ -26,10 +26,11 @@ from tunesmith.objectives.ppo import logps_and_values
 from tunesmith.objectives.preference import REFERENCE
 from tunesmith.recipe import Plan
 from tunesmith.train.loop import Emit
-from tunesmith.train.parallel import rank, summed, world_size
+from tunesmith.train.parallel import is_main, rank, summed, world_size
 from tunesmith.train.precision import Precision
 from tunesmith.train.rollout_health import RolloutHealth, Seen
-from tunesmith.train.rollout_state import examples_of, stored_examples
+from tunesmith.train.rollout_server import Question, ServedAnswers
+from tunesmith.train.rollout_state import examples_of, of_all_processes, stored_examples
 from tunesmith.train.trouble import StepAbandoned
 
 Score = Callable[[Sequence[Row], Sequence[str]], list[float]]
@@ -49,6 +50,7 @@ class Drawing:
         batch_size: prompts of a rollout, over all processes.
         total_rows: where the stream of prompts ends, so that the last rollout may be smaller.
         stop: whether somebody asked the run to end.
+        server: what draws the answers in this process's place.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -61,6 +63,7 @@ class Drawing:
     total_rows: int
     stop: Callable[[], bool]
     emit: Emit
+    server: ServedAnswers | None = None
 
 
 @dataclass
@@ -99,7 +102,7 @@ class Rollouts:
         size = micro_batch or self.plan.micro_batch
         layout = "packed" if self.plan.packing else "padded"
         groups = [self._examples[at : at + size] for at in range(0, len(self._examples), size)]
-        return [pack(group, layout) for group in groups]
+        return [pack(group, layout) for group in groups[rank() :: world_size()]]
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
@@ -137,13 +140,16 @@ class Rollouts:
             rollout = self._looked_at(examples, rewards)
         finally:
             self.model.train(training)
+        seen = self._seen(rollout, answers, texts)
+        if is_main():
+            self._tell(step, seen, items, texts, rollout)
+        # Of all processes, because advantages may depend on one another, and the one that writes checkpoints has them.
+        examples, rollout = of_all_processes(examples, rollout, next(self.model.parameters()).device)
         signals = {OLD: rollout.logps, **self.objective.signals(rollout)}
         if rollout.reference is not None:
             signals[REFERENCE] = rollout.reference
-        seen = self._seen(rollout, answers, texts)
         self.kl = self.objective.next_kl_weight(self.kl, seen.kl or 0.0)
         last = step + self.objective.passes > self.plan.steps
-        self._tell(step, seen, items, texts, rollout)
         for message in self.health.observe(seen, last=last):
             self.how.emit({"event": "warning", "step": step, "message": message})
         return _with_signals(examples, signals)
@@ -157,6 +163,8 @@ class Rollouts:
             if self.how.stop():
                 raise StepAbandoned
 
+        if self.how.server is not None:
+            return self.how.server(self.model, list(map(Question, prompts, seeds)), watched)
         return generate(
             self.model,
             prompts,
@@ -203,24 +211,24 @@ class Rollouts:
                 if self.objective.kl_weight:
                     with self.how.reference() as reference:
                         found["reference"].append(token_logps(reference, batch).logps.cpu())
-        joined = {name: torch.cat(parts) if parts else None for name, parts in found.items()}
-        assert joined["logps"] is not None
-        lengths = torch.cat([example.own_segments()[1:, 1] for example in examples])
+        # A process that was left without a prompt has tensors too, which are empty.
+        joined = {name: torch.cat([torch.zeros(0), *parts]) for name, parts in found.items()}
+        lengths = torch.cat([torch.zeros(0, dtype=torch.int64), *(one.own_segments()[1:, 1] for one in examples)])
         return Rollout(
             rewards,
             self.objective.group_size,
             lengths,
             joined["logps"],
-            joined["reference"],
-            joined["values"],
+            joined["reference"] if self.objective.kl_weight else None,
+            joined["values"] if self.objective.has_values else None,
             self.kl,
         )
 
     def _seen(self, rollout: Rollout, answers: Sequence[Generation], texts: Sequence[str]) -> Seen:
         """Means over the answers of all processes."""
-        groups = rollout.rewards.view(-1, rollout.group)
+        groups = rollout.rewards.view(len(answers) // rollout.group, rollout.group)
         flat = (groups.amax(1) - groups.amin(1) <= 1e-9).sum() if rollout.group > 1 else torch.zeros(())
-        together = rollout.group if rollout.group > 1 else len(texts)
+        together = rollout.group if rollout.group > 1 else max(1, len(texts))
         alike = [len(set(texts[at : at + together])) == 1 < together for at in range(0, len(texts), together)]
         parts = [
             float(len(answers)),
@@ -233,9 +241,10 @@ class Rollouts:
             float(sum(answer.finish_reason == "length" for answer in answers)),
             float(flat),
             sum(alike) / max(1, len(alike)) * len(groups),
+            _gap(rollout, answers),
         ]
         device = next(self.model.parameters()).device
-        count, prompts, tokens, total, squares, apart, logps, cut, still, same = summed(
+        count, prompts, tokens, total, squares, apart, logps, cut, still, same, gap = summed(
             torch.tensor(parts, dtype=torch.float64, device=device)
         ).tolist()
         mean = total / count
@@ -250,6 +259,7 @@ class Rollouts:
             cut=cut / count,
             flat=still / prompts if rollout.group > 1 else None,
             alike=same / prompts,
+            server_gap=None if self.how.server is None else gap / tokens,
         )
 
     def _tell(self, step: int, seen: Seen, items: Sequence[Rendered], texts: Sequence[str], rollout: Rollout) -> None:
@@ -260,6 +270,12 @@ class Rollouts:
             event["kl_weight"] = rollout.kl
         shown = {"source": source, "answer": texts[best][:SHOWN], "reward": float(rollout.rewards[best])}
         self.how.emit({**event, "best": shown})
+
+
+def _gap(rollout: Rollout, answers: Sequence[Generation]) -> float:
+    """Sum over tokens of how far their log-probability is from what the engine that drew them found, in nats."""
+    theirs = [value for answer in answers for value in answer.logps or ()]
+    return float((rollout.logps.double() - torch.tensor(theirs, dtype=torch.float64)).abs().sum()) if theirs else 0.0
 
 
 def _seed(seed: int, number: int, row: int, answer: int) -> int:

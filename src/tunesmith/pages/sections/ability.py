@@ -1,4 +1,4 @@
-"""What a run lost beside its task, and what it was judged on that it had seen, as parts of the report's page."""
+"""What a run lost beside its task, and what it was judged on that it had seen."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from tunesmith.pages.chart import Line, interval_chart, line_chart, reading
 from tunesmith.pages.page import number
+from tunesmith.pages.sections.section import Part, Section
 
 TABLE = Markup(
     '<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table><caption>{caption}</caption>'
@@ -22,8 +23,8 @@ ROW, CELL, TWO = (
 )
 
 
-def ability_part(report: Mapping[str, Any]) -> Markup:
-    """Benchmarks before and after with their chart, and the divergence from the base; empty where none was asked for."""
+def ability(report: Part) -> Markup | None:
+    """Benchmarks before and after with their chart, and the divergence from the base; None where none was asked for."""
     benchmarks: Sequence[Mapping[str, Any]] = report.get("benchmarks") or []
     parts = [Markup("<p>{}</p>").format(note) for note in report.get("benchmark_notes") or []]
     if benchmarks:
@@ -48,18 +49,18 @@ def ability_part(report: Mapping[str, Any]) -> Markup:
         span = "no interval" if divergence["low"] is None else " to ".join(str(end) for end in ends)
         parts.append(
             Markup(
-                "<p>On {} general prompts the tuned model is {} nats a token away from the base (KL divergence over the "
-                "base’s own answers, interval {}).</p>"
+                "<p>On {} general prompts the tuned model is {} nats a token away from the base "
+                "(KL divergence over the base’s own answers, interval {}).</p>"
             ).format(divergence["n"], number(divergence["value"], 3), span)
         )
-    return Markup("").join(parts)
+    return Markup("").join(parts) if parts else None
 
 
-def contamination_part(report: Mapping[str, Any]) -> Markup:
-    """Which test items stand in the training data; empty where nothing was looked for."""
+def contamination(report: Part) -> Markup | None:
+    """Which test items stand in the training data; None where nothing was looked for."""
     found: Sequence[Mapping[str, Any]] = report.get("contamination") or []
     if not found:
-        return Markup("")
+        return None
     body = Markup("").join(
         Markup("<tr>{}</tr>").format(
             ROW.format(entry["name"], _examples(entry))
@@ -111,3 +112,18 @@ def _examples(entry: Mapping[str, Any]) -> str:
 def _renamed(chart: Markup) -> Markup:
     """A second chart of one kind on a page needs ids of its own."""
     return Markup(chart.replace("chart-intervals", "chart-benchmarks"))
+
+
+def lost(report: Part) -> str | None:
+    """That a benchmark fell beyond the noise of its items."""
+    fallen = [entry for entry in report["benchmarks"] or [] if reading(dict(entry)) == "worse"]
+    return f"{', '.join(entry['name'] for entry in fallen)} fell" if fallen else None
+
+
+def seen(report: Part) -> str | None:
+    """That test items stand in the training data."""
+    return "Test items stand in the training data" if any(e["found"] for e in report["contamination"] or []) else None
+
+
+ABILITY = Section("ability", "General ability", ability, lost)
+CONTAMINATION = Section("contamination", "Seen in training", contamination, seen)
