@@ -90,7 +90,7 @@ def test_a_better_task_and_a_damaged_model_is_exit_code_3_and_dont_ship(finished
         "forgetting": report["forgetting"]["change"] <= 0.05,
     }
     assert report["sentence"].startswith("Don't ship it: perplexity went from")
-    assert "the gate benchmarks allowed +0.02 and measured" in report["sentence"]
+    assert "the gate benchmarks asked for +0.02 and measured" in report["sentence"]
     assert "arc_easy (school science) fell from" in report["sentence"]
 
 

@@ -234,6 +234,8 @@ class Report(Spec):
     """Where benchmarks differ from lm-eval's own."""
     divergence: Divergence | None = None
     contamination: list[SeenEntry] = Field(default_factory=list)
+    memorisation: dict[str, Any] | None = None
+    """Which training answers came back from their prompts."""
     samples: Samples
     curves: Curves
     seeds: list[SeedResult] = Field(default_factory=list)

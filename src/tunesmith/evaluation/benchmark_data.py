@@ -44,7 +44,7 @@ CARRIED = {
 }
 """Data sets as lm-eval names them, and what the package calls them."""
 
-FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+FILES = (".jsonl", ".parquet", ".csv")
 
 
 def carried_items(progress: Progress) -> Path:
@@ -163,20 +163,16 @@ def _places(root: Path, dataset: str, name: str | None) -> Iterator[Path]:
 
 
 def _splits(root: Path, dataset: str, name: str | None) -> dict[str, Dataset] | None:
-    from datasets import load_dataset, load_from_disk
+    from datasets import Dataset, load_from_disk
 
     for place in _places(root, dataset, name):
         stored = {path.parent.name: path.parent for path in sorted(place.glob("*/state.json"))}
         files = {path.stem: path for path in sorted(place.glob("*")) if path.suffix in FILES}
-        files.pop("dataset_dict", None)
         try:
             if stored:
                 found: dict[str, Any] = {split: load_from_disk(str(path)) for split, path in stored.items()}
             elif files:
-                found = {
-                    split: load_dataset(FILES[path.suffix], data_files=str(path), split="train")
-                    for split, path in files.items()
-                }
+                found = {split: Dataset(_table(path)) for split, path in files.items()}
             else:
                 continue
         except Exception as error:  # whatever a reader of files meets in one that is damaged
@@ -185,6 +181,15 @@ def _splits(root: Path, dataset: str, name: str | None) -> dict[str, Dataset] | 
             ) from error
         return found
     return None
+
+
+def _table(path: Path) -> Any:
+    """A file as an Arrow table, read anew: the cache of `datasets` may hold what stood there before."""
+    from pyarrow import csv, json, parquet
+
+    if path.suffix == ".parquet":
+        return parquet.read_table(path)
+    return json.read_json(path) if path.suffix == ".jsonl" else csv.read_csv(path)
 
 
 def content_of(root: Path) -> str:

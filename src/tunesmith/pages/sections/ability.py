@@ -94,8 +94,8 @@ def forgetting_chart(points: Sequence[Mapping[str, Any]], metric: str) -> Markup
         [line],
         title=f"{metric} against forgetting",
         desc=said + ".",
-        name=metric,
-        along="% change of perplexity on general text",
+        axes=(metric, "% change of perplexity on general text"),
+        identity="forgetting",
     )
 
 
