@@ -127,8 +127,8 @@ def main() -> None:
         command = f"python bench/benchmarks.py --limit {given.limit} --write"
         text = (
             f"# Benchmarks by lm-eval's own model and by Tunesmith's\n\n`{command}` on {given.model}; {about}.\n\n"
-            "The same requests of lm-eval are answered by its `hf` model at the best of several batch sizes, and over a "
-            "tree of\nshared tokens.\n\n" + "\n".join(lines) + "\n"
+            "The same requests of lm-eval are answered by its `hf` model at the best of several batch sizes, and over "
+            "a tree of\nshared tokens.\n\n" + "\n".join(lines) + "\n"
         )
         OUT.write_text(text, encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,9 +56,9 @@ def finished(tiny_model: Path, rows_file: Path, items: Path, tmp_path_factory: p
     write_jsonl(place / "train.jsonl", [*rows, asked])
     recipe = {
         "model": {"path": str(tiny_model), "dtype": "fp32"},
-        "data": {"train": "train.jsonl", "test": 0.2, "checks": False},
+        "data": {"train": str(place / "train.jsonl"), "test": 0.2, "checks": False},
         "method": {"kind": "full"},
-        "train": {"steps": 16, "learning_rate": 0.02, "batch_size": 16, "warmup": 0, "checkpoint_every": "off"},
+        "train": {"steps": 16, "learning_rate": 0.02, "batch_size": 16, "warmup": 0, "checkpoint_every": 8},
         "evaluate": {
             "metrics": ["perplexity"],
             "resamples": 200,
@@ -131,3 +132,24 @@ def test_a_gate_on_what_is_not_measured_is_refused(
     job = finished[2].parent / "job.yaml"
     assert main(["train", str(job), *settings, f"output={job.parent / 'other'}"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_score_against_forgetting_over_the_checkpoints(finished: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    _, report, run = finished
+    assert main(["runs", "forgetting", str(run)]) == 0
+    shown = capsys.readouterr().out
+    curve = json.loads((run / "forgetting.json").read_text())
+    assert [point["step"] for point in curve["points"]] == [0, 8, 16] and curve["metric"] == "perplexity"
+    assert curve["points"][-1]["score"] == pytest.approx(report["metrics"][0]["tuned"], rel=1e-4)
+    assert curve["points"][-1]["change"] == pytest.approx(report["forgetting"]["change"], rel=1e-4)
+    page = (run / "forgetting.html").read_text()
+    assert "<svg" in page and curve["sentence"] in page and curve["sentence"] in shown
+
+
+def test_a_run_without_checkpoints_has_no_curve(
+    finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished[2], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert main(["runs", "forgetting", str(tmp_path / "run")]) == 2
+    assert "this run keeps no checkpoint" in capsys.readouterr().err

@@ -295,6 +295,15 @@ def runs_schema() -> None:
     typer.echo(json.dumps(report_schema(), indent=2, ensure_ascii=False))
 
 
+@runs_app.command("forgetting")
+def runs_forgetting(run: Annotated[Path, typer.Argument(help="A run.")], as_json: AsJson = False) -> None:
+    """Task score against forgetting over the checkpoints of a run, as table and page."""
+    with importing():
+        from tunesmith.cli.benchmarks import show_forgetting
+
+    show_forgetting(run, as_json=as_json)
+
+
 @runs_app.command("verify")
 def runs_verify(run: Annotated[Path, typer.Argument(help="A run.")], as_json: AsJson = False) -> None:
     """Check every hash of a run: files, checkpoints, data, base; exits 2 when something has changed."""

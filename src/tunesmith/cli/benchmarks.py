@@ -1,9 +1,10 @@
-"""`tunesmith evaluate --benchmarks`."""
+"""`tunesmith evaluate --benchmarks` and `tunesmith runs forgetting`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tunesmith.cli.display import Display, out, quiet_libraries
@@ -28,6 +29,30 @@ def run_benchmark_evaluation(
     for note in found["notes"]:
         out(f"note: {note}")
     out("items: " + ", ".join(sorted(set(found["sources"].values()))))
+
+
+def show_forgetting(path: Path, *, as_json: bool) -> None:
+    """Measures every checkpoint of a run, and writes the table and the page into it."""
+    from tunesmith.pages.forgetting import forgetting_page
+    from tunesmith.pipeline.forgetting_curve import CURVE, CURVE_PAGE, forgetting_curve
+    from tunesmith.run import Run
+
+    run = Run.open(path)
+    quiet_libraries()
+    with Display(as_json) as display:
+        curve = forgetting_curve(run, display.progress)
+    run.write(CURVE, curve)
+    run.write_text(CURVE_PAGE, forgetting_page(run.path.name, curve))
+    if as_json:
+        out(json.dumps({"run": str(path), **curve}))
+        return
+    rows = [["step", curve["metric"], "general text", "interval"]]
+    for point in curve["points"]:
+        span = "" if point["low"] is None else f"{point['low']:+.1%} … {point['high']:+.1%}"
+        rows.append([str(point["step"]), f"{point['score']:.4f}", f"{point['change']:+.1%}", span])
+    out("\n".join(aligned(rows, right={0, 1, 2})))
+    out(curve["sentence"])
+    out(f"page: {run.path / CURVE_PAGE}")
 
 
 def _table(entries: Sequence[dict[str, Any]]) -> list[list[str]]:

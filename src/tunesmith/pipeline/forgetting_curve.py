@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.base import InputError, Progress, silent
-from tunesmith.evaluation.answers import Evaluation
-from tunesmith.evaluation.compare import compare_forgetting
+from tunesmith.evaluation.answers import Evaluation, Judged
+from tunesmith.evaluation.compare import better_way, compare_forgetting, compare_metrics
 from tunesmith.models.load import load_model
 from tunesmith.pipeline.locating import run_recipe
 from tunesmith.pipeline.planning import plan_job
@@ -59,15 +59,17 @@ def forgetting_curve(run: Run, progress: Progress = silent) -> dict[str, Any]:
     measured: list[tuple[int, Evaluation]] = []
     for step in steps:
         checkpoints.load_weights(step, model, recipe.method)
-        measured.append((step, proof.evaluate(model, lambda label, done, total: progress(label, done, total))))
+        measured.append((step, proof.evaluate(model, progress)))
     return _curve(proof, base, measured, recipe.seed)
 
 
 def _curve(proof: Proof, base: Evaluation, measured: list[tuple[int, Evaluation]], seed: int) -> dict[str, Any]:
     points: list[dict[str, Any]] = []
     metric = proof.planned.plan.metrics[0]
+    before = [Judged(**row) for row in base["rows"]]
     for step, found in measured:
-        entry = next((one for one in proof.compare(base, found)["metrics"] if one["name"] == metric), None)
+        after = [Judged(**row) for row in found["rows"]]
+        entry = next(iter(compare_metrics([metric], before, after, proof.spec, seed)[0]), None)
         source = proof.general.source if proof.general else None
         changed = compare_forgetting(source, base["general"], found["general"], proof.spec, seed)
         if entry is None or changed["status"] != "measured":
@@ -77,4 +79,20 @@ def _curve(proof: Proof, base: Evaluation, measured: list[tuple[int, Evaluation]
         points.append(
             {"step": step, "score": entry["tuned"], **{key: changed[key] for key in ("change", "low", "high")}}
         )
-    return {"metric": metric, "points": points}
+    return {"metric": metric, "points": points, "sentence": _sentence(metric, points)}
+
+
+def _sentence(metric: str, points: list[dict[str, Any]]) -> str:
+    """Which checkpoint is best at the task, and which of those that forgot nothing beyond noise."""
+    sign = 1 if better_way(metric) == "higher" else -1
+    best = max(points, key=lambda point: sign * point["score"])
+    spared = [point for point in points if point["low"] is None or point["low"] <= 0]
+    told = f"{metric} is best at {_named(best)} ({best['score']:.4g}, general text {best['change']:+.1%})"
+    kept = max(spared, key=lambda point: sign * point["score"])
+    if kept is best:
+        return f"{told}, where no forgetting is shown."
+    return f"{told}; without forgetting beyond noise it is {kept['score']:.4g} at {_named(kept)}."
+
+
+def _named(point: dict[str, Any]) -> str:
+    return f"step {point['step']}" if point["step"] else "the base"
