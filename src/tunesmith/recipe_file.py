@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from tunesmith.base import InputError, Spec, nearest
 from tunesmith.metrics import COMPARED, METRICS, OF_DOCUMENTS, REWARD
 from tunesmith.models.quantized import FOUR_BIT
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import DAMAGE, EvaluateSpec, Recipe
 from tunesmith.recipe_overrides import COMMAND_LINE, FROM_COMMAND_LINE, apply_override
 
 PLAIN_WORDS = {
@@ -318,10 +318,20 @@ def _refuse_unknown_metrics(recipe: Recipe, refuse: Refuse) -> None:
     known = [*METRICS, *OF_DOCUMENTS, *COMPARED, REWARD, *own]
     asked = recipe.evaluate.metric_names if recipe.evaluate != "off" else "auto"
     named = {f"evaluate.metrics.{at}": name for at, name in enumerate(asked if isinstance(asked, list) else [])}
-    named |= {f"gate.{name}": name for name in recipe.gate if name != "forgetting"}
+    named |= {f"gate.{name}": name for name in recipe.gate if name not in DAMAGE}
     for key, name in named.items():
         if name not in known:
             refuse(key, f"unknown metric {name!r}{nearest(name, known)}", f"choose one of {', '.join(known)}")
+
+
+def _refuse_unmeasured_damage(recipe: Recipe, evaluate: EvaluateSpec, refuse: Refuse) -> None:
+    if "benchmarks" in recipe.gate and not evaluate.benchmarks:
+        refuse("gate.benchmarks", "no benchmark is measured", "name some: evaluate.benchmarks: [hellaswag, arc_easy]")
+    if "kl" in recipe.gate and not evaluate.kl_prompts:
+        refuse("gate.kl", "no divergence from the base is measured", "set evaluate.kl_prompts, for example to 32")
+    for name in ("benchmark_limit", "benchmark_shots", "benchmark_data"):
+        if getattr(evaluate, name) is not None and not evaluate.benchmarks:
+            refuse(f"evaluate.{name}", "there are no benchmarks here", "name some in evaluate.benchmarks, or remove it")
 
 
 def _holds_back(recipe: Recipe) -> bool:
@@ -368,6 +378,8 @@ def _refuse_contradictions(recipe: Recipe, refuse: Refuse) -> None:
         refuse("model.double_quantization", "there are no 4-bit scales here", "set model.quantize to nf4 or fp4")
     if recipe.evaluate != "off" and "forgetting" in recipe.gate and recipe.evaluate.forgetting == "off":
         refuse("gate.forgetting", "forgetting is not measured", "remove evaluate.forgetting: off")
+    if recipe.evaluate != "off":
+        _refuse_unmeasured_damage(recipe, recipe.evaluate, refuse)
     unknown = [name for name in re.findall(r"\{([^{}]*)\}", recipe.output) if name != "name"]
     if unknown or not recipe.output.strip():
         what = f"unknown placeholder {{{unknown[0]}}}" if unknown else "the path is empty"

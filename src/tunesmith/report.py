@@ -79,6 +79,58 @@ class PreferenceEntry(Spec):
     sentence: str
 
 
+class BenchmarkEntry(Spec):
+    """One of lm-eval's benchmarks before and after, on the same items."""
+
+    name: str
+    skill: str
+    """What it asks for, in plain words."""
+    metric: str
+    shots: int
+    """Worked examples before each item."""
+    n: int
+    better: Better
+    base: float
+    tuned: float
+    difference: float
+    low: float | None
+    """Lower end of the difference's interval; null where the score is no mean over items."""
+    high: float | None
+
+
+class Divergence(Spec):
+    """KL(base || tuned) over the base's own answers to general prompts, in nats a token."""
+
+    status: Literal["measured", "off", "could_not_run"]
+    reason: str | None = None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    """Prompts."""
+
+
+class SeenItem(Spec):
+    """A test item that stands in the training data."""
+
+    item: int
+    """Its number, from 1."""
+    text: str
+    source: str
+    """File and line of the training row."""
+
+
+class SeenEntry(Spec):
+    """How many of some test items stand in the training data."""
+
+    name: str
+    found: int
+    of: int
+    too_short: int
+    """Items that have too few words to be looked for."""
+    examples: list[SeenItem]
+
+
 class Forgetting(Spec):
     """Perplexity on general text before and after."""
 
@@ -208,6 +260,11 @@ class Report(Spec):
     confusion: Confusion | None = None
     forgetting: Forgetting
     memorisation: Memorisation | None = None
+    benchmarks: list[BenchmarkEntry] = Field(default_factory=list)
+    benchmark_notes: list[str] = Field(default_factory=list)
+    """Where benchmarks differ from lm-eval's own."""
+    divergence: Divergence | None = None
+    contamination: list[SeenEntry] = Field(default_factory=list)
     samples: Samples
     curves: Curves
     seeds: list[SeedResult] = Field(default_factory=list)

@@ -174,19 +174,33 @@ def evaluate(
     ] = None,
     metrics: Annotated[list[str] | None, typer.Option("--metric", help="May be given several times.")] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="At most this many rows of each file.")] = 200,
+    benchmarks: Annotated[
+        str | None, typer.Option("--benchmarks", help="lm-eval's names, for example hellaswag,mmlu,arc_easy.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most this many items of each task.")] = None,
+    shots: Annotated[int | None, typer.Option("--shots", min=0, help="Worked examples before each item.")] = None,
+    benchmark_data: Annotated[
+        str | None, typer.Option("--benchmark-data", help="A directory with the items, or hub.")
+    ] = None,
     memorisation: Annotated[
         bool, typer.Option("--memorisation", help="Of a run: which training answers come back from their prompts.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a model on rows; a run or adapter is compared with its base."""
+    """Judge a model on rows or on benchmarks; a run or adapter is compared with its base."""
     with importing():
+        from tunesmith.cli.benchmarks import run_benchmark_evaluation
         from tunesmith.cli.evaluate import run_evaluation, run_probe
 
+    asked = {"--limit": limit, "--shots": shots, "--benchmark-data": benchmark_data}
+    named = [name.strip() for name in (benchmarks or "").split(",") if name.strip()]
     if memorisation:
         run_probe(target, rows=rows, as_json=as_json)
-    if data or not memorisation:
-        run_evaluation(target, data or [], metrics=metrics, rows=rows, as_json=as_json)
+    if data or not (named or memorisation):
+        only = asked if not named else {}
+        run_evaluation(target, data or [], metrics=metrics, rows=rows, as_json=as_json, only=only)
+    if named:
+        run_benchmark_evaluation(target, named, limit=limit, shots=shots, data=benchmark_data, as_json=as_json)
 
 
 @app.command()
@@ -298,6 +312,15 @@ def runs_schema() -> None:
     from tunesmith.report import report_schema
 
     typer.echo(json.dumps(report_schema(), indent=2, ensure_ascii=False))
+
+
+@runs_app.command("forgetting")
+def runs_forgetting(run: Annotated[Path, typer.Argument(help="A run.")], as_json: AsJson = False) -> None:
+    """Task score against forgetting over the checkpoints of a run, as table and page."""
+    with importing():
+        from tunesmith.cli.benchmarks import show_forgetting
+
+    show_forgetting(run, as_json=as_json)
 
 
 @runs_app.command("verify")

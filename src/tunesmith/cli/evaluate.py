@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from tunesmith.base import InputError
@@ -10,15 +12,34 @@ from tunesmith.cli.display import Display, out, quiet_libraries
 from tunesmith.cli.tables import aligned, memorisation_lines
 
 
-def run_evaluation(target: str, data: list[str], *, metrics: list[str] | None, rows: int, as_json: bool) -> None:
-    """Judges a model on each file; what has a base is compared with it, row by row."""
+def run_evaluation(
+    target: str,
+    data: list[str],
+    *,
+    metrics: list[str] | None,
+    rows: int,
+    as_json: bool,
+    only: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Judges a model on each file; what has a base is compared with it, row by row.
+
+    Args:
+        only: options that are about benchmarks, where none are asked for.
+
+    Raises:
+        InputError: without anything to judge on, and for an option that would do nothing.
+    """
+    if ignored := next((name for name, value in only.items() if value is not None), None):
+        raise InputError(f"{ignored} is about benchmarks, and none are asked for", fix="add --benchmarks hellaswag")
     from tunesmith.data.spec import DataSpec
     from tunesmith.pipeline.loaded import compare_with_base
     from tunesmith.recipe import EvaluateSpec
 
     if not data:
         raise InputError(
-            "there is nothing to judge on", where="--data", fix="name a file of rows: --data held-out.jsonl"
+            "there is nothing to judge on",
+            where="--data",
+            fix="name a file of rows: --data held-out.jsonl, or benchmarks: --benchmarks hellaswag,arc_easy",
         )
     quiet_libraries()
     spec = EvaluateSpec(metrics=metrics or "auto", rows=rows)

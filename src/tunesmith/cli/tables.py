@@ -131,6 +131,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append(f"forgetting was not measured: {forgetting.get('reason', '')}")
+    lines += ability_lines(report)
     lines += memorisation_lines(report.get("memorisation"))
     data, predicted, measured = report["data"], report["predicted"], report["measured"]
     lines.append(
@@ -147,6 +148,25 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"gate {check['name']} {check['required']:+.4g}{measured_text}: {state}")
     lines += [f"warning: {text}" for text in report["warnings"]]
     return lines
+
+
+def ability_lines(report: dict[str, Any]) -> list[str]:
+    """What a report says of general ability: a line a benchmark, and the divergence from the base."""
+    lines = []
+    for entry in report.get("benchmarks") or []:
+        span = "none" if entry["low"] is None else f"{entry['low']:+.4f} … {entry['high']:+.4f}"
+        figures = f"{entry['base']:.4f} → {entry['tuned']:.4f} ({entry['difference']:+.4f}, interval {span})"
+        lines.append(f"benchmark {entry['name']} ({entry['skill']}): {entry['metric']} {figures}, {entry['n']} items")
+    divergence = report.get("divergence") or {}
+    if divergence.get("status") == "measured":
+        ends = "" if divergence["low"] is None else f" ({divergence['low']:.4f} … {divergence['high']:.4f})"
+        lines.append(
+            f"KL from the base on {divergence['n']} general prompts: {divergence['value']:.4f}{ends} nats a token"
+        )
+    for entry in report.get("contamination") or []:
+        for example in entry["examples"]:
+            lines.append(f"seen in training: {entry['name']} {example['item']}, in {example['source']}")
+    return lines + [f"note: {note}" for note in report.get("benchmark_notes") or []]
 
 
 def memorisation_lines(section: dict[str, Any] | None) -> list[str]:

@@ -265,10 +265,22 @@ def gain(entry: dict[str, Any]) -> tuple[float, float | None]:
     return sign * entry["difference"], None if bound is None else sign * bound
 
 
-def judgement(metrics: Sequence[dict[str, Any]], forgetting: dict[str, Any], gate: dict[str, float]) -> Judgement:
-    """The verdict: by the gate when there is one, else by the deciding metric's interval."""
+def judgement(
+    metrics: Sequence[dict[str, Any]],
+    forgetting: dict[str, Any],
+    gate: dict[str, float],
+    beside: Sequence[dict[str, Any]] = (),
+    said: Sequence[str] = (),
+) -> Judgement:
+    """The verdict: by the gate when there is one, else by the deciding metric's interval.
+
+    Args:
+        beside: requirements of the gate that have been checked elsewhere, by their names.
+        said: clauses about what else was looked at.
+    """
+    done = {check["name"]: check for check in beside}
     primary = metrics[0] if metrics and metrics[0].get("primary", True) else None
-    checks = [_check(name, required, metrics, forgetting) for name, required in gate.items()]
+    checks = [done.get(name) or _check(name, required, metrics, forgetting) for name, required in gate.items()]
     verdict: Verdict
     if checks:
         verdict = "ship" if all(check["passed"] is True for check in checks) else "dont_ship"
@@ -277,7 +289,7 @@ def judgement(metrics: Sequence[dict[str, Any]], forgetting: dict[str, Any], gat
     else:
         verdict = _by_interval(primary)
     unmeasured = "the deciding metric could not be measured" if metrics else "nothing was measured"
-    return Judgement(verdict, _sentence(verdict, primary or unmeasured, forgetting, checks), checks)
+    return Judgement(verdict, _sentence(verdict, primary or unmeasured, forgetting, checks, said), checks)
 
 
 def _by_interval(entry: dict[str, Any]) -> Verdict:
@@ -288,14 +300,19 @@ def _by_interval(entry: dict[str, Any]) -> Verdict:
 def _check(name: str, required: float, metrics: Sequence[dict[str, Any]], forgetting: dict[str, Any]) -> dict[str, Any]:
     check: dict[str, Any] = {"name": name, "required": required, "measured": None, "passed": None, "reason": ""}
     if name == "forgetting":
-        change = forgetting.get("change")
+        change, low = forgetting.get("change"), forgetting.get("low")
         if forgetting.get("status") != "measured" or change is None:
             return {**check, "reason": f"could not be measured: {forgetting.get('reason', '')}"}
         return {
             **check,
             "measured": change,
-            "passed": change <= required,
-            "reason": "rise of perplexity on general text, at most what is required",
+            "passed": change <= required or (low is not None and low <= 0),
+            "reason": "rise of perplexity on general text, at most what is required"
+            + (
+                ", which the passages do not tell from chance"
+                if low is not None and low <= 0 < required < change
+                else ""
+            ),
         }
     entry = next((item for item in metrics if item["name"] == name), None)
     if entry is None:
@@ -307,7 +324,11 @@ def _check(name: str, required: float, metrics: Sequence[dict[str, Any]], forget
 
 
 def _sentence(
-    verdict: Verdict, primary: dict[str, Any] | str, forgetting: dict[str, Any], checks: Sequence[dict[str, Any]]
+    verdict: Verdict,
+    primary: dict[str, Any] | str,
+    forgetting: dict[str, Any],
+    checks: Sequence[dict[str, Any]],
+    said: Sequence[str],
 ) -> str:
     opening = {"ship": "Ship it", "dont_ship": "Don't ship it", "no_difference": "No difference shown"}[verdict]
     parts = []
@@ -323,8 +344,8 @@ def _sentence(
         parts.append(figures)
     failed = [check for check in checks if check["passed"] is not True]
     parts += [
-        f"the gate {check['name']} asked for {check['required']:+.3g} and "
-        + ("could not be checked" if check["passed"] is None else f"measured {check['measured']:+.3g}")
+        f"the gate {check['name']} asked for {check['required']:+.3g}"
+        " and " + ("could not be checked" if check["passed"] is None else f"measured {check['measured']:+.3g}")
         for check in failed
     ]
     if forgetting.get("status") == "measured" and forgetting.get("change") is not None:
@@ -333,7 +354,7 @@ def _sentence(
         parts.append(f"perplexity on general text changed by {change:+.1%}{warning}")
     elif forgetting.get("status") == "could_not_run":
         parts.append("forgetting could not be measured")
-    return f"{opening}: {'; '.join(parts)}."
+    return f"{opening}: {'; '.join([*parts, *said])}."
 
 
 def _figure(value: float) -> str:

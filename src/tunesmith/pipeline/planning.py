@@ -60,7 +60,7 @@ from tunesmith.pipeline.teacher import Teacher, base_on_disk, find_teacher, kept
 from tunesmith.plan.hardware import Hardware, detect_hardware, native_dtypes
 from tunesmith.plan.resolve import Given, Judged, resolve, steps_of
 from tunesmith.plan.streaming import may_stream
-from tunesmith.recipe import Plan, Recipe, Resolved, Workload
+from tunesmith.recipe import DAMAGE, Plan, Recipe, Resolved, Workload
 from tunesmith.train.near_base import REPLAYED, base_is_kept, refuse_unreachable_base
 from tunesmith.train.parallel import world_size
 
@@ -446,7 +446,7 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
         metrics, why = choose_metrics(names, references)[0], "what preferences are judged by"
     else:
         metrics, why = choose_metrics(asked, references, own)
-    gated = [name for name in recipe.gate if name not in (*metrics, "forgetting")]
+    gated = [name for name in recipe.gate if name not in (*metrics, *DAMAGE)]
     if gated:
         try:
             metrics, _ = choose_metrics([*metrics, *gated], references, own)
@@ -483,7 +483,7 @@ def _metrics_of_documents(recipe: Recipe) -> tuple[list[str], str]:
     asked = recipe.evaluate.metric_names
     for where, names in (("evaluate.metrics", [] if asked == "auto" else asked), ("gate", [*recipe.gate])):
         for name in names:
-            if name not in (*OF_DOCUMENTS, "forgetting"):
+            if name not in (*OF_DOCUMENTS, *DAMAGE):
                 raise InputError(f"{name} needs answers, and {answers}", where=where, fix="use perplexity")
     metrics = [*asked] if isinstance(asked, list) else []
     why = "as the recipe says" if metrics else "the rows are documents"

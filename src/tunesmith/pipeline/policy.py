@@ -28,7 +28,7 @@ from tunesmith.models.value_head import add_value_head, value_head
 from tunesmith.objectives import Policy
 from tunesmith.pipeline.rewards import references_of
 from tunesmith.plan.memory import BYTES
-from tunesmith.recipe import Plan, Recipe, Workload
+from tunesmith.recipe import DAMAGE, Plan, Recipe, Workload
 from tunesmith.train.checkpoint import Beside
 from tunesmith.train.rollout_server import ServedAnswers
 from tunesmith.train.rollouts import Rollouts
@@ -141,7 +141,7 @@ def policy_metrics(recipe: Recipe) -> tuple[list[str], str]:
     asked = "auto" if recipe.evaluate == "off" else recipe.evaluate.metric_names
     own = set() if recipe.evaluate == "off" else {one.name for one in recipe.evaluate.own_metrics}
     names = [REWARD] if isinstance(asked, str) else list(dict.fromkeys([*asked, REWARD]))
-    names += [name for name in recipe.gate if name not in (*names, "forgetting")]
+    names += [name for name in recipe.gate if name not in (*names, *DAMAGE)]
     for name in names:
         place = f"gate.{name}" if name in recipe.gate else "evaluate.metrics"
         if name == PERPLEXITY:

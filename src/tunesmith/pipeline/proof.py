@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from tunesmith.base import InputError, Progress
+from tunesmith.base import InputError, Progress, silent
+from tunesmith.data.contamination import told as told_contamination
 from tunesmith.data.render import Rendered, Renderer
 from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row_nlls
 from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_forgetting, compare_metrics, judgement
@@ -22,6 +23,8 @@ from tunesmith.metrics import CALIBRATION_ERROR, confusion
 from tunesmith.models.measure import position_limit
 from tunesmith.objectives import Preference
 from tunesmith.pages.report import report_page
+from tunesmith.pipeline.ability import Ability, compare_ability, gate_checks, said_of
+from tunesmith.pipeline.contamination import contamination
 from tunesmith.pipeline.judging import baseline_of
 from tunesmith.pipeline.loaded import scores
 from tunesmith.pipeline.memorisation import Probe, not_measured, probe_of, with_remark
@@ -52,6 +55,7 @@ class Proof:
         self.general: GeneralText | None = general_passages(
             forgetting, planned.tokenizer, position_limit(planned.config)
         )
+        self.ability = Ability(planned, spec)
         self.how = Judging(
             max_new_tokens=planned.plan.max_new_tokens,
             batch_size=spec.batch_size,
@@ -82,11 +86,15 @@ class Proof:
             found["memorisation"] = self.probe.ask(model, progress)
         return found
 
+    def evaluate_tuned(self, model: nn.Module, base: Evaluation, progress: Progress) -> Evaluation:
+        """The same with general ability, of which some is measured against the base's."""
+        return {**self.evaluate(model, progress), **self.ability.of_tuned(model, base, progress)}
+
     def evaluate_base(self, model: nn.Module, progress: Progress) -> Evaluation:
         """The same of the base; where that has no head for these labels, of the best constant answer."""
         objective, prepared = self.planned.judges, self.planned.prepared
         if objective is None or not self.planned.head_is_new or prepared is None:
-            return self.evaluate(model, progress)
+            return {**self.evaluate(model, progress), **self.ability.of_base(model, progress)}
         return self._stored(judge_constant(objective, self.rows, baseline_of(prepared, objective)))
 
     def _stored(self, judged: list[Judged], general: dict[str, Any] | None = None) -> Evaluation:
@@ -108,7 +116,7 @@ class Proof:
         """Every metric of the base behind the teacher's system text, with its interval."""
         return scores([Judged(**row) for row in prompted["rows"]], self.planned.plan.metrics, self.spec)
 
-    def compare(self, base: Evaluation, tuned: Evaluation) -> dict[str, Any]:
+    def compare(self, base: Evaluation, tuned: Evaluation, progress: Progress = silent) -> dict[str, Any]:
         """The part of the report that is evidence."""
         before = [Judged(**row) for row in base["rows"]]
         after = [Judged(**row) for row in tuned["rows"]]
@@ -130,7 +138,10 @@ class Proof:
         else:
             memorisation = not_measured(self.probe, asked=self.spec.memorisation not in ("auto", "off"))
         warnings += memorisation["warnings"]
-        decided = judgement(metrics, forgetting, self.planned.recipe.gate)
+        ability, gate = compare_ability(base, tuned, self.spec, seed), self.planned.recipe.gate
+        seen = contamination(self.planned, self.rows, self.ability.asked, progress)
+        said = [*said_of(ability), *told_contamination(seen)]
+        decided = judgement(metrics, forgetting, gate, gate_checks(gate, ability), said)
         cut = sum(row.finish_reason == "length" for row in after)
         if after and cut > len(after) // 4:
             warnings.append(f"{cut} of {len(after)} tuned answers were cut off at {self.how.max_new_tokens} new tokens")
@@ -143,6 +154,8 @@ class Proof:
             "preference": preference and {**preference, "sentence": preference_sentence(preference)},
             "confusion": _confusion(before, after) if "accuracy" in self.planned.plan.metrics else None,
             "forgetting": forgetting,
+            **ability,
+            "contamination": seen,
             "memorisation": memorisation,
             "samples": best_and_worst(metrics[0]["name"], before, after, self.spec.samples) if metrics else {},
             "warnings": warnings,
@@ -210,6 +223,10 @@ def written_report(
         "preference": None,
         "confusion": None,
         "forgetting": {"status": "off", "reason": "evaluate is off"},
+        "benchmarks": [],
+        "benchmark_notes": [],
+        "divergence": {"status": "off", "reason": "evaluate is off"},
+        "contamination": [],
         "memorisation": not_measured("evaluate is off"),
         "samples": {},
         "warnings": [],

