@@ -437,12 +437,18 @@ CHANGES: dict[str, Any] = {
     ),
     "gate": ({}, {"gate": {"f1": 0.9}}),
     "budget.memory": ({}, {"budget": {"memory": "512MB"}}),
+    "budget.time": None,
+    "budget.money": None,
+    "budget.hourly_price": None,
     "output": None,
     "seed": ({}, {"seed": 1}),
 }
 ELSEWHERE = {
     "evaluate.batch_size": "answers do not depend on it; test_batch_size_reaches_generation",
     "model.revision": "test_a_revision_reaches_the_hub_client",
+    "budget.time": "a job is refused or not; test_plan_budget",
+    "budget.money": "the same",
+    "budget.hourly_price": "the same",
     "output": "the directory itself; test_pipeline",
     "objective[grpo].sample_batch": "no answer depends on it; test_rollouts",
     "objective[grpo].rollouts.server": "it needs a server; test_rollout_server",

@@ -69,28 +69,33 @@ def train(
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    table: Annotated[bool, typer.Option("--table", help="What fits where: methods on a table of machines.")] = False,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="The best plan inside memory=8GB, time=2h or money=5.", metavar="LIMIT=VALUE"),
+    ] = None,
+    machines: Annotated[Path | None, typer.Option(help="A table of machines and prices of your own (YAML).")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure one dry step with the largest micro-batch.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Time this model's own blocks for some seconds.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what a job will need, and what every `auto` becomes, before anything is loaded."""
     with importing():
-        from tunesmith.cli.display import Display, out, quiet_libraries
-        from tunesmith.cli.stages import show_stage_plans
-        from tunesmith.cli.tables import plan_lines
+        from tunesmith.cli.plan import Asked, show_plan
+        from tunesmith.cli.stages import read_stage, show_stage_plans
         from tunesmith.recipe_stages import StagedRecipe, read_job
 
-    asked = read_job(recipe, overrides or [])
-    if isinstance(asked, StagedRecipe):
-        show_stage_plans(asked, as_json=as_json)
+    asked = Asked(table, tuple(budget or ()), machines, probe, calibrate)
+    job = read_job(recipe, overrides or [])
+    if isinstance(job, StagedRecipe) and asked == Asked():
+        show_stage_plans(job, as_json=as_json)
         return
-    with importing():
-        from tunesmith.pipeline.planning import estimate_job
-
-    quiet_libraries()
-    with Display(as_json) as display:
-        planned = estimate_job(asked, display.progress)
-    if as_json:
-        out(planned.plan.model_dump_json(indent=2))
-    else:
-        out("\n".join(plan_lines(planned.plan, asked.model.path)))
+    show_plan(read_stage(recipe, overrides or [], None), asked, as_json=as_json)
 
 
 @data_app.command("show")

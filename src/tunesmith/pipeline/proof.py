@@ -228,7 +228,14 @@ def written_report(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "warnings": [*evidence["warnings"], *plan.notes, *notes],
         "data": planned.prepared.manifest(),
-        "predicted": {"peak_bytes": plan.memory.peak_bytes, "seconds": plan.time.seconds},
+        "predicted": {
+            "peak_bytes": plan.memory.peak_bytes,
+            "peak_phase": plan.memory.peak_phase,
+            "seconds": plan.time.seconds,
+            "train_seconds": plan.time.train_seconds,
+            "evaluate_seconds": plan.time.evaluate_seconds,
+            "time_from": plan.time.source,
+        },
         "measured": measured,
         "curves": {
             "train": sorted({event["step"]: event["loss"] for event in steps if event["loss"] is not None}.items()),
