@@ -270,8 +270,8 @@ class Report(Spec):
     seeds: list[SeedResult] = Field(default_factory=list)
     """Of a verdict over several seeds; empty for one run."""
     data: Manifest
-    predicted: dict[str, float | None]
-    """By what the plan foresaw: peak_bytes, seconds."""
+    predicted: dict[str, float | str | None]
+    """What the plan foresaw: peak_bytes, seconds and their parts; peak_phase and time_from are texts."""
     measured: dict[str, float | None]
     """The same as measured, and tokens_per_second."""
     parameters: Parameters
