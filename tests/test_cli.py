@@ -62,6 +62,7 @@ def test_help_is_quick_to_import_and_lists_the_verbs() -> None:
         "quantize",
         "runs",
         "rerun",
+        "vote",
         "doctor",
         "recipe",
     ):

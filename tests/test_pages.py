@@ -65,6 +65,19 @@ metrics:
      primary: false}
 forgetting: {status: measured, source: "held-out general text, packaged", base: 17.42, tuned: 17.66, change: 0.0138,
   low: -0.0041, high: 0.0322, n: 512, reason: null}
+memorisation:
+  status: measured
+  window: 50
+  trained: {rows: 32, verbatim: 1, nearly: 4, base_verbatim: 0, base_nearly: 1, learned: 3}
+  held_out: {rows: 96, verbatim: 0, nearly: 1, base_verbatim: 0, base_nearly: 1, learned: 0}
+  difference: {value: 0.094, low: 0.012, high: 0.242}
+  details: [{kind: numbers, held: 9, base: 0, tuned: 2, learned: 2, alarming: true,
+             held_out: {held: 5, base: 0, tuned: 0, learned: 0}}]
+  examples: ["data/train.jsonl:31"]
+  left_out: {short: 12, shared: 3}
+  warnings: ["memorisation: 4 of 32 …"]
+  sentence: 4 of 32 training answers come back word for word or nearly, 1 of 96 held-out ones
+  remark: 4 of 32 training answers come back word for word or nearly, 1 of 96 held-out ones
 data:
   rows_used: 7944
   rows_lost: 56

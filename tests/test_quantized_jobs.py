@@ -68,7 +68,7 @@ def test_memory_knows_how_weights_are_stored(place: Path) -> None:
     assert bits["nf4"] == bits["fp4"] == pytest.approx(4.127) and bits["int8"] == pytest.approx(8, abs=0.1)
     assert 8 * quantized_bytes(quantization("nf4", False) or pytest.fail()) == 4.5
     sizes = [
-        plan_job(recipe(place, model=model)).plan.memory.weights
+        (memory := plan_job(recipe(place, model=model)).plan.memory).weights + memory.constants
         for model in ({"quantize": "nf4"}, {"quantize": "fp4", "double_quantization": False}, {"quantize": "int8"}, {})
     ]
     assert sizes == sorted(sizes) and len(set(sizes)) == 4

@@ -98,8 +98,20 @@ def test_a_split_that_cannot_be_read_never_becomes_validation(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "where", "what"),
     [
-        ("base_model: a\ndatasets: [{path: x}]\nrl: dpo\n", ":3 rl", "'dpo' is not available"),
-        ("base_model: a\ndatasets: [{path: x}]\nreward_model: true\n", ":3 reward_model", "is not available"),
+        ("base_model: a\ndatasets: [{path: x}]\nrl: gdpo\n", ":3 rl", "'gdpo' is not available; dpo, ipo, kto"),
+        ("base_model: a\ndatasets: [{path: x}]\nprocess_reward_model: true\n", ":3 process_", "not available"),
+        ("base_model: a\ndatasets: [{path: x}]\nrl: grpo\n", ":3 rl", "in the section `trl`"),
+        ("base_model: a\ndatasets: [{path: x}]\nrl: grpo\ntrl: {beta: 0}\n", "trl.reward_funcs", "names none"),
+        (
+            "base_model: a\ndatasets: [{path: x}]\nrl: grpo\ntrl: {reward_funcs: [score]}\n",
+            ":4 trl.reward_funcs",
+            "module.function is expected",
+        ),
+        (
+            "base_model: a\ndatasets: [{path: x}]\nrl: grpo\ntrl: {reward_funcs: [a.b], reward_weights: [1, 2]}\n",
+            ":4 trl.reward_weights",
+            "a number for every function",
+        ),
         ("base_model: a\ndatasets: [{path: x}]\nadapter: llama-adapter\n", ":3 adapter", "is not available"),
         ("base_model: a\nmicro_batch_size: 1\n", " datasets", "no data set is named"),
         ("base_model: a\ndatasets: []\n", ":2 datasets", "no data set is named"),
@@ -108,7 +120,14 @@ def test_a_split_that_cannot_be_read_never_becomes_validation(tmp_path: Path) ->
         ("base_model: a\ndatasets: [{path: x}]\nadapter: lora\nlora_dropout: 1.5\n", ":4 lora_dropout", "less than 1"),
         ("base_model: a\ndatasets: [{path: x}]\nload_in_8bit: true\n", ":3 load_in_8bit", "cannot be trained whole"),
         ("datasets: [{path: x}]\nmicro_batch_size: 1\n", " base_model", "missing"),
-        ("model_name_or_path: a\ndataset: x\nstage: dpo\n", ":3 stage", "'dpo' is not available"),
+        ("model_name_or_path: a\ndataset: x\nstage: dpp\n", ":3 stage", "'dpp' is not available; sft, pt, rm, dpo"),
+        ("model_name_or_path: a\ndataset: x\nstage: dpo\npref_loss: bco\n", ":4 pref_loss", "sigmoid, ipo, hinge"),
+        ("model_name_or_path: a\ndataset: x\nstage: ppo\n", ":3 stage", "names none"),
+        (
+            "model_name_or_path: a\ndataset: x\nstage: ppo\nreward_model: b\nreward_model_type: api\n",
+            ":5 reward_model_type",
+            "behind an address",
+        ),
         ("model_name_or_path: a\ndataset: x\nfinetuning_type: freeze\n", ":3 finetuning_type", "not available"),
         ("model_name_or_path: a\nstage: sft\n", " dataset", "no data set is named"),
         ("model: a\ndata: {train: x}\n", "", "a recipe already"),

@@ -16,6 +16,7 @@ from task_rows import build_trunk, tag_rows
 from tunesmith.base import InputError, TunesmithError
 from tunesmith.data.spec import DataSpec, ReplaySpec, SourceSpec
 from tunesmith.methods import Adapter, Full, HeadOnly, Ia3, Lora, Peft, Prefix, Prompt, QLora
+from tunesmith.metrics.spec import PythonMetric, SqlMetric
 from tunesmith.objectives import (
     Classify,
     Distill,
@@ -170,6 +171,7 @@ CHANGES: dict[str, Any] = {
     "data.replay.answers": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "answers": 20}}}),
     "data.replay.max_new_tokens": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "max_new_tokens": 30}}}),
     "data.replay.temperature": ({"data": {"replay": OWN}}, {"data": {"replay": {**OWN, "temperature": 0.5}}}),
+    "data.split_seed": ({"data": {"test": 0.3}}, {"data": {"test": 0.3, "split_seed": 5}}),
     "data.stratify": ({"data": {"train": "FIELDS"}}, {"data": {"train": "FIELDS", "stratify": "colour"}}),
     "data.group": ({"data": {"train": "FIELDS"}}, {"data": {"train": "FIELDS", "group": "colour"}}),
     "data.checks": ({"data": {"train": "ODD"}}, {"data": {"train": "ODD", "checks": False}}),
@@ -417,6 +419,11 @@ CHANGES: dict[str, Any] = {
     "evaluate": ({}, {"evaluate": "off"}),
     "evaluate.rows": ({}, {"evaluate": {"rows": 3}}),
     "evaluate.metrics": ({}, {"evaluate": {"metrics": ["chrf"]}}),
+    "evaluate.metrics.python": ({"evaluate": {"metrics": ["MINE"]}}, {"evaluate": {"metrics": ["OURS"]}}),
+    "evaluate.metrics.sql": (
+        {"evaluate": {"metrics": [{"sql": "prompt"}]}},
+        {"evaluate": {"metrics": [{"sql": "SCHEMA"}]}},
+    ),
     "evaluate.max_new_tokens": ({}, {"evaluate": {"max_new_tokens": 2}}),
     "evaluate.batch_size": None,
     "evaluate.resamples": ({}, {"evaluate": {"resamples": 40}}),
@@ -435,6 +442,9 @@ CHANGES: dict[str, Any] = {
     ),
     "gate": ({}, {"gate": {"f1": 0.9}}),
     "budget.memory": ({}, {"budget": {"memory": "512MB"}}),
+    "budget.time": None,
+    "budget.money": None,
+    "budget.hourly_price": None,
     "output": None,
     "seed": ({}, {"seed": 1}),
 }
@@ -446,6 +456,9 @@ ELSEWHERE = {
     "evaluate.kl_prompts": "test_damage",
     "evaluate.batch_size": "answers do not depend on it; test_batch_size_reaches_generation",
     "model.revision": "test_a_revision_reaches_the_hub_client",
+    "budget.time": "a job is refused or not; test_plan_budget",
+    "budget.money": "the same",
+    "budget.hourly_price": "the same",
     "output": "the directory itself; test_pipeline",
     "objective[grpo].sample_batch": "no answer depends on it; test_rollouts",
     "objective[grpo].rollouts.server": "it needs a server; test_rollout_server",
@@ -478,6 +491,7 @@ def schema_fields() -> set[str]:
         "objective[tag]": [Tag],
         "objective[regress]": [Regress],
         "objective": [Supervised],
+        "evaluate.metrics": [PythonMetric, SqlMetric],
         "objective[pretrain]": [Pretrain],
         "objective[dpo]": [Dpo],
         "objective[simpo]": [SimPo],
@@ -529,6 +543,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rows = colour_rows(36)
     general = root / "general.txt"
     general.write_text("The quick brown fox jumps over the lazy dog.\n\nAnother passage of text.\n" * 4)
+    schema = root / "schema.sql"
+    schema.write_text("CREATE TABLE colours (name TEXT)")
     labels = [{"text": row["prompt"], "label": "yes" if at % 3 else "no"} for at, row in enumerate(rows)]
     numbers = [{"text": row["prompt"], "label": at % 5} for at, row in enumerate(rows)]
     return {
@@ -552,6 +568,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             root / "unpaired.jsonl", [{**row, "label": at % 2 == 0} for at, row in enumerate(rows)]
         ),
         "GENERAL": general,
+        "SCHEMA": schema,
         "MINE": Path(f"{_function(root / 'mine.py', 'e')}:score"),
         "OURS": Path(f"{_function(root / 'ours.py', 'o')}:score"),
         "LONG": write_jsonl(root / "long.jsonl", [{**r, "completion": f"{r['prompt']} is said {WORDY}"} for r in rows]),

@@ -529,3 +529,10 @@ def test_a_merged_model_judges_as_its_adapter(kind: str, places: Path, tmp_path:
         assert [float(value) for value in one] == pytest.approx([float(value) for value in other], abs=1e-4)
     else:
         assert one == other
+
+
+def test_a_configuration_that_cannot_be_read_is_no_missing_head(tmp_path: Path) -> None:
+    assert saved_head(tmp_path / "nowhere") is None
+    (tmp_path / "config.json").write_text('{"architectures": [')
+    with pytest.raises(InputError, match="cannot read the model's configuration"):
+        saved_head(tmp_path)

@@ -193,13 +193,13 @@ class EvaluateSpec(Spec):
     rows: PositiveInt = 200
     """At most this many test rows are answered, drawn with the recipe's seed."""
     metrics: list[AskedMetric] | Auto = "auto"
-    """The first decides the verdict. Known: `exact_match`, `f1`, `rouge1`, `rouge2`, `rougeL`, `bleu`, `chrf`,
-    `accuracy`, `macro_f1`, `micro_f1`, `json_valid`, `json_fields`, `sql_execution`, `perplexity`, `bits_per_byte`, for
-    words `entity_f1` and `word_accuracy`, for numbers `rmse`, `mae` and `pearson`, for pairs `reward_accuracy`,
-    `preference_accuracy` and `margin`, for pairs and labels `calibration_error`; `file.py:function` is one of your own
-    (see below). `auto` chooses from the answers: `accuracy` for a few labels, `exact_match` for short answers, `rougeL`
-    for longer text, `perplexity` for raw text; perplexity is always added. Where answers are rewarded it is `reward`,
-    their mean."""
+    """The first decides the verdict. Known: `exact_match`, `contains`, `f1`, `rouge1`, `rouge2`, `rougeL`, `bleu`,
+    `chrf`, `accuracy`, `macro_f1`, `micro_f1`, `json_valid`, `json_fields`, `sql_execution`, `perplexity`,
+    `bits_per_byte`, for words `entity_f1` and `word_accuracy`, for numbers `rmse`, `mae` and `pearson`, for pairs
+    `reward_accuracy`, `preference_accuracy` and `margin`, for pairs and short answers `calibration_error`;
+    `file.py:function` is one of your own (see below). `auto` chooses from the answers: `accuracy` for a few labels,
+    `exact_match` for short answers, `rougeL` for longer text, `perplexity` for raw text; perplexity is always added.
+    Where answers are rewarded it is `reward`, their mean."""
     max_new_tokens: PositiveInt | Auto = "auto"
     """Longest generated answer; `auto` is one and a half times the longest reference answer, at least 16 tokens."""
     batch_size: PositiveInt = 16
@@ -281,6 +281,20 @@ def _bytes_of(value: Any) -> int:
     return int(number * (1024 if binary else 1000) ** _UNITS[unit])
 
 
+_SECONDS = {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds_of(value: Any) -> float:
+    """Reads `90s`, `45min`, `2h`, `1d` or a number of seconds."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return float(value)
+    text = value.strip().lower() if isinstance(value, str) else ""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)", text)
+    if found is None or not float(found[1]):
+        raise ValueError(f"{value!r} is not a time such as 90s, 45min, 2h or 1d")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
 class BudgetSpec(Spec):
     """What the job may use."""
 
@@ -289,6 +303,32 @@ class BudgetSpec(Spec):
     (millions of bytes), `2GiB`, or a number of bytes. When the job does not fit, the frozen model is read from its
     files block by block, at every step, and LoRA is trained beside it; see docs/training.md for what that costs. For
     training on a CPU."""
+
+    time: str | int | None = None
+    """The longest that the job may take: `90s`, `45min`, `2h`, `1d` or a number of seconds. Training refuses to start
+    when it is predicted to take longer, and `tunesmith plan` says what fits; no setting is changed by itself."""
+    money: PositiveFloat | None = None
+    """The most that it may cost. `tunesmith plan` looks for a machine among those of its table; training here needs
+    `hourly_price`, and refuses to start when it is predicted to cost more."""
+    hourly_price: PositiveFloat | None = None
+    """What an hour of this machine costs, in the currency of `money`."""
+
+    @field_validator("time")
+    @classmethod
+    def _is_a_time(cls, time: Any) -> Any:
+        if time is not None:
+            _seconds_of(time)
+        return time
+
+    @model_validator(mode="after")
+    def _has_a_use(self) -> BudgetSpec:
+        if self.hourly_price is not None and self.money is None:
+            raise ValueError("hourly_price is for `money`, and there is none")
+        return self
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.time is None else _seconds_of(self.time)
 
     @field_validator("memory")
     @classmethod
@@ -397,18 +437,48 @@ class Parameters(Spec):
     total: int
     """Base and what the method adds."""
     trainable: int
+    parts: dict[str, int] = Field(default_factory=dict)
+    """Of the base, by component: `embeddings` (a tied head's weights are theirs), `attention`, `mlp`, `norms`, `head`
+    and `other`."""
+    added: int = 0
+    """Of those, what the method adds to the base."""
+
+
+class Phase(Spec):
+    """Bytes in use while a job does one thing, by component."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
 
 
 class Memory(Spec):
-    """Bytes at the moment of the largest use, by component."""
+    """Bytes by component, in each phase and at the moment of the largest use."""
 
     weights: int
+    """Frozen weights as they are stored, and trained ones in fp32: the master copy that mixed precision needs."""
     gradients: int
     optimizer: int
     activations: int
     runtime: int
     """The interpreter and its libraries, where the device shares the host's memory."""
     peak_bytes: int
+    constants: int = 0
+    """Scales of quantized blocks; not part of `weights`."""
+    copies: int = 0
+    """Further copies of weights: a running average, a reference, a teacher, a reward model."""
+    logits: int = 0
+    cache: int = 0
+    """Keys and values of the answers that are written at a time."""
+    workspace: int = 0
+    """What one operation needs for itself: gradients on their way, casts of weights, and what the allocator cannot
+    give back."""
+    phases: list[Phase] = Field(default_factory=list)
+    peak_phase: str = ""
+    convention: str = ""
 
 
 class Duration(Spec):
@@ -420,7 +490,9 @@ class Duration(Spec):
     flops: float
     """Useful floating-point operations of training."""
     flops_per_second: float
-    """Rate that this machine reaches on such work, from a short calibration."""
+    """Rate that this machine reaches on such work."""
+    source: str = "a large matrix product, timed for a moment"
+    """What the rate was taken from."""
 
 
 class Workload(Spec):

@@ -37,6 +37,9 @@ PLAIN_WORDS = {
 }
 """What pydantic finds wrong, for people."""
 
+LADDER = "ladder"
+"""The section of a recipe that is for `tunesmith advise --measure` alone."""
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -57,6 +60,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             where=place_of("stages", str(path), lines),
             fix="name the recipe of one stage: that of a run in OUTPUT/stages, or a file of its own",
         )
+    values.pop(LADDER, None)  # of `tunesmith advise --measure`, which checks it
     recipe = check_recipe(values, str(path), lines)
     return recipe.model_copy(update={"output": named_after(recipe.output, path)})
 
@@ -135,12 +139,12 @@ def check_recipe(values: dict[str, Any], shown: str, lines: dict[str, int] | Non
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise _explained(error, shown, lines or {}) from None
+        raise explained(error, shown, lines or {}) from None
 
     def refuse(key: str, what: str, fix: str) -> NoReturn:
         raise InputError(what, where=place_of(key, shown, lines or {}), fix=fix)
 
-    _refuse_odd_numbers(values, recipe, "", refuse)
+    refuse_odd_numbers(values, recipe, "", refuse)
     _refuse_contradictions(recipe, refuse)
     _refuse_unknown_metrics(recipe, refuse)
     return recipe
@@ -199,11 +203,11 @@ def place_of(key: str, shown: str, lines: dict[str, int]) -> str:
     return f"{COMMAND_LINE} {key}" if line == FROM_COMMAND_LINE else f"{shown}:{line} {key}"
 
 
-def _explained(error: ValidationError, shown: str, lines: dict[str, int]) -> InputError:
-    """The deepest of pydantic's findings in words; a union reports one finding for each member it tried."""
+def explained(error: ValidationError, shown: str, lines: dict[str, int], root: type[Spec] = Recipe) -> InputError:
+    """The deepest of pydantic's findings about ``root`` in words; a union reports one for each member it tried."""
     details = error.errors()
     first = max(details, key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
-    path, model = _real_path(first)
+    path, model = _real_path(first, root)
     where = place_of(".".join(path), shown, lines)
     if first["type"] in ("extra_forbidden", "invalid_key") and model is not None:
         known = list(model.model_fields)
@@ -212,7 +216,7 @@ def _explained(error: ValidationError, shown: str, lines: dict[str, int]) -> Inp
             where=where,
             fix=f"known keys here: {', '.join(known)}",
         )
-    meaning = _meaning(path)
+    meaning = _meaning(path, root)
     if first["type"] == "missing":
         return InputError("this key is missing", where=where, fix=f"add it; {meaning}")
     if first["type"] == "union_tag_invalid":
@@ -220,7 +224,7 @@ def _explained(error: ValidationError, shown: str, lines: dict[str, int]) -> Inp
         known = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")]
         tag = str(context.get("tag"))
         return InputError(f"unknown kind {tag!r}{nearest(tag, known)}", where=where, fix=f"known: {', '.join(known)}")
-    alternatives = [item for item in details if _real_path(item)[0] == path]
+    alternatives = [item for item in details if _real_path(item, root)[0] == path]
     said = dict.fromkeys(_sentence(item) for item in alternatives)
     found = first["input"]
     shown_value = "nothing" if found is None else f"{_SHORT.repr(found):.120}"
@@ -232,9 +236,9 @@ def _explained(error: ValidationError, shown: str, lines: dict[str, int]) -> Inp
     return InputError(f"{wanted}, found {shown_value}{close}", where=where, fix=meaning)
 
 
-def _meaning(path: Sequence[str]) -> str:
+def _meaning(path: Sequence[str], root: type[Spec]) -> str:
     """The first sentence of the documentation of the deepest key that has one."""
-    found, current = "`tunesmith recipe --schema` says what is allowed", cast(Any, Recipe)
+    found, current = "`tunesmith recipe --schema` says what is allowed", cast(Any, root)
     for part in path:
         holder = next((model for model in _models_in(current) if part in model.model_fields), None)
         if holder is not None:
@@ -253,19 +257,19 @@ def _sentence(item: ErrorDetails) -> str:
     return message[0].lower() + message[1:]
 
 
-def _real_path(item: ErrorDetails) -> tuple[list[str], type[Spec] | None]:
+def _real_path(item: ErrorDetails, root: type[Spec]) -> tuple[list[str], type[Spec] | None]:
     """The keys as the file has them, without the union members that pydantic adds; and the class of the last."""
     path: list[str] = []
     holder: type[Spec] | None = None
-    current: Any = Recipe
+    current: Any = root
     for part in item["loc"]:
         models = {model.__name__: model for model in _models_in(current)}
         tags = {str(getattr(model.model_fields.get("kind"), "default", "")): model for model in models.values()}
         if isinstance(part, str) and (part in models or (part in tags and "kind" in tags[part].model_fields)):
             current = models.get(part) or tags[part]
             continue
-        if isinstance(part, str) and not path and part not in Recipe.model_fields:
-            return [part], Recipe
+        if isinstance(part, str) and not path and part not in root.model_fields:
+            return [part], root
         if isinstance(part, str) and ("[" in part or part in UNION_MEMBERS):
             continue
         choices = [model for model in models.values() if part in model.model_fields]
@@ -290,7 +294,7 @@ Refuse = Callable[[str, str, str], NoReturn]
 """Key, what is wrong, what to do."""
 
 
-def _refuse_odd_numbers(given: Any, checked: Any, key: str, refuse: Refuse) -> None:
+def refuse_odd_numbers(given: Any, checked: Any, key: str, refuse: Refuse) -> None:
     """Infinity, NaN, and `yes` or `off` where a number is meant: pydantic takes them for numbers."""
     inner = {}
     if isinstance(checked, BaseModel) and isinstance(given, dict):
@@ -306,7 +310,7 @@ def _refuse_odd_numbers(given: Any, checked: Any, key: str, refuse: Refuse) -> N
         if not math.isfinite(checked):
             refuse(key, f"should be a number, found {given}", "write a finite number")
     for name, pair in inner.items():
-        _refuse_odd_numbers(*pair, f"{key}.{name}" if key else str(name), refuse)
+        refuse_odd_numbers(*pair, f"{key}.{name}" if key else str(name), refuse)
 
 
 def _refuse_unknown_metrics(recipe: Recipe, refuse: Refuse) -> None:

@@ -146,6 +146,36 @@ class Forgetting(Spec):
     n: int | None = None
 
 
+class Bounded(Spec):
+    """A difference of shares and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Memorisation(Spec):
+    """How many training answers come back from their prompts, against held-out ones."""
+
+    status: Literal["measured", "off", "could_not_run"]
+    reason: str | None = None
+    window: int | None = None
+    """Tokens of an answer that could be compared."""
+    trained: dict[str, Any] | None = None
+    """Counts over training rows."""
+    held_out: dict[str, Any] | None = None
+    difference: Bounded | None = None
+    details: list[dict[str, Any]] = Field(default_factory=list)
+    """Names, numbers, addresses and keys, each kind counted apart."""
+    examples: list[str] = Field(default_factory=list)
+    """Files and lines."""
+    sentence: str | None = None
+    left_out: dict[str, int] | None = None
+    warnings: list[str]
+    remark: str | None
+    """What the verdict says of it."""
+
+
 class Sample(Spec):
     """One row with both answers."""
 
@@ -234,8 +264,7 @@ class Report(Spec):
     """Where benchmarks differ from lm-eval's own."""
     divergence: Divergence | None = None
     contamination: list[SeenEntry] = Field(default_factory=list)
-    memorisation: dict[str, Any] | None = None
-    """Which training answers came back from their prompts."""
+    memorisation: Memorisation | None = None
     samples: Samples
     curves: Curves
     seeds: list[SeedResult] = Field(default_factory=list)

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tunesmith.cli.advise_verb import advise
+from tunesmith.cli.advise_verb import AdviseOptions, advise
 from tunesmith.cli.importing import importing
+from tunesmith.cli.options import as_command
 from tunesmith.cli.vote_verb import vote
 
 app = typer.Typer(
@@ -32,7 +33,7 @@ runs_app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(runs_app, name="runs")
-app.command()(advise)
+app.command()(as_command(AdviseOptions, advise))
 app.command()(vote)
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
@@ -53,38 +54,48 @@ def train(
         list[str] | None,
         typer.Option(help="With --resume: go on although this setting is another now.", metavar="KEY=VALUE"),
     ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Train this many times, each with another seed, and judge them together.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Do the whole job: plan, train, prove; ends with a verdict and a page."""
     with importing():
-        from tunesmith.cli.train import run_training
+        from tunesmith.cli.train import run_seeds, run_training
 
+    if seeds > 1:
+        raise typer.Exit(run_seeds(recipe, overrides or [], seeds, resume=resume, force=force or [], as_json=as_json))
     raise typer.Exit(run_training(recipe, overrides or [], resume=resume, force=force or [], as_json=as_json))
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    table: Annotated[bool, typer.Option("--table", help="What fits where: methods on a table of machines.")] = False,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="The best plan inside memory=8GB, time=2h or money=5.", metavar="LIMIT=VALUE"),
+    ] = None,
+    machines: Annotated[Path | None, typer.Option(help="A table of machines and prices of your own (YAML).")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure one dry step with the largest micro-batch.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Time this model's own blocks for some seconds.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what a job will need, and what every `auto` becomes, before anything is loaded."""
     with importing():
-        from tunesmith.cli.display import Display, out, quiet_libraries
-        from tunesmith.cli.stages import show_stage_plans
-        from tunesmith.cli.tables import plan_lines
+        from tunesmith.cli.plan import Asked, show_plan
+        from tunesmith.cli.stages import read_stage, show_stage_plans
         from tunesmith.recipe_stages import StagedRecipe, read_job
 
-    asked = read_job(recipe, overrides or [])
-    if isinstance(asked, StagedRecipe):
-        show_stage_plans(asked, as_json=as_json)
+    asked = Asked(table, tuple(budget or ()), machines, probe, calibrate)
+    job = read_job(recipe, overrides or [])
+    if isinstance(job, StagedRecipe) and asked == Asked():
+        show_stage_plans(job, as_json=as_json)
         return
-    with importing():
-        from tunesmith.pipeline.planning import estimate_job
-
-    quiet_libraries()
-    with Display(as_json) as display:
-        planned = estimate_job(asked, display.progress)
-    if as_json:
-        out(planned.plan.model_dump_json(indent=2))
-    else:
-        out("\n".join(plan_lines(planned.plan, asked.model.path)))
+    show_plan(read_stage(recipe, overrides or [], None), asked, as_json=as_json)
 
 
 @data_app.command("show")
@@ -200,14 +211,22 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
     system: Annotated[str | None, typer.Option(help="A system turn before the prompt.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Texts or rows to look up; what fits the prompt is put before it.")
+    ] = None,
+    retrieval: Annotated[
+        Literal["bm25", "dense", "hybrid"] | None, typer.Option(help="With --corpus: what finds it; else bm25.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts."""
     with importing():
-        from tunesmith.cli.speak import print_answers
+        from tunesmith.cli.speak import Search, print_answers
         from tunesmith.engine.generate import Sampling
 
-    print_answers(target, prompts, Sampling(max_new_tokens, temperature, top_p), system=system, as_json=as_json)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    search = Search.asked(corpus, retrieval)
+    print_answers(target, prompts, sampling, system=system, search=search, as_json=as_json)
 
 
 @app.command()
@@ -324,6 +343,23 @@ def rerun(
         from tunesmith.cli.runs import run_again
 
     raise typer.Exit(run_again(run, overrides or [], resume=resume, as_json=as_json))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Finished runs; the first is what the others are compared with.", metavar="RUN…"),
+    ],
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page too.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="How many rows with all answers are printed.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs on the held-out rows that they share: settings, metrics, answers; seeds of one job are one."""
+    with importing():
+        from tunesmith.cli.compare import run_comparison
+
+    run_comparison(runs, html=html, samples=samples, as_json=as_json)
 
 
 @app.command()

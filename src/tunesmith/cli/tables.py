@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tunesmith.recipe import Plan
+from tunesmith.recipe import Memory, Parameters, Plan
 
 WORDS = {"ship": "SHIP", "dont_ship": "DON'T SHIP", "no_difference": "NO DIFFERENCE SHOWN"}
 
@@ -44,20 +44,16 @@ def plan_lines(plan: Plan, model: str) -> list[str]:
     share = parameters.trainable / max(1, parameters.total)
     rows = [
         ["model", f"{model}: {parameters.total:,} parameters, {parameters.trainable:,} trained ({share:.2%})"],
+        *_part_rows(parameters),
         ["device", f"{plan.device}, arithmetic in {plan.dtype}, frozen weights in {plan.frozen_dtype}"],
         ["data", f"{about}{workload.rows:,} rows, {workload.tokens:,} tokens, {workload.targets:,} trained on"],
         ["", f"longest row {workload.longest:,} tokens, limit {plan.max_length:,}"],
         ["steps", f"{plan.steps:,} ({plan.epochs:.2f} epochs), {plan.warmup_steps} of them warmup"],
-        [
-            "memory",
-            f"{size(memory.peak_bytes)} at the peak: weights {size(memory.weights)}, gradients "
-            f"{size(memory.gradients)}, optimizer {size(memory.optimizer)},",
-        ],
-        ["", f"activations {size(memory.activations)}, runtime {size(memory.runtime)}"],
+        *_memory_rows(memory),
         [
             "time",
             f"about {duration(plan.time.seconds)}: training {duration(plan.time.train_seconds)}, evaluation "
-            f"{duration(plan.time.evaluate_seconds)}",
+            f"{duration(plan.time.evaluate_seconds)} (from {plan.time.source})",
         ],
     ]
     lines = aligned(rows)
@@ -66,6 +62,26 @@ def plan_lines(plan: Plan, model: str) -> list[str]:
         lines += [f"  {line}" for line in aligned([[r.name, _value(r.value), r.reason] for r in plan.resolved])]
     lines += ["", *[f"note: {note}" for note in plan.notes]] if plan.notes else []
     return lines
+
+
+def _part_rows(parameters: Parameters) -> list[list[str]]:
+    if not parameters.parts:
+        return []
+    told = ", ".join(f"{name} {count:,}" for name, count in parameters.parts.items())
+    return [["", told + (f"; the method adds {parameters.added:,}" if parameters.added > 0 else "")]]
+
+
+def _memory_rows(memory: Memory) -> list[list[str]]:
+    """The largest phase, what training needs by component, and the other phases."""
+    while_doing = f" while {memory.peak_phase}" if memory.peak_phase else ""
+    training = next((phase.parts for phase in memory.phases if phase.name == "training"), None)
+    if training is None:
+        training = {name: getattr(memory, name) for name in ("weights", "gradients", "optimizer", "activations")}
+    parts = ", ".join(f"{name} {size(count)}" for name, count in training.items())
+    rows = [["memory", f"{size(memory.peak_bytes)} at the peak{while_doing}"], ["", f"training: {parts}"]]
+    others = [f"{phase.name} {size(phase.total)}" for phase in memory.phases if phase.name != "training"]
+    rows += [["", f"other phases: {', '.join(others)}"]] if others else []
+    return [*rows, *([["", f"counted as: {memory.convention}"]] if memory.convention else [])]
 
 
 def _value(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tunesmith.cli.tables import plan_lines, report_lines
 from tunesmith.recipe import Plan, Recipe
 from tunesmith.recipe_file import check_recipe
 from tunesmith.recipe_stages import StagedRecipe, read_job
+from tunesmith.run import RECIPE
 
 
 def run_training(
@@ -49,6 +51,42 @@ def run_recipe(recipe: Recipe, *, resume: bool, forced: Sequence[str] = (), as_j
     if not as_json:
         out("\n".join(report_lines(report)))
         out(f"report: {run.page}")
+    return 3 if report["gate"] and report["verdict"] != "ship" else 0
+
+
+def run_seeds(
+    path: Path, overrides: Sequence[str], count: int, *, resume: bool, force: Sequence[str] = (), as_json: bool
+) -> int:
+    """Runs a recipe with several seeds and returns the exit code of the verdict over all of them."""
+    if force:
+        raise InputError("--force is for one run", fix=f"resume it by itself: tunesmith train RUN/{RECIPE} --resume")
+    recipe = read_job(path, overrides)
+    if isinstance(recipe, StagedRecipe):
+        raise InputError("a recipe with stages is trained with one seed", where=path, fix="leave out --seeds")
+    with importing():
+        from tunesmith.pipeline.finetune import Watcher
+        from tunesmith.pipeline.seeds import finetune_seeds
+        from tunesmith.train.parallel import is_main
+
+    quiet_libraries()
+    with Display(as_json) as display:
+
+        def announce(number: int, of: int, own: Recipe) -> None:
+            if as_json:
+                display.event({"event": "seed", "seed": own.seed, "number": number, "of": of})
+            elif is_main():
+                display.line(f"seed {own.seed} ({number} of {of}), into {own.output}")
+
+        watcher = Watcher(display.progress, display.event, lambda plan: display.planned_steps(plan.steps))
+        seeds = finetune_seeds(recipe, count, resume=resume, watcher=watcher, announce=announce)
+    if not is_main():
+        return 0
+    report: dict[str, Any] = seeds.report or {}
+    if as_json:
+        out(json.dumps({"event": "seeds", "report": str(seeds.page), **report}))
+    else:
+        out("\n".join(report_lines(report)))
+        out(f"report: {seeds.page}")
     return 3 if report["gate"] and report["verdict"] != "ship" else 0
 
 

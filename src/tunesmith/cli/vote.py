@@ -96,6 +96,12 @@ def run_vote(ballot: Ballot, judge: JudgeOptions, *, as_json: bool) -> None:
         from tunesmith.cli.ballot import ask_rater
 
         ask_rater(poll, ballot.rater)
+        left = len(poll.open_rows(ballot.rater))
+        if left:  # a result would say who is who to somebody who has yet to vote
+            out(
+                f"{left} rows are left: the same command goes on; tunesmith vote --results {poll.path} shows the result"
+            )
+            return
     show_results(poll.path, as_json=as_json)
 
 

@@ -169,8 +169,8 @@ def _unpaired(record: Record) -> Row:
 def _side(record: Record, column: str) -> tuple[dict[str, Any], ...]:
     """One side of a pair as a whole conversation; the prompt stands in it, or beside it as text or turns."""
     answer, prompt = record.fields.get(column), record.fields.get("prompt")
-    if isinstance(answer, list):
-        turns = to_messages(answer, column=column)
+    if isinstance(answer, (list, dict)):
+        turns = to_messages(answer if isinstance(answer, list) else [answer], column=column)
     else:
         turns = [{"role": "assistant", "content": _text(record, column)}]
     whole = any(turn["role"] == "user" for turn in turns)

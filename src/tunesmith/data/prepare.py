@@ -119,7 +119,8 @@ def prepare(
     tasks = source_specs(spec)
     rows, sources = _read(spec, tasks, renderer, progress)
     lost, notes = Losses(), [note for source in sources for note in source.notes]
-    train, held = _parted(rows, sources, Held(spec, seed, wants_test, renderer.answers_optional), lost)
+    drawn_by = seed if spec.split_seed is None else spec.split_seed
+    train, held = _parted(rows, sources, Held(spec, drawn_by, wants_test, renderer.answers_optional), lost)
     splits = {"train": train, "validation": held.validation, "test": held.test}
     with inspecting_aside(rows, splits if spec.checks else {}, spec.benchmarks, progress, first=alone):
         stored = Stored(rows, tokens_of(rows, renderer, progress))

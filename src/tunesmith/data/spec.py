@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from tunesmith.base import Spec
 
@@ -144,6 +144,9 @@ class DataSpec(Spec):
     test: Annotated[str | float, BeforeValidator(_no_boolean())] = "auto"
     """A path, or the fraction of the training rows to hold back for the verdict; `auto` is a tenth, but at least 20
     and at most 200 rows. These rows are never trained on and never used for early stopping."""
+    split_seed: NonNegativeInt | None = None
+    """Seed of which rows are held back and which test rows are answered; the recipe's `seed` when none is given. With
+    one of its own, runs of several seeds are judged on the same rows (`train --seeds`)."""
     stratify: str | None = None
     """Field of the rows whose values keep their shares when rows are held back, for example `label`. Dots reach into
     nested objects."""

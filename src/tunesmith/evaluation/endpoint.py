@@ -73,6 +73,7 @@ class Endpoint:
         )
         if self.key:
             request.add_unredirected_header("Authorization", f"Bearer {self.key}")  # to no other host
+        trouble, asked = "", None
         for left in range(TRIES - 1, -1, -1):
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:

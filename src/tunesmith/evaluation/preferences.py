@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tunesmith.evaluation.answers import Judged
+from tunesmith.evaluation.answers import Judged, implicit_rewards
 from tunesmith.evaluation.compare import PERPLEXITY
 
 
 def preference_summary(before: Sequence[Judged], after: Sequence[Judged]) -> dict[str, Any] | None:
     """Log-likelihoods of both answers before and after, and what follows from them; None without pairs.
 
-    The implicit reward of an answer is how much likelier it became, log p_tuned - log p_base, in nats (Rafailov et al.
-    2023, section 4): its accuracy is the share of pairs in which that of the better answer is the larger one.
+    Its accuracy is the share of pairs in which the implicit reward of the better answer is the larger one.
     """
-    pairs = [(b, t) for b, t in zip(before, after, strict=True) if _whole(b) and _whole(t)]
-    if not pairs:
+    both = [(b, t) for b, t in zip(before, after, strict=True) if b.targets and t.targets]
+    found = [(b, t, rewards) for b, t in both if (rewards := implicit_rewards(b, t)) is not None]
+    if not found:
         return None
-    gains = [(b.nll - t.nll, b.other_nll - t.other_nll) for b, t in pairs]  # type: ignore[operator]
+    pairs, gains = [(b, t) for b, t, _ in found], [rewards for _, _, rewards in found]
     count = len(pairs)
 
     def mean(values: Sequence[float | int | None]) -> float:
@@ -55,7 +55,3 @@ def falling_likelihood(metrics: Sequence[dict[str, Any]]) -> str | None:
         f"the better answers became less likely too: their perplexity went from {entry['base']:.2f} to "
         f"{entry['tuned']:.2f}; a lower learning rate, a larger beta or objective.nll_weight keeps them"
     )
-
-
-def _whole(row: Judged) -> bool:
-    return row.nll is not None and row.other_nll is not None and row.targets > 0

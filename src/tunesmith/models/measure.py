@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from tunesmith.models.decoder import shape_obstacle
 from tunesmith.models.load import told_plainly
 from tunesmith.models.task_head import TaskHead, head_modules, model_class
 
 FALLBACK_POSITIONS = 1_000_000
+_STORED = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def meta_model(config: PreTrainedConfig, path: str, head: TaskHead | None = None) -> nn.Module:
@@ -48,6 +50,12 @@ class Shape:
         linear_weights: weights of all linear layers but the output head.
         linear_outputs: features that those layers produce for one token.
         head_weights: weights of the output head.
+        query: features of the queries of all heads, per token and layer.
+        heads: query heads and key-value heads together.
+        head_norms: whether queries and keys have norms of their own.
+        fused: whether the blocks have the Llama shape, for which gradients are written by hand.
+        head_tied: whether the head's weights are those of the embeddings.
+        stored: the dtype that the configuration names for the weights on disk: `fp32`, `bf16` or `fp16`.
     """
 
     layers: int
@@ -58,6 +66,12 @@ class Shape:
     linear_weights: int
     linear_outputs: int
     head_weights: int
+    query: int = 0
+    heads: int = 0
+    head_norms: bool = False
+    fused: bool = False
+    head_tied: bool = False
+    stored: str = "fp32"
 
 
 def shape_of(model: nn.Module) -> Shape:
@@ -85,6 +99,7 @@ def shape_of(model: nn.Module) -> Shape:
     key_value_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(text, "head_dim", None) or hidden // heads)
     head_weights = head.weight.numel() if head is not None else 0
+    table: Any = getattr(model, "get_input_embeddings", lambda: None)()
     return Shape(
         layers=layers,
         hidden=hidden,
@@ -94,4 +109,10 @@ def shape_of(model: nn.Module) -> Shape:
         linear_weights=weights,
         linear_outputs=outputs,
         head_weights=head_weights,
+        query=heads * head_dim,
+        heads=heads + key_value_heads,
+        head_norms=any(name.endswith("q_norm") for name, _ in model.named_modules()),
+        fused=shape_obstacle(model) is None,
+        head_tied=head is not None and table is not None and head.weight is getattr(table, "weight", None),
+        stored=_STORED.get(str(getattr(config, "dtype", None)).removeprefix("torch."), "fp32"),
     )

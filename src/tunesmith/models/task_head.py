@@ -20,6 +20,7 @@ Problem = Literal["single_label_classification", "multi_label_classification", "
 """Names of transformers' `problem_type`."""
 Pooling = Literal["auto", "pooler", "cls", "mean", "last"]
 HEAD_FILE = "head_config.json"
+CONFIG_FILE = "config.json"
 HEAD_MODULES = ("score", "classifier", "classification_head", "logits_proj", "pre_classifier", "pooler", "head")
 """What transformers calls modules behind a trunk: they are never quantized."""
 HEADS = ("score", "classifier", "classification_head", "logits_proj")
@@ -70,10 +71,12 @@ def saved_head(directory: Path) -> TaskHead | None:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"cannot read the settings of the head: {error}", where=directory / HEAD_FILE) from error
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        name = next(iter(config.get("architectures") or [""]), "")
+    except (FileNotFoundError, NotADirectoryError):  # a hub id, or an adapter: no head that is saved there
         return None
-    name = next(iter(config.get("architectures") or [""]), "")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"cannot read the model's configuration: {error}", where=directory / CONFIG_FILE) from error
     kind = next((kind for kind, suffix in _CLASSES.items() if name.endswith(suffix)), None)
     if kind is None:
         return None

@@ -122,7 +122,12 @@ def line_chart(
     )
 
 
-def interval_chart(metrics: Sequence[dict[str, Any]]) -> Markup:
+def interval_chart(
+    metrics: Sequence[dict[str, Any]],
+    *,
+    identity: str = "intervals",
+    title: str = "Difference of each metric, tuned minus base",
+) -> Markup:
     """Each metric's difference, tuned minus base, with its interval against the line of no difference."""
     rows = [row for row in metrics if is_number(row.get("difference"))]
     left_out = [str(row.get("name")) for row in metrics if not is_number(row.get("difference"))]
@@ -135,9 +140,9 @@ def interval_chart(metrics: Sequence[dict[str, Any]]) -> Markup:
         body += picture
     said = "; ".join(f"{row.get('name')}: {_spoken(row)}" for row in rows)
     picture = SVG.format(
-        id="chart-intervals",
+        id=f"chart-{identity}",
         height=top,
-        title="Difference of each metric, tuned minus base",
+        title=title,
         desc=said + ".",
         body=body,
     )

@@ -19,6 +19,8 @@ from tunesmith.models.embeddings import teach_tokens
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import Loading, load_judge, load_model, weights_directory
 from tunesmith.models.streamed import load_streamed
+from tunesmith.pipeline.budgeting import refuse_beyond_budget
+from tunesmith.pipeline.calibration import timed_if_long
 from tunesmith.pipeline.distilling import with_teacher
 from tunesmith.pipeline.environment import describe_environment
 from tunesmith.pipeline.features import with_features
@@ -33,7 +35,7 @@ from tunesmith.pipeline.sinks import check_sinks, open_sinks
 from tunesmith.pipeline.starting import with_merged_start
 from tunesmith.pipeline.stopping import Stopping
 from tunesmith.pipeline.training import BLOCKS, Watcher, Work, train_model
-from tunesmith.pipeline.usage import Stopwatch, keep_memory_small, process_peak_bytes
+from tunesmith.pipeline.usage import PeakMemory, Stopwatch, keep_memory_small, process_peak_bytes
 from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Plan, Recipe, Resolved
 from tunesmith.recipe_file import recipe_yaml
@@ -104,6 +106,9 @@ def finetune(
         planned = plan_job(recipe, watcher.progress)
         if run is not None:
             planned = planned.with_plan(resumed_plan(run, planned, forced))
+        else:
+            planned = timed_if_long(planned, watcher.progress)
+            refuse_beyond_budget(recipe, planned.plan)
         joined = join_processes(planned.hardware.device)
         try:
             return _execute(planned, run, watcher, parent, tuple(forced))
@@ -137,10 +142,10 @@ def _execute(
     planned: Planned, existing: Run | None, watcher: Watcher, parent: Path | None, forced: tuple[str, ...]
 ) -> Run:
     recipe = planned.recipe
-    with Stopping() as stopping:
+    with Stopping() as stopping, PeakMemory(planned.hardware.device) as memory:
         planned = with_teacher(with_merged_start(planned, watcher.progress), watcher.progress)
         watcher.progress("loading the model", 0, None)
-        model, planned = _loaded(planned)
+        model, planned = load_base(planned)
         if recipe.model.add_tokens and planned.tokenizer is not None:
             ids = planned.tokenizer.convert_tokens_to_ids(recipe.model.add_tokens)
             teach_tokens(model, dict(zip(recipe.model.add_tokens, cast(list[int], ids), strict=True)))
@@ -151,12 +156,12 @@ def _execute(
         run = existing or _opened(planned, parent, watcher)
         watcher.plan(planned.plan)
         if not is_main():
-            return _work(Work(planned, run, model, None, watcher, stopping, forced))
+            return _work(Work(planned, run, model, None, watcher, stopping, forced), memory)
         with run.locked():
-            return _work(Work(planned, run, model, proof, watcher, stopping, forced))
+            return _work(Work(planned, run, model, proof, watcher, stopping, forced), memory)
 
 
-def _loaded(planned: Planned) -> tuple[PreTrainedModel, Planned]:
+def load_base(planned: Planned) -> tuple[PreTrainedModel, Planned]:
     """The base, in memory or read from its files block by block, and what its files settle of a head."""
     spec, dtype, device = planned.recipe.model, DTYPES[planned.plan.frozen_dtype], planned.hardware.device
     tokens = planned.plan.streamed_tokens
@@ -182,7 +187,7 @@ def _loaded(planned: Planned) -> tuple[PreTrainedModel, Planned]:
     return model, replace(planned, plan=plan, objective=objective, head_is_new=new)
 
 
-def _work(work: Work) -> Run:
+def _work(work: Work, memory: PeakMemory) -> Run:
     planned, run, model = work.planned, work.run, work.model
     recipe, progress = planned.recipe, work.watcher.progress
     sinks = [run.append_event, work.watcher.event, *open_sinks(list(recipe.train.log), run)] if is_main() else []
@@ -211,6 +216,7 @@ def _work(work: Work) -> Run:
     )
     measured["evaluate_seconds"] = base_seconds + evaluating.seconds
     measured["seconds"] = measured["train_seconds"] + measured["evaluate_seconds"]
+    measured["peak_bytes"] = memory.so_far()
     if recipe.budget.memory_bytes is not None:
         measured["peak_bytes"] = process_peak_bytes()
         _tell_of_overdraft(recipe.budget.memory_bytes, measured["peak_bytes"], planned.plan.steps, emit)

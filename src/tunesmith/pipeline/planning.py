@@ -30,7 +30,17 @@ from tunesmith.models.load import load_tokenizer, read_config, read_plain_config
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
-from tunesmith.objectives import Pairwise, Policy, Preference, Pretrain, Reward, TaskObjective, TrainingObjective
+from tunesmith.objectives import (
+    Distill,
+    Pairwise,
+    Policy,
+    Preference,
+    Pretrain,
+    Reward,
+    TaskObjective,
+    TrainingObjective,
+)
+from tunesmith.pipeline.heaviest import heaviest_of
 from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
 from tunesmith.pipeline.locating import Location
 from tunesmith.pipeline.own_answers import Base, are_made, replays_itself, with_own_answers
@@ -47,8 +57,8 @@ from tunesmith.pipeline.preference_rows import preference_renderer, refuse_encod
 from tunesmith.pipeline.rewards import Scorer
 from tunesmith.pipeline.starting import merged_config, start_of, with_start_told
 from tunesmith.pipeline.teacher import Teacher, base_on_disk, find_teacher, kept_on_disk, refuse_unfit_rows
-from tunesmith.plan.hardware import Hardware, detect_hardware
-from tunesmith.plan.resolve import Judged, resolve
+from tunesmith.plan.hardware import Hardware, detect_hardware, native_dtypes
+from tunesmith.plan.resolve import Given, Judged, resolve, steps_of
 from tunesmith.plan.streaming import may_stream
 from tunesmith.recipe import DAMAGE, Plan, Recipe, Resolved, Workload
 from tunesmith.train.near_base import REPLAYED, base_is_kept, refuse_unreachable_base
@@ -64,6 +74,7 @@ class Planned:
 
     Attributes:
         location: directory or hub id of the model.
+        given: what the plan was made from besides the recipe.
         start: the adapter that the job starts from, where it does; before it is merged, `location` is that of its base.
         prepared: the data; None when the plan was made without it.
         objective: the recipe's, with what the data and the model settle filled in.
@@ -87,6 +98,7 @@ class Planned:
     own: OwnMetrics = NO_METRICS
     teacher: Teacher | None = None
     start: Location | None = None
+    given: Given | None = None
 
     def with_plan(self, plan: Plan) -> Planned:
         return replace(self, plan=plan)
@@ -113,24 +125,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     config = merged_config(config, start, tokenizer)
     added = add_tokens(tokenizer, recipe.model.add_tokens)
     model = _architecture(recipe, config, location)
-    if isinstance(objective, TaskObjective):
-        refuse_settings_of_writing(recipe, int(config.get_text_config().num_hidden_layers))
-        stop_ids = _stop_ids(tokenizer, config, location)
-        if isinstance(objective, Reward):
-            refuse_encoder(model)
-            renderer = preference_renderer(objective, recipe.data, tokenizer, stop_ids)
-        else:
-            renderer = label_renderer(objective, recipe.data, tokenizer, model, stop_ids)
-    else:
-        stop_ids = stop_token_ids(tokenizer, config, location)
-        if isinstance(objective, Policy):
-            refuse_unfit_recipe(recipe, objective)
-            renderer = prompt_renderer(recipe.data, tokenizer, stop_ids)
-        elif isinstance(objective, Preference):
-            renderer = preference_renderer(objective, recipe.data, tokenizer, stop_ids)
-        else:
-            reads = DocumentRenderer if isinstance(objective, Pretrain) else Renderer
-            renderer = reads.of(recipe.data, tokenizer, stop_ids)
+    renderer = _renderer(recipe, tokenizer, model, config, location)
     data, said = with_own_answers(recipe, Base.of(start, config, tokenizer), progress)
     teacher = find_teacher(recipe, tokenizer, progress)
     prepared = prepare(
@@ -146,24 +141,12 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     if isinstance(objective, TaskObjective):
         prepared, objective = with_labels(prepared, objective)
         model = meta_model(config, location, objective.task_head())
-    refuse_unreachable_base(recipe)
-    if recipe.method.trunk_is_frozen and getattr(objective, "noise", 0.0):
-        raise InputError(
-            "the frozen trunk is read once, and there is no step in which noise could reach it",
-            where="objective.noise",
-            fix="remove it, or use another method",
-        )
-    if recipe.train.kl_on == "replay":
-        prepared = replace(prepared, train=_marked(prepared))
-    if isinstance(objective, Preference):
-        prepared = with_partners(prepared, objective, limit)
+    prepared = _as_the_objective_reads_it(recipe, prepared, objective, limit)
     teach_tokens(model, added)
-    if isinstance(objective, Policy):
-        refuse_unfit_prompts(prepared, recipe, objective, limit)
     workload = policy_workload(prepared, objective) if isinstance(objective, Policy) else _counted(prepared)
     hardware = detect_hardware()
-    judged = _judged(recipe, prepared, objective)
-    plan = resolve(recipe, model, workload, hardware, judged, prepared.max_length)
+    given = _given(recipe, prepared, workload, _judged(recipe, prepared, objective), teacher)
+    plan = resolve(recipe, model, hardware, given)
     found = [*plan.resolved, *_found_in_data(recipe, prepared), *_found_in_labels(recipe.objective, objective)]
     notes = [*plan.notes, *prepared.notes]
     if teacher is not None and isinstance(renderer, Renderer):
@@ -185,7 +168,65 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     plan = with_start_told(plan.model_copy(update={"notes": notes, "resolved": found}), recipe, start)
     adapter = start if start.adapter is not None else None
     planned = Planned(recipe, plan, location, config, hardware, tokenizer, renderer, prepared, objective)
-    return replace(planned, score=score, own=own, teacher=teacher, start=adapter)
+    return replace(planned, score=score, own=own, teacher=teacher, start=adapter, given=given)
+
+
+def _renderer(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: nn.Module, config: PreTrainedConfig, location: str
+) -> Renderer | LabelRenderer | PairRenderer | PromptRenderer:
+    """What makes tokens of the objective's rows; settings that do not go with it are refused."""
+    objective: TrainingObjective = recipe.objective
+    if isinstance(objective, TaskObjective):
+        refuse_settings_of_writing(recipe, int(config.get_text_config().num_hidden_layers))
+        stop_ids = _stop_ids(tokenizer, config, location)
+        if isinstance(objective, Reward):
+            refuse_encoder(model)
+            return preference_renderer(objective, recipe.data, tokenizer, stop_ids)
+        return label_renderer(objective, recipe.data, tokenizer, model, stop_ids)
+    stop_ids = stop_token_ids(tokenizer, config, location)
+    if isinstance(objective, Policy):
+        refuse_unfit_recipe(recipe, objective)
+        return prompt_renderer(recipe.data, tokenizer, stop_ids)
+    if isinstance(objective, Preference):
+        return preference_renderer(objective, recipe.data, tokenizer, stop_ids)
+    reads = DocumentRenderer if isinstance(objective, Pretrain) else Renderer
+    return reads.of(recipe.data, tokenizer, stop_ids)
+
+
+def _as_the_objective_reads_it(
+    recipe: Recipe, prepared: Prepared, objective: TrainingObjective, limit: int
+) -> Prepared:
+    """Rows with what the objective wants of them besides; combinations that cannot be are refused."""
+    refuse_unreachable_base(recipe)
+    if recipe.method.trunk_is_frozen and getattr(objective, "noise", 0.0):
+        raise InputError(
+            "the frozen trunk is read once, and there is no step in which noise could reach it",
+            where="objective.noise",
+            fix="remove it, or use another method",
+        )
+    if recipe.train.kl_on == "replay":
+        prepared = replace(prepared, train=_marked(prepared))
+    if isinstance(objective, Preference):
+        prepared = with_partners(prepared, objective, limit)
+    if isinstance(objective, Policy):
+        refuse_unfit_prompts(prepared, recipe, objective, limit)
+    return prepared
+
+
+def _given(recipe: Recipe, prepared: Prepared, workload: Workload, judged: Judged, teacher: Teacher | None) -> Given:
+    """What data and teacher say of the job's size."""
+    heaviest = None
+    if not isinstance(recipe.objective, Policy):
+        padded = recipe.train.packing is False or not recipe.method.can_pack
+        heaviest = heaviest_of(prepared, recipe.train.batch_size, steps_of(recipe, workload), padded=padded)
+    other = 0.0
+    if teacher is not None and not teacher.itself:
+        where = teacher.location.base
+        size = sum(map(Tensor.numel, meta_model(read_config(where, teacher.revision), where).parameters()))
+        narrow = recipe.train.dtype != "fp32" and "bf16" in native_dtypes(detect_hardware().device)
+        other = size * (2.0 if narrow else 4.0)
+    stays = isinstance(recipe.objective, Distill) and recipe.objective.on_policy > 0
+    return Given(workload, judged, prepared.max_length, heaviest, other if stays else 0.0, other)
 
 
 def _named_as_asked(prepared: Prepared, recipe: Recipe, data: DataSpec, said: list[str]) -> Prepared:
@@ -283,11 +324,13 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     else:
         metrics, why = choose_metrics(_asked(recipe), [], _own(recipe))
     judged = Judged(metrics, why if not missing else "there are no rows to look at", 0, 64)
-    plan = resolve(recipe, model, workload, detect_hardware(), judged, workload.longest)
+    given = Given(workload, judged, workload.longest)
+    plan = resolve(recipe, model, detect_hardware(), given)
     what = f"there is no {missing[0]}" if missing else "the model has no tokenizer"
     notes = [*plan.notes, f"tokens are estimated: {what}"]
     plan = with_start_told(plan.model_copy(update={"notes": notes}), recipe, start)
-    return Planned(recipe, plan, location, config, detect_hardware(), None, None, None, recipe.objective)
+    planned = Planned(recipe, plan, location, config, detect_hardware(), None, None, None, recipe.objective)
+    return replace(planned, given=given)
 
 
 def _without_own_answers(recipe: Recipe, start: Location, progress: Progress) -> Planned:
@@ -399,8 +442,7 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
     asked = _asked(recipe)
     own = _own(recipe)
     if isinstance(objective, Preference) and asked == "auto":
-        names = [PREFERENCE_ACCURACY, MARGIN] if isinstance(objective, Pairwise) else [MARGIN]
-        names = [REWARD_ACCURACY, *names] if isinstance(objective, Pairwise) and objective.uses_reference else names
+        names = _metrics_of_preferences(objective)
         metrics, why = choose_metrics(names, references)[0], "what preferences are judged by"
     else:
         metrics, why = choose_metrics(asked, references, own)
@@ -417,7 +459,16 @@ def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) ->
             fix="use perplexity, or split the rows with data.answer_after",
         )
     answers = [len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids]
-    return Judged(metrics, why, count, max(answers, default=0))
+    average = sum(answers) / max(1, len(answers))
+    return Judged(metrics, why, count, max(answers, default=0), answer=average)
+
+
+def _metrics_of_preferences(objective: Preference) -> list[str]:
+    """Which answer gained more decides where the objective is about that, else which is likelier."""
+    if not isinstance(objective, Pairwise):
+        return [MARGIN]
+    accuracies = [PREFERENCE_ACCURACY, REWARD_ACCURACY]
+    return [*(reversed(accuracies) if objective.uses_reference else accuracies), MARGIN]
 
 
 def _metrics_of_documents(recipe: Recipe) -> tuple[list[str], str]:

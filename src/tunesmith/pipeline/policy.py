@@ -65,16 +65,21 @@ def refuse_unfit_recipe(recipe: Recipe, objective: Policy) -> None:
         raise InputError(
             "each token of an answer would read the whole model", where="budget.memory", fix="leave it out"
         )
+    refuse_spread_weights(recipe)
+    if objective.rollouts is not None:
+        _refuse_unserved_method(recipe)
+    if recipe.train.kl_to_base:
+        raise InputError("objective.kl holds a policy near its base", where="train.kl_to_base", fix="use objective.kl")
+
+
+def refuse_spread_weights(recipe: Recipe) -> None:
+    """Raises InputError where a model that answers between steps has its weights spread over processes."""
     if recipe.train.shard:
         raise InputError(
             "answers cannot be drawn from weights that are spread over processes",
             where="train.shard",
             fix="leave it out; a quantized base (model.quantize) takes less memory",
         )
-    if objective.rollouts is not None:
-        _refuse_unserved_method(recipe)
-    if recipe.train.kl_to_base:
-        raise InputError("objective.kl holds a policy near its base", where="train.kl_to_base", fix="use objective.kl")
 
 
 def _refuse_unserved_method(recipe: Recipe) -> None:

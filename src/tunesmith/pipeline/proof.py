@@ -13,13 +13,13 @@ from torch import nn
 
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.contamination import told as told_contamination
-from tunesmith.data.render import Renderer
+from tunesmith.data.render import Rendered, Renderer
 from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row_nlls
 from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_forgetting, compare_metrics, judgement
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
 from tunesmith.evaluation.labels import judge_constant, judge_labels
 from tunesmith.evaluation.preferences import falling_likelihood, preference_sentence, preference_summary
-from tunesmith.metrics import confusion
+from tunesmith.metrics import CALIBRATION_ERROR, confusion
 from tunesmith.models.measure import position_limit
 from tunesmith.objectives import Preference
 from tunesmith.pages.report import report_page
@@ -36,6 +36,12 @@ from tunesmith.recipe_file import recipe_yaml
 from tunesmith.run import BASE_EVALUATION, PAGE, PROMPTED_EVALUATION, TUNED_EVALUATION, Run
 
 
+def chosen_rows(rows: Sequence[Rendered], count: int, seed: int) -> list[Rendered]:
+    """At most ``count`` rows, drawn with the seed, in their order."""
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
+    return [rows[at] for at in chosen]
+
+
 class Proof:
     """The evaluation of a job: which rows, which text, and how they are answered."""
 
@@ -43,9 +49,8 @@ class Proof:
         assert planned.prepared is not None and planned.tokenizer is not None
         self.planned, self.spec = planned, spec
         self.tokenizer = planned.tokenizer
-        test = planned.prepared.test
-        chosen = sorted(random.Random(planned.recipe.seed).sample(range(len(test)), min(spec.rows, len(test))))
-        self.rows = [test[at] for at in chosen]
+        own = planned.recipe.data.split_seed
+        self.rows = chosen_rows(planned.prepared.test, spec.rows, planned.recipe.seed if own is None else own)
         forgetting = "off" if planned.judges is not None else spec.forgetting
         self.general: GeneralText | None = general_passages(
             forgetting, planned.tokenizer, position_limit(planned.config)
@@ -57,6 +62,7 @@ class Proof:
             stop_ids=frozenset(planned.prepared.stop_ids),
             packed=planned.plan.packing,
             generates=any(name not in LIKELIHOODS for name in planned.plan.metrics),
+            confident=CALIBRATION_ERROR in planned.plan.metrics and not isinstance(planned.objective, Preference),
         )
         self.probe = probe_of(planned, spec, self.rows, self.how)
 
@@ -239,7 +245,14 @@ def written_report(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "warnings": [*evidence["warnings"], *plan.notes, *notes],
         "data": planned.prepared.manifest(),
-        "predicted": {"peak_bytes": plan.memory.peak_bytes, "seconds": plan.time.seconds},
+        "predicted": {
+            "peak_bytes": plan.memory.peak_bytes,
+            "peak_phase": plan.memory.peak_phase,
+            "seconds": plan.time.seconds,
+            "train_seconds": plan.time.train_seconds,
+            "evaluate_seconds": plan.time.evaluate_seconds,
+            "time_from": plan.time.source,
+        },
         "measured": measured,
         "curves": {
             "train": sorted({event["step"]: event["loss"] for event in steps if event["loss"] is not None}.items()),

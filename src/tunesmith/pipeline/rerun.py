@@ -12,23 +12,19 @@ from typing import Any
 from tunesmith.base import InputError
 from tunesmith.evaluation.answers import Judged
 from tunesmith.evaluation.compare import compare_metrics, judgement
+from tunesmith.evaluation.several import without_unlike_tokens
 from tunesmith.pipeline.chain import Chain
+from tunesmith.pipeline.comparing import OPENINGS, VERDICTS, rows_by_key
 from tunesmith.pipeline.finetune import Watcher, finetune
 from tunesmith.pipeline.lineage import repeated_runs, write_manifest
 from tunesmith.pipeline.locating import run_recipe
 from tunesmith.pipeline.resuming import changed_keys
 from tunesmith.recipe import EvaluateSpec, Recipe
 from tunesmith.recipe_file import read_recipe
-from tunesmith.run import DATA, PLAN, RECIPE, TUNED_EVALUATION, Run
+from tunesmith.run import PLAN, RECIPE, TUNED_EVALUATION, Run
 from tunesmith.train.parallel import is_main
 
 COMPARISON = "comparison.json"
-PERPLEXITY = "perplexity"
-
-VERDICTS = {"ship": "better", "dont_ship": "worse", "no_difference": "no_difference"}
-"""What the verdict over base and tuned model is called when an old run stands where the base does."""
-
-OPENINGS = {"better": "Better than", "worse": "Worse than", "no_difference": "No difference shown to"}
 
 
 @dataclass(frozen=True)
@@ -138,35 +134,21 @@ def _same_rows(old: Run, new: Run) -> Pairs | str:
     for run in (old, new):
         if run.report is None:
             return f"{run.path} is not finished"
-    before, after = ([Judged(**row) for row in run.read(TUNED_EVALUATION)["rows"]] for run in (old, new))
+    before, after = (
+        rows_by_key(run, [Judged(**row) for row in run.read(TUNED_EVALUATION)["rows"]]) for run in (old, new)
+    )
     if not before or not after:
         return "evaluation was switched off"
-    sources = [_held_out_hashes(run) for run in (old, new)]
-    keys = [[_identity(row, hashes) for row in rows] for rows, hashes in zip((before, after), sources, strict=True)]
-    if sorted(keys[0]) != sorted(keys[1]):
+    if before.keys() != after.keys():
         return f"they were judged on different rows ({len(before)} and {len(after)})"
-    by_row = dict(zip(keys[0], before, strict=True))
-    return [(by_row[key], row) for key, row in zip(keys[1], after, strict=True)]
-
-
-def _identity(row: Judged, hashes: dict[str, str]) -> tuple[str, ...]:
-    """Equal for the same held-out row of two runs; raw text is known by its place in a file of a known hash."""
-    if row.prompt or row.references:
-        return (row.prompt, *row.references)
-    path, _, line = row.source.rpartition(":")
-    return hashes.get(path, path), line
-
-
-def _held_out_hashes(run: Run) -> dict[str, str]:
-    return {source["path"]: source["sha256"] for source in run.read(DATA)["sources"]}
+    return [(before[key], row) for key, row in after.items()]
 
 
 def _compared(old: Run, pairs: Pairs, names: list[str], spec: EvaluateSpec, seed: int) -> dict[str, Any]:
-    warnings = []
-    if any(before.targets != after.targets for before, after in pairs):
-        names = [name for name in names if name != PERPLEXITY]
-        warnings.append(f"{PERPLEXITY} is left out: the two models cut the same text into different tokens")
-    entries, more = compare_metrics(names, [before for before, _ in pairs], [after for _, after in pairs], spec, seed)
+    base, tuned = [before for before, _ in pairs], [after for _, after in pairs]
+    names, left_out = without_unlike_tokens(names, [base], [tuned])
+    warnings = [] if left_out is None else [left_out]
+    entries, more = compare_metrics(names, base, tuned, spec, seed)
     verdict = VERDICTS[judgement(entries, {"status": "off"}, {}).verdict] if entries else None
     return {
         "verdict": verdict,

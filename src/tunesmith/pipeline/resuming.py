@@ -24,7 +24,7 @@ def changed_between(stored: Path, now: str) -> dict[str, list[Any]]:
     """The keys in which a recipe, as it would be stored, differs from a stored one, with their values then and now."""
     before, _ = parse_yaml(stored.read_text(encoding="utf-8"), str(stored))
     after, _ = parse_yaml(now, "recipe")
-    old, new = _flat_keys(before), _flat_keys(after)
+    old, new = flat_keys(before), flat_keys(after)
     return {
         key: [old.get(key), new.get(key)]
         for key in sorted(old.keys() | new.keys())
@@ -92,10 +92,11 @@ def _is_forced(key: str, forced: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in forced)
 
 
-def _flat_keys(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat_keys(values: Any, prefix: str = "") -> dict[str, Any]:
+    """A recipe's values by dotted keys."""
     if not isinstance(values, dict):
         return {prefix.rstrip("."): values}
     flat: dict[str, Any] = {}
     for name, inner in values.items():
-        flat |= _flat_keys(inner, f"{prefix}{name}.")
+        flat |= flat_keys(inner, f"{prefix}{name}.")
     return flat

@@ -141,8 +141,9 @@ def _merge(planned: Planned, adapter: Path, merged: Path, progress: Progress) ->
     device = torch.device("cpu") if spec.quantization is not None else planned.hardware.device
     try:
         merge_run(spec.path, merged, progress=progress, dtype=DTYPES[planned.plan.frozen_dtype], device=device)
-    except FileExistsError:
-        pass  # another job has just made the same copy
+    except FileExistsError as error:
+        if not merged.is_dir():  # another job may have made the same copy meanwhile, which is compared like any other
+            raise InputError("there is something else than a merged copy", where=merged, fix="move it away") from error
     except InputError:
         raise
     except TunesmithError as error:  # its update is too small for the dtype's steps

@@ -23,6 +23,7 @@ from tunesmith.models.quantized import Quantization
 from tunesmith.models.templates import choose_template
 from tunesmith.objectives import Distill
 from tunesmith.pipeline.loaded import Location, load, locate
+from tunesmith.pipeline.policy import refuse_spread_weights
 from tunesmith.plan.hardware import DTYPES, detect_hardware
 from tunesmith.recipe import Plan, Recipe, Resolved
 from tunesmith.train.near_base import KEPT_TOKENS
@@ -197,12 +198,8 @@ def refuse_unfit_rows(teacher: Teacher, recipe: Recipe, prepared: Prepared, rend
     for key, wanted in ((PROMPT, teacher.prompt is not None), ("objective.answers", objective.answers == "teacher")):
         _refuse_raw_text(prepared, key, wanted)
     _refuse_raw_text(prepared, "objective.on_policy", objective.on_policy > 0)
-    if objective.on_policy and recipe.train.shard:
-        raise InputError(
-            "a student whose weights are spread over processes cannot answer between steps",
-            where="objective.on_policy",
-            fix="set train.shard: false, or on_policy: 0",
-        )
+    if objective.on_policy:
+        refuse_spread_weights(recipe)
     if recipe.budget.memory is not None:
         raise InputError(
             "a budget counts one model, and a teacher is another one",

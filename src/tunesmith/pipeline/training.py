@@ -37,7 +37,7 @@ from tunesmith.pipeline.proof import Proof
 from tunesmith.pipeline.resuming import record_changes
 from tunesmith.pipeline.rewards import judge_and_score
 from tunesmith.pipeline.stopping import Stopping
-from tunesmith.pipeline.usage import PeakMemory, Stopwatch, keep_memory_small
+from tunesmith.pipeline.usage import Stopwatch, keep_memory_small
 from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Plan
 from tunesmith.recipe_file import recipe_yaml
@@ -142,20 +142,18 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
         saved.average,
     )
     watch = Stopwatch()
-    with PeakMemory(planned.hardware.device) as memory:
-        work.stopping.graceful = True
-        try:
-            progress = train(job, progress, evaluate=_validation(work, emit), emit=emit)
-        except TunesmithError as error:
-            if is_main():
-                _record_end(emit, error)
-            raise
-        finally:
-            work.stopping.graceful = False
+    work.stopping.graceful = True
+    try:
+        progress = train(job, progress, evaluate=_validation(work, emit), emit=emit)
+    except TunesmithError as error:
+        if is_main():
+            _record_end(emit, error)
+        raise
+    finally:
+        work.stopping.graceful = False
     _finish(work, checkpoints, progress, saved, emit)
     seconds = sum(event["seconds"] for event in run.events() if event["event"] in ("step", "validation"))
     return {
-        "peak_bytes": memory.peak_bytes,
         "train_seconds": max(seconds, watch.seconds),
         "tokens_per_second": progress.tokens / max(1e-9, seconds),
     }

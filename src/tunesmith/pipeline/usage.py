@@ -43,8 +43,13 @@ class PeakMemory:
         self._done.set()
         if self._watcher is not None:
             self._watcher.join()
-        else:
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        self.so_far()
+
+    def so_far(self) -> int:
+        """The largest so far, in bytes."""
+        if self.device.type == "cuda":
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
+        return self.peak_bytes
 
     def _watch(self) -> None:
         process = psutil.Process()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from tunesmith.evaluation.votes import CHOICES, Choice, Pair, Vote, left_of, sta
 from tunesmith.files import append_json, file_sha256, read_json, read_json_lines, write_json, write_lines
 from tunesmith.models.load import read_config
 from tunesmith.models.measure import position_limit
+from tunesmith.pipeline.loaded import base_of, load_speaker, read_as_trained
+from tunesmith.pipeline.locating import locate
 
 POLL, PAIRS, VOTES, VERDICTS = "poll.json", "pairs.jsonl", "votes.jsonl", "verdicts.jsonl"
 BASE = "base"
@@ -110,7 +113,7 @@ class Poll:
         with FileLock(self.path / "judging.lock"):
             lines = self._lines(VERDICTS)
             done = {(line["row"], line["first"]) for line in lines if line["model"] == endpoint.model}
-            todo = [(pair, first) for pair in self.pairs if not pair.same for first in ORDERS]
+            todo: list[tuple[Pair, Side]] = [(pair, first) for pair in self.pairs if not pair.same for first in ORDERS]
             for at, (pair, first) in enumerate(todo):
                 progress("judging", at, len(todo))
                 if (pair.row, first) not in done:
@@ -157,9 +160,14 @@ def open_poll(asked: Asked, path: Path, progress: Progress) -> Poll:
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / POLL, {"asked": asdict(asked), "on_sha256": digest})
     if not (path / PAIRS).is_file():
-        with FileLock(path / "answering.lock"):
-            pairs = _answered(asked, path, progress)
-            write_lines(path / PAIRS, (json.dumps(pair.as_json(), ensure_ascii=False) + "\n" for pair in pairs))
+        try:
+            with FileLock(path / "answering.lock"):
+                pairs = _answered(asked, path, progress)
+                write_lines(path / PAIRS, (json.dumps(pair.as_json(), ensure_ascii=False) + "\n" for pair in pairs))
+        except InputError:
+            if not any(path.glob("answers.*")):
+                shutil.rmtree(path)
+            raise
     return Poll.open(path)
 
 
@@ -174,6 +182,10 @@ def _refuse_wrong_sides(asked: Asked) -> None:
     other = {asked.a: asked.b, asked.b: asked.a}.get(BASE)
     if other is not None and is_file_of_answers(other):
         raise InputError("a file of answers has no base", where="vote", fix="name a run beside base")
+    if other is not None:
+        location = locate(other)
+        if location.recipe is None and location.adapter is None:
+            raise InputError("a model by itself has no base", where=other, fix="name a run or an adapter beside base")
 
 
 def is_file_of_answers(name: str) -> bool:
@@ -243,12 +255,8 @@ def _answers_of_file(path: Path) -> list[str]:
 
 def _generated(asked: Asked, name: str, other: str, kept: Path, progress: Progress) -> tuple[list[Row], list[str]]:
     """Answers of a model, greedily, each written as it comes."""
-    from tunesmith.pipeline.loaded import base_of, load_speaker, locate, read_as_trained
-
     if name == BASE:
         location = locate(other, progress)
-        if location.recipe is None and location.adapter is None:
-            raise InputError("a model by itself has no base", where=other, fix="name a run or an adapter beside base")
         speaker = load_speaker(base_of(location), progress=progress, like=location)
     else:
         speaker = load_speaker(name, progress=progress)

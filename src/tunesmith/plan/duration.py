@@ -1,9 +1,10 @@
-"""How long a job takes on a machine."""
+"""How long a job takes on a machine: by the time of its own blocks, or by the rate of a matrix product."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tunesmith.models.measure import Shape
 from tunesmith.plan.hardware import DTYPES, Hardware, multiply_rate
@@ -13,11 +14,19 @@ EFFICIENCY = {"cpu": 0.11, "mps": 0.25, "cuda": 0.35}
 """Share of the rate of a large matrix product that a training step reaches; replaced by `measured` in every report."""
 DECODE_OVERHEAD_SECONDS = {"cpu": 1.3e-3, "mps": 1e-3, "cuda": 4e-4}
 """Of one decoder block for one new token, besides reading its weights."""
+CALIBRATED = "blocks of this model, timed on rows of this job"
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What a job does, as far as its time depends on it."""
+    """What a job does, as far as its time depends on it.
+
+    Attributes:
+        judged_rows: held-out rows, which base and tuned model read, and answer if ``writes``.
+        answer: tokens of a reference answer on average.
+        general_tokens: of the general text that both read.
+        micro_batches: of a step, over all processes.
+    """
 
     workload: Workload
     hardware: Hardware
@@ -25,31 +34,114 @@ class Timed:
     steps: int
     max_new_tokens: int
     judged_rows: int
+    writes: bool = True
+    answer: float = 0.0
+    general_tokens: int = 0
+    micro_batches: int = 1
+
+    @property
+    def row(self) -> float:
+        """Tokens of a row."""
+        return self.workload.tokens / max(1, self.workload.rows)
 
 
-def predict_duration(recipe: Recipe, shape: Shape, parameters: Parameters, given: Timed) -> Duration:
-    """Useful operations over the rate of this machine: 4 per frozen weight and token, 6 per trained one."""
-    trained = min(1.0, parameters.trainable / max(1, shape.linear_weights + shape.head_weights))
+class Span(NamedTuple):
+    """Seconds of one block, and of everything besides the blocks."""
+
+    block: float
+    rest: float
+
+    def of(self, layers: int) -> float:
+        return layers * self.block + self.rest
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What was measured on this machine with blocks of the job's own shape.
+
+    Attributes:
+        tokens: of the micro-batch that was timed.
+        learning: seconds of its forward and backward pass.
+        reading: seconds of its forward pass without gradients.
+        updating: seconds of clipping and one update of the weights.
+        writing: seconds of a pass that adds one token to each of ``evaluate.batch_size`` answers.
+        unpacking: seconds more that quantized weights take in every micro-batch.
+        seconds: that the measurement took.
+    """
+
+    tokens: int
+    learning: Span
+    reading: Span
+    updating: Span
+    writing: Span | None
+    unpacking: float
+    seconds: float
+
+
+def predict_duration(
+    recipe: Recipe, shape: Shape, parameters: Parameters, given: Timed, pace: Pace | None = None
+) -> Duration:
+    """Seconds of training and of judging.
+
+    Without a pace: useful operations over the rate of this machine, 4 per frozen weight and token, 6 per trained one.
+    """
     rows = given.steps * recipe.train.batch_size
-    tokens = rows * given.workload.tokens / max(1, given.workload.rows)
-    targets = rows * given.workload.targets / max(1, given.workload.rows)
-    per_weight = 4 + 2 * trained
-    flops = per_weight * (tokens * shape.linear_weights + targets * shape.head_weights)
+    flops = training_flops(shape, parameters, given.workload) * rows
+    if pace is not None:
+        return _by_pace(recipe, shape, given, pace, flops)
     kind = given.hardware.device.type
     rate = multiply_rate(given.hardware.device, DTYPES[given.dtype]) * EFFICIENCY.get(kind, 0.1)
     training = flops / rate / given.hardware.processes
     evaluating = 0.0
     if recipe.evaluate != "off" and given.judged_rows:
-        judged = given.judged_rows + (recipe.evaluate.probed_rows if given.max_new_tokens else 0)
-        batches = math.ceil(judged / recipe.evaluate.batch_size)
-        token_seconds = shape.layers * DECODE_OVERHEAD_SECONDS.get(kind, 1e-3)
-        prompts = judged * given.workload.tokens / max(1, given.workload.rows)
-        reading = 2 * prompts * shape.linear_weights / rate
-        evaluating = 2 * (batches * given.max_new_tokens * token_seconds + 2 * reading)
+        reading = 2 * (given.judged_rows * given.row + given.general_tokens) * shape.linear_weights / rate
+        evaluating = 2 * reading
+        if given.writes:
+            batches = math.ceil(_answered(recipe, given) / recipe.evaluate.batch_size)
+            token_seconds = shape.layers * DECODE_OVERHEAD_SECONDS.get(kind, 1e-3)
+            evaluating += 2 * (batches * given.max_new_tokens * token_seconds + reading)
     return Duration(
         train_seconds=training,
         evaluate_seconds=evaluating,
         seconds=training + evaluating,
         flops=float(flops),
         flops_per_second=rate,
+    )
+
+
+def _answered(recipe: Recipe, given: Timed) -> int:
+    """Rows that are answered: held-out ones, and those that are asked for what the model knows by heart."""
+    return given.judged_rows + (0 if recipe.evaluate == "off" else recipe.evaluate.probed_rows)
+
+
+def training_flops(shape: Shape, parameters: Parameters, workload: Workload) -> float:
+    """Useful operations of training on one row: of a frozen weight and token 2 forward and 2 for the gradient of its
+    input, of a trained one 2 more; the head counts at targets alone."""
+    trained = min(1.0, parameters.trainable / max(1, shape.linear_weights + shape.head_weights))
+    tokens = workload.tokens / max(1, workload.rows)
+    targets = workload.targets / max(1, workload.rows)
+    return (4 + 2 * trained) * (tokens * shape.linear_weights + targets * shape.head_weights)
+
+
+def _by_pace(recipe: Recipe, shape: Shape, given: Timed, pace: Pace, flops: float) -> Duration:
+    tokens = given.steps * recipe.train.batch_size * given.row
+    learning = pace.learning.of(shape.layers) / pace.tokens * tokens
+    learning += given.steps * given.micro_batches * pace.unpacking
+    training = learning / given.hardware.processes + given.steps * pace.updating.of(shape.layers)
+    evaluating = 0.0
+    if recipe.evaluate != "off" and given.judged_rows:
+        reading = pace.reading.of(shape.layers) / pace.tokens
+        evaluating = 2 * (given.judged_rows * given.row + given.general_tokens) * reading
+        if given.writes and pace.writing is not None:
+            # The base often goes on to the limit; the tuned model has learned when to end.
+            passes = given.max_new_tokens + min(given.max_new_tokens, given.answer)
+            evaluating += _answered(recipe, given) / recipe.evaluate.batch_size * passes * pace.writing.of(shape.layers)
+            evaluating += 2 * _answered(recipe, given) * given.row * reading
+    return Duration(
+        train_seconds=training,
+        evaluate_seconds=evaluating,
+        seconds=training + evaluating,
+        flops=float(flops),
+        flops_per_second=flops / max(1e-9, training),
+        source=CALIBRATED,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 
 import psutil
 import torch
@@ -57,24 +58,27 @@ def native_dtypes(device: torch.device) -> set[str]:
     return {"fp32", "bf16"} if capable else {"fp32"}
 
 
+@lru_cache(maxsize=8)
 def multiply_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
-    """Floating-point operations per second of matrix products at the shapes of training, measured for a moment."""
+    """Floating-point operations per second of matrix products at the shapes of training, measured for a moment,
+    once in a process: plans that are compared are compared at the same rate."""
     left = torch.randn(1024, 768, device=device).to(dtype)
     right = torch.randn(768, 1536, device=device).to(dtype)
     operations = 2 * 1024 * 768 * 1536
     for _ in range(3):
         torch.matmul(left, right)
-    _wait(device)
+    wait_for(device)
     count, started = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < seconds:
         for _ in range(4):
             torch.matmul(left, right)
-        _wait(device)
+        wait_for(device)
         count += 4
     return operations * count / elapsed
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until everything that the device was asked for is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

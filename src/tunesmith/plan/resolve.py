@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import nn
 
 from tunesmith.base import InputError
+from tunesmith.evaluation.compare import LIKELIHOODS
 from tunesmith.methods import Lora, trainable_parameters
 from tunesmith.methods.token_rows import trained_token_ids
 from tunesmith.models.embeddings import added_tokens
 from tunesmith.models.measure import Shape, shape_of
+from tunesmith.models.parts import parameters_by_part
 from tunesmith.models.quantized import settled_quantization
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
-from tunesmith.objectives import Pretrain
+from tunesmith.objectives import Policy, Pretrain
 from tunesmith.plan.duration import Timed, predict_duration
 from tunesmith.plan.hardware import Hardware, native_dtypes
-from tunesmith.plan.memory import Load, predict_memory
+from tunesmith.plan.memory import Load, counted, predict_memory
 from tunesmith.plan.streaming import (
     StreamedLoad,
     refuse_targets_outside_blocks,
@@ -33,6 +35,8 @@ from tunesmith.recipe import Memory, Parameters, Plan, Recipe, Resolved, Workloa
 DEFAULT_EPOCHS = 3.0
 TOKENS_AT_ONCE = {"cpu": 2048, "mps": 4096, "cuda": 16384}
 """Tokens in a micro-batch beyond which a device of this kind is no faster, only fuller."""
+GENERAL_TOKENS = 4096
+"""Tokens of general text that are read at a time; there are some four times as many."""
 USABLE_MEMORY = 0.85
 PAGING = ("cuda", "xpu")
 """Kinds of devices for which bitsandbytes keeps optimizer states in memory that the host shares."""
@@ -60,6 +64,7 @@ class Judged:
 
     Attributes:
         limit: new tokens of an answer that the objective itself allows; None where references say it.
+        answer: tokens of a reference answer on average.
     """
 
     metrics: list[str]
@@ -68,22 +73,55 @@ class Judged:
     longest_answer: int
     writes: bool = True
     limit: int | None = None
+    answer: float = 0.0
 
 
-def resolve(
-    recipe: Recipe, model: nn.Module, workload: Workload, hardware: Hardware, judged: Judged, max_length: int
-) -> Plan:
+class Largest(NamedTuple):
+    """Of a job's micro-batches: tokens of the largest and the targets among them, and how many sizes there are.
+
+    Sizes are counted as `models.projection.rounded_up` makes them.
+    """
+
+    tokens: int
+    targets: int
+    sizes: int
+
+
+Heaviest = Callable[[int], Largest]
+"""From rows of a micro-batch to the largest one that the job will have."""
+USUAL_SIZES = 16
+"""Sizes of micro-batches where nobody has counted them."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of a job besides its recipe.
+
+    Attributes:
+        max_length: longest row that is trained on, in tokens.
+        heaviest: read off the rows in their order; None where it must be estimated from the averages.
+        beside: bytes of other models that stay in memory while this one is trained.
+        before: bytes of a model that is gone before this one is loaded.
+    """
+
+    workload: Workload
+    judged: Judged
+    max_length: int
+    heaviest: Heaviest | None = None
+    beside: float = 0.0
+    before: float = 0.0
+
+
+def resolve(recipe: Recipe, model: nn.Module, hardware: Hardware, given: Given) -> Plan:
     """Makes the plan.
 
     Args:
         model: the architecture on the meta device, not adapted yet.
-        workload: counted from the data, or estimated.
-        max_length: longest row that is trained on, in tokens.
 
     Raises:
         InputError: when settings do not fit the model or the machine.
     """
-    decided = Decisions()
+    decided, workload, judged = Decisions(), given.workload, given.judged
     shape = shape_of(model)
     adapted = copy.deepcopy(model)
     cast(Any, adapted).is_quantized = _quantized(recipe, model, hardware, decided)
@@ -91,16 +129,16 @@ def resolve(
     _refuse_untrained_additions(added_tokens(model), adapted)
     dtype, frozen_dtype = _dtypes(recipe, hardware, decided)
     steps, epochs = _length(recipe, workload, decided)
-    fit = _Fit(workload, hardware, dtype, frozen_dtype)
+    fit = Fit(workload, hardware, dtype, frozen_dtype, given, _longest_answer(recipe, judged, Decisions()))
     micro_batch, checkpointing, memory, streamed_tokens = _fit_or_stream(recipe, adapted, shape, fit, decided)
     if streamed_tokens is not None:
         judged = replace(judged, metrics=["perplexity"], why="each token of an answer would read the whole model")
     evaluate_every, checkpoint_every = _intervals(recipe, steps, decided)
     max_new = _longest_answer(recipe, judged, decided)
     why = "tokens of a block" if isinstance(recipe.objective, Pretrain) else "the longest row"
-    decided.settle("data.max_length", recipe.data.max_length, max_length, why)
-    parameters = _parameters(adapted)
-    timed = Timed(workload, hardware, dtype, steps, max_new, judged.rows)
+    decided.settle("data.max_length", recipe.data.max_length, given.max_length, why)
+    parameters = _parameters(model, adapted)
+    timed = timed_job(recipe, hardware, judged, workload, Settled(dtype, steps, max_new, micro_batch))
     return Plan(
         device=str(hardware.device),
         dtype=dtype,
@@ -115,7 +153,7 @@ def resolve(
         learning_rate=_learning_rate(recipe, decided),
         evaluate_every=evaluate_every,
         checkpoint_every=checkpoint_every,
-        max_length=max_length,
+        max_length=given.max_length,
         max_new_tokens=max_new,
         metrics=judged.metrics,
         parameters=parameters,
@@ -213,9 +251,11 @@ def _longest_answer(recipe: Recipe, judged: Judged, decided: Decisions) -> int:
     return longest
 
 
-def _parameters(adapted: nn.Module) -> Parameters:
+def _parameters(model: nn.Module, adapted: nn.Module) -> Parameters:
+    parts: dict[str, int] = {name: count for name, count in parameters_by_part(model).items() if count}
+    total = sum(parameter.numel() for parameter in adapted.parameters())
     trainable = sum(parameter.numel() for parameter in trainable_parameters(adapted).values())
-    return Parameters(total=sum(parameter.numel() for parameter in adapted.parameters()), trainable=trainable)
+    return Parameters(total=total, trainable=trainable, parts=parts, added=total - sum(parts.values()))
 
 
 def _dtypes(recipe: Recipe, hardware: Hardware, decided: Decisions) -> tuple[DTYPE, DTYPE]:
@@ -256,27 +296,95 @@ def _length(recipe: Recipe, workload: Workload, decided: Decisions) -> tuple[int
     return steps, steps * train.batch_size / workload.epoch_rows if epochs is None or steps < limits[0] else epochs
 
 
+class Settled(NamedTuple):
+    """What of a plan its time depends on."""
+
+    dtype: str
+    steps: int
+    max_new_tokens: int
+    micro_batch: int
+
+
+def timed_job(recipe: Recipe, hardware: Hardware, judged: Judged, workload: Workload, plan: Settled | Plan) -> Timed:
+    """What a job does, as far as its time depends on it."""
+    general = recipe.evaluate != "off" and recipe.evaluate.forgetting != "off"
+    return Timed(
+        workload,
+        hardware,
+        plan.dtype,
+        plan.steps,
+        plan.max_new_tokens,
+        judged.rows,
+        writes=judged.writes and any(name not in LIKELIHOODS for name in judged.metrics),
+        answer=judged.answer,
+        general_tokens=GENERAL_TOKENS * 4 if general else 0,
+        micro_batches=-(-recipe.train.batch_size // plan.micro_batch),
+    )
+
+
+def steps_of(recipe: Recipe, workload: Workload) -> int:
+    """Optimizer steps of a job."""
+    return _length(recipe, workload, Decisions())[0]
+
+
 @dataclass(frozen=True)
-class _Fit:
+class Fit:
+    """What decides how many rows fit.
+
+    Attributes:
+        max_new: tokens of the longest answer that is written while judging.
+    """
+
     workload: Workload
     hardware: Hardware
     dtype: DTYPE
     frozen_dtype: DTYPE
+    given: Given
+    max_new: int = 0
 
     @property
     def average(self) -> int:
         """Tokens of a row."""
         return max(1, self.workload.tokens // max(1, self.workload.rows))
 
-    def load(self, rows: int) -> tuple[int, int]:
-        """The most tokens that a micro-batch of so many rows is expected to have, and targets among them."""
+    def largest(self, rows: int) -> Largest:
+        """The largest micro-batch of so many rows, as it is or as it is expected to be."""
+        if self.given.heaviest is not None:
+            return self.given.heaviest(rows)
         longest = self.workload.longest
         tokens = min(longest * rows, longest + self.average * (rows - 1) * 5 // 4)
-        return tokens, math.ceil(tokens * self.workload.targets / max(1, self.workload.tokens))
+        targets = math.ceil(tokens * self.workload.targets / max(1, self.workload.tokens))
+        return Largest(tokens, targets, USUAL_SIZES)
+
+    def load(self, recipe: Recipe, rows: int, checkpointing: bool) -> Load:
+        largest = self.largest(rows)
+        judged, most = self.given.judged, max(1, recipe.train.batch_size // self.hardware.processes)
+        reads, writes, batch = 0, False, 0
+        if recipe.evaluate != "off":
+            reads = GENERAL_TOKENS if recipe.evaluate.forgetting != "off" else judged.rows * self.average
+            writes = judged.writes and any(name not in LIKELIHOODS for name in judged.metrics)
+            batch = min(recipe.evaluate.batch_size, judged.rows)
+        drawing = recipe.objective if isinstance(recipe.objective, Policy) else None
+        return Load(
+            tokens=largest.tokens,
+            targets=largest.targets,
+            sizes=largest.sizes,
+            longest=self.workload.longest,
+            checkpointing=checkpointing,
+            device=self.hardware.device.type,
+            accumulates=rows < most,
+            judged=reads if judged.rows else 0,
+            answers=batch if writes else 0,
+            answer_tokens=self.workload.longest + self.max_new,
+            drawn=0 if drawing is None else min(drawing.sample_batch, most * drawing.group_size),
+            beside=self.given.beside,
+            before=self.given.before,
+            validates=recipe.train.evaluate_every != "off",
+        )
 
 
 def _fit_or_stream(
-    recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decided: Decisions
+    recipe: Recipe, adapted: nn.Module, shape: Shape, fit: Fit, decided: Decisions
 ) -> tuple[int, bool, Memory, int | None]:
     """As `_fit`, and tokens at a time when the recipe's budget leaves room for one block of the model only."""
     budget = recipe.budget.memory_bytes
@@ -300,7 +408,7 @@ def _fit_or_stream(
 
 
 def _streamed(
-    recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decided: Decisions
+    recipe: Recipe, adapted: nn.Module, shape: Shape, fit: Fit, decided: Decisions
 ) -> tuple[int, bool, Memory, int]:
     """As `_fit`, for a model of which one block is in memory, and the tokens that run through it at a time."""
     budget = cast(int, recipe.budget.memory_bytes)
@@ -336,15 +444,16 @@ def _streamed(
     return micro_batch, True, memory(tokens), tokens
 
 
-def _fit(recipe: Recipe, adapted: nn.Module, shape: Shape, fit: _Fit, decided: Decisions) -> tuple[int, bool, Any]:
+def _fit(recipe: Recipe, adapted: nn.Module, shape: Shape, fit: Fit, decided: Decisions) -> tuple[int, bool, Any]:
     """Micro-batch and checkpointing: the fullest micro-batch that fits, recomputing only when it must."""
     budget = min(USABLE_MEMORY * fit.hardware.memory_bytes, recipe.budget.memory_bytes or math.inf)
     average = fit.average
     most = max(1, recipe.train.batch_size // fit.hardware.processes)
 
+    model = counted(adapted, shape, recipe, fit.dtype, fit.frozen_dtype)
+
     def memory(rows: int, checkpointing: bool) -> Any:
-        load = Load(*fit.load(rows), checkpointing, fit.dtype, fit.hardware.shares_host_memory)
-        return predict_memory(adapted, shape, recipe, fit.frozen_dtype, load)
+        return predict_memory(model, recipe, fit.load(recipe, rows, checkpointing))
 
     asked_checkpointing = recipe.train.gradient_checkpointing
     checkpointing = (

@@ -7,24 +7,11 @@ from typing import Any
 from tunesmith.recipe_import import trainer_settings
 from tunesmith.recipe_import.axolotl_data import data
 from tunesmith.recipe_import.axolotl_rest import REST
+from tunesmith.recipe_import.axolotl_stages import STAGE
 from tunesmith.recipe_import.job import LOUD, Entry, Job, same
 
 TOOL = "axolotl"
 LORA = {"lora_r": "method.rank", "lora_alpha": "method.alpha"}
-
-
-def _stage(job: Job) -> None:
-    name = job.get("rl")
-    stage = None if name in (None, False) else str(name)
-    stage = stage or next((key for key in ("reward_model", "process_reward_model") if job.flag(key)), None)
-    if stage:
-        job.refuse(
-            "rl" if job.get("rl") else stage,
-            f"the stage {stage!r} is not available; supervised fine-tuning is",
-            "import a file without it",
-        )
-    for key in ("rl", "reward_model", "process_reward_model"):
-        job.say(key, "ignored", note="off: supervised fine-tuning")
 
 
 def _adapter(job: Job) -> None:
@@ -267,7 +254,7 @@ def _tokenizer(job: Job) -> None:
 
 
 TABLE: tuple[Entry, ...] = (
-    Entry(("rl", "reward_model", "process_reward_model"), "", "refused: preference and reward stages", _stage),
+    STAGE,
     same("base_model", "model.path", Job.text),
     same("revision_of_model", "model.revision", Job.text),
     same("model_revision", "model.revision", Job.text),
@@ -310,8 +297,8 @@ TABLE: tuple[Entry, ...] = (
         _rate,
     ),
     same("weight_decay", "train.weight_decay", Job.number),
-    same("neftune_noise_alpha", "objective.noise", Job.number, "as it is: NEFTune's alpha"),
-    same("noisy_embedding_alpha", "objective.noise", Job.number, "as it is: NEFTune's alpha"),
+    trainer_settings.noise("neftune_noise_alpha"),
+    trainer_settings.noise("noisy_embedding_alpha"),
     Entry(("max_grad_norm",), "train.clip", "0 is off; 1 when absent", trainer_settings.clip),
     Entry(
         ("optimizer",),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tunesmith.base import nearest
+from tunesmith.recipe_import.axolotl_stages import row_layout
 from tunesmith.recipe_import.job import LOUD, Job
 from tunesmith.recipe_import.trainer_settings import DataSource, put_data
 
@@ -65,7 +66,16 @@ QUIET = {
 KNOWN = (
     *("path", "type", "name", "split", "data_files", "ds_type", "shards", "shards_idx", "revision", "chat_template"),
     *("chat_template_jinja", "field", "field_messages", "message_property_mappings", "roles", "roles_to_train"),
-    *("train_on_eos", "train_on_eot", "text_column", "skip", "conversation", "drop_system_message"),
+    *(
+        "field_chosen",
+        "field_rejected",
+        "train_on_eos",
+        "train_on_eot",
+        "text_column",
+        "skip",
+        "conversation",
+        "drop_system_message",
+    ),
 )
 MESSAGE_KEYS = ("role", "content")
 TURN_SETTINGS = {"train_on_eos": "turn", "train_on_eot": "turn"}
@@ -174,8 +184,16 @@ def _sharing(job: Job, at: str) -> None:
 def _layout(job: Job, at: str, usual: str | None) -> DataSource:
     key = f"{at}.type"
     if isinstance(job.get(key), dict):
-        return _user_defined(job, key)
+        return _pairs_of_fields(job, key) if _compares(job) else _user_defined(job, key)
     name = job.text(key) or usual
+    if (own := row_layout(job, name)) is not None:
+        format_name, columns, note = own
+        for part, field in (("prompt", "field_messages"), ("chosen", "field_chosen"), ("rejected", "field_rejected")):
+            if (column := job.text(f"{at}.{field}")) is not None and format_name == "preference":
+                columns[part] = column
+                job.say(f"{at}.{field}", "translated", "data.columns")
+        job.say(key, "translated", "data.format", note)
+        return DataSource("", format_name, {part: name for part, name in columns.items() if part != name})
     base = (name or "").partition(":")[0]
     family = base.partition(".load")[0]
     if family in ("chat_template", "sharegpt"):
@@ -194,6 +212,23 @@ def _layout(job: Job, at: str, usual: str | None) -> DataSource:
     hint = nearest(base, known)
     job.lose(key, f"rows of the type {name!r} are not known{hint}; their format is detected, or map data.columns")
     return DataSource("")
+
+
+def _compares(job: Job) -> bool:
+    return job.recipe.get("objective.kind", "sft") not in ("sft", "grpo")
+
+
+def _pairs_of_fields(job: Job, key: str) -> DataSource:
+    """`user_defined.default`: the columns are named, and layouts are put around them."""
+    sides = ("completion", "label") if job.recipe["objective.kind"] == "kto" else ("chosen", "rejected")
+    columns = {part: job.text(f"{key}.field_{part}") or part for part in ("prompt", *sides)}
+    if (system := job.text(f"{key}.field_system")) is not None:
+        columns["system"] = system
+    formats = [name for name in job.get(key) if str(name).endswith("_format")]
+    note = f"{LOUD}{', '.join(formats)} are not taken over: data.template is put around the columns" if formats else ""
+    job.say(key, "translated", "data.columns", note)
+    format_name = "unpaired" if "label" in sides else "preference"
+    return DataSource("", format_name, {part: name for part, name in columns.items() if part != name})
 
 
 def _conversations(job: Job, at: str, family: str) -> DataSource:

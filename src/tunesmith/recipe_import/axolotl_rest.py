@@ -128,5 +128,10 @@ REST: tuple[Entry, ...] = (
         *("tokenizer_legacy", "merge_lora", "gradio_title", "profiler_steps", "loss_watchdog_threshold"),
         *("loss_watchdog_patience", "lora_fan_in_fan_out", "peft_autocast_adapter_dtype"),
     ),
-    ignored("preference stages only", "rl_beta", "dpo_beta", "orpo_alpha", "trl", "vllm", "kto_desirable_weight"),
+    ignored("answers are drawn in this process, or by a server that is started by hand", "vllm"),
+    lost(
+        "TRL's own settings of preference training have no counterpart",
+        *("dpo_loss_type", "dpo_loss_weights", "dpo_padding_free", "precompute_ref_log_probs", "dpo_use_liger_kernel"),
+        loud=False,
+    ),
 )

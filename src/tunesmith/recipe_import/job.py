@@ -183,7 +183,7 @@ def ignored(why: str, *keys: str) -> Entry:
 
     def apply(job: Job) -> None:
         for key in keys:
-            if job.get(key) is not None:
+            if job.get(key) is not None and key not in job.said:
                 job.say(key, "ignored", note=why)
 
     return Entry(keys, "", f"ignored: {why}", apply)

@@ -6,23 +6,10 @@ from tunesmith.recipe_import import trainer_settings
 from tunesmith.recipe_import.job import LOUD, Entry, Job, same
 from tunesmith.recipe_import.llamafactory_data import data, length, template
 from tunesmith.recipe_import.llamafactory_rest import REST
+from tunesmith.recipe_import.llamafactory_stages import STAGE
 
 TOOL = "LLaMA-Factory"
 TRACKERS = ("tensorboard", "wandb")
-
-
-def _stage(job: Job) -> None:
-    name = job.text("stage")
-    if name not in (None, "sft", "pt"):
-        job.refuse("stage", f"the stage {name!r} is not available; sft and pt are", "import a file of one of them")
-    if name == "pt":
-        job.say("stage", "translated", "data.format", "raw text, of which every token is trained on")
-    elif name is not None:
-        job.say("stage", "taken", "objective.kind")
-    if job.flag("do_train") is False:
-        job.lose("do_train", "a recipe trains")
-    else:
-        job.say("do_train", "ignored", note="a recipe trains")
 
 
 def _method(job: Job) -> None:
@@ -94,6 +81,10 @@ def _targets_of_loss(job: Job) -> None:
     everything, last = job.flag("train_on_prompt"), job.flag("mask_history")
     if everything and last:
         job.refuse("mask_history", "train_on_prompt and mask_history exclude each other", "remove one of them")
+    if trainer_settings.pretrains(job):
+        for key in ("train_on_prompt", "mask_history"):
+            job.say(key, "ignored", note="every token of raw text is trained on")
+        return
     chosen = "everything" if everything else "last-answer" if last else "answers"
     for key in ("train_on_prompt", "mask_history"):
         if job.get(key) is not None:
@@ -124,21 +115,23 @@ def _rate(job: Job) -> None:
 
 def _packing(job: Job) -> None:
     packed, neat = job.flag("packing"), job.flag("neat_packing")
-    raw = job.text("stage") == "pt"
-    on = packed if packed is not None else raw
+    if trainer_settings.pretrains(job):
+        mixed = "" if neat else f"{LOUD}documents in one block see each other there, and never here"
+        for key in ("packing", "neat_packing"):
+            job.say(key, "translated", "objective.kind", mixed)
+        if packed is None and not neat:
+            job.defaults.append(f"objective.kind: pretrain (stage pt packs; {mixed})")
+        return
+    on = bool(packed)
     note = (
         f"{LOUD}their batch counts packed sequences of cutoff_len tokens, ours counts rows: multiply train.batch_size "
         "by the rows that fit into one sequence on average"
     )
     mixed = "; rows in one sequence see each other there, and never here"
-    if raw and on:
-        mixed += "; texts are joined and cut into blocks there, and each is cut to max_length here"
     if neat or on:
         job.recipe["train.packing"] = True
         job.say("neat_packing", "taken", "train.packing", note)
         job.say("packing", "taken", "train.packing", note + ("" if neat else mixed))
-        if packed is None and not neat:
-            job.defaults.append(f"train.packing: True (stage pt packs; {note}{mixed})")
     else:
         for key in ("packing", "neat_packing"):
             if job.get(key) is not None:
@@ -194,7 +187,7 @@ def _logs(job: Job) -> None:
 
 
 TABLE: tuple[Entry, ...] = (
-    Entry(("stage", "do_train"), "objective.kind", "sft; pt is raw text; other stages are refused", _stage),
+    STAGE,
     same("model_name_or_path", "model.path", Job.text),
     same("model_revision", "model.revision", Job.text),
     Entry(
@@ -239,7 +232,7 @@ TABLE: tuple[Entry, ...] = (
         _rate,
     ),
     same("weight_decay", "train.weight_decay", Job.number),
-    same("neftune_noise_alpha", "objective.noise", Job.number, "as it is: NEFTune's alpha"),
+    trainer_settings.noise("neftune_noise_alpha"),
     Entry(("max_grad_norm",), "train.clip", "0 is off; 1 when absent", trainer_settings.clip),
     Entry(
         ("optim",),

@@ -10,7 +10,8 @@ from typing import Any
 
 from tunesmith.base import InputError, nearest
 from tunesmith.recipe_import.job import LOUD, Job
-from tunesmith.recipe_import.trainer_settings import DataSource, put_data
+from tunesmith.recipe_import.llamafactory_stages import PAIRS
+from tunesmith.recipe_import.trainer_settings import DataSource, pretrains, put_data
 
 INFO = "dataset_info.json"
 ALPACA_PARTS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
@@ -118,8 +119,9 @@ def _source(
     if name not in info:
         job.refuse(key, f"{place / INFO} has no data set {name!r}{nearest(name, list(info))}")
     entry: dict[str, Any] = info[name]
-    if entry.get("ranking"):
-        job.refuse(key, f"{name!r} holds preference pairs, and that stage is not available", "name another data set")
+    if bool(entry.get("ranking")) != (job.text("stage") in PAIRS):
+        what = "holds preference pairs (ranking)" if entry.get("ranking") else "holds no preference pairs (ranking)"
+        job.refuse(key, f"{name!r} {what}, and this is the stage {job.text('stage') or 'sft'}", "name another data set")
     path = _path(entry, name, place, notes)
     formatting = entry.get("formatting") or "alpaca"
     given = entry.get("columns")
@@ -141,6 +143,14 @@ def _source(
     if raw:
         text = columns.get("prompt", "instruction" if given is None else "text")
         return DataSource(path, "text", {} if text == "text" else {"text": text})
+    if entry.get("ranking"):
+        return _pairs(path, entry, columns, formatting, name, notes)
+    if job.text("stage") == "kto":
+        if formatting != "alpaca":
+            job.refuse(
+                key, f"{name!r} holds conversations with a label", "write prompt, completion and label into columns"
+            )
+        return _labelled(path, columns, notes)
     if formatting == "alpaca":
         return _alpaca(path, columns if given is not None else None, notes)
     return _turns(path, entry, columns, name, notes)
@@ -167,6 +177,41 @@ def _alpaca(path: str, columns: dict[str, str] | None, notes: list[str]) -> Data
         return DataSource(path, "alpaca")
     mapped = {ours: columns[theirs] for theirs, ours in ALPACA_PARTS.items() if theirs in columns}
     return DataSource(path, "alpaca", mapped)
+
+
+def _pairs(
+    path: str, entry: dict[str, Any], columns: dict[str, str], formatting: str, name: str, notes: list[str]
+) -> DataSource:
+    """A prompt, or turns, with two answers behind."""
+    mapped = {side: columns.get(side, side) for side in ("chosen", "rejected")}
+    if formatting != "alpaca":
+        turns = _turns(path, entry, columns, name, notes)
+        prompt = turns.columns.get(next(iter(turns.columns), ""), "conversations")
+        mapped["prompt"] = columns.get("messages", prompt)
+        if "system" in columns:
+            mapped["system"] = columns["system"]
+        return DataSource(path, "preference", mapped)
+    mapped["instruction"] = columns.get("prompt", "instruction")
+    if "query" in columns:
+        mapped["input"] = columns["query"]
+        notes.append(f"{LOUD}instruction and input are joined by an empty line here, and by a line break there")
+    if "system" in columns:
+        mapped["system"] = columns["system"]
+    return DataSource(path, "preference", mapped)
+
+
+def _labelled(path: str, columns: dict[str, str], notes: list[str]) -> DataSource:
+    """A prompt, an answer, and whether it is a good one."""
+    prompt = columns.get("prompt", "instruction")
+    if "query" in columns:
+        prompt = f"{{{prompt}}}\n{{{columns['query']}}}"
+        notes.append(f"{LOUD}a row without {columns['query']!r} has a line break behind its prompt")
+    mapped = {
+        "prompt": prompt,
+        "completion": columns.get("response", "output"),
+        "label": columns.get("kto_tag", "label"),
+    }
+    return DataSource(path, "unpaired", mapped | ({"system": columns["system"]} if "system" in columns else {}))
 
 
 def _turns(path: str, entry: dict[str, Any], columns: dict[str, str], name: str, notes: list[str]) -> DataSource:
@@ -209,6 +254,10 @@ def _mixed(job: Job, sources: list[DataSource]) -> list[DataSource]:
 
 
 def template(job: Job) -> None:
+    if pretrains(job):
+        for key in ("template", "default_system"):
+            job.say(key, "ignored", note="raw text has none")
+        return
     if (system := job.text("default_system")) is not None:
         job.put("data.system", system, "default_system")
     name = job.text("template")
@@ -235,14 +284,18 @@ def template(job: Job) -> None:
 
 def length(job: Job) -> None:
     """Theirs cuts question and answer in proportion, ours the end of the answer only."""
-    packed = bool(job.flag("packing") or job.flag("neat_packing"))
+    blocks = pretrains(job)
+    packed = bool(job.flag("packing") or job.flag("neat_packing")) and not blocks
     limit = job.whole("cutoff_len", least=2)
     cut = "the end of the answer is cut; LLaMA-Factory cuts the question too"
     if limit is None:
         job.default(
             "data.max_length", 2048 - packed, "cutoff_len is absent" + (", packing takes one" if packed else "")
         )
+    elif blocks:
+        job.put("data.max_length", limit, "cutoff_len", "tokens of a block")
     else:
         job.put("data.max_length", limit - packed, "cutoff_len", cut + ("; packing takes one token" if packed else ""))
         job.say("cutoff_len", "translated", "data.max_length, data.overlong", cut)
-    job.default("data.overlong", "truncate", cut)
+    if not blocks:
+        job.default("data.overlong", "truncate", cut)

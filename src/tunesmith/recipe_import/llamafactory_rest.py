@@ -58,8 +58,8 @@ REST: tuple[Entry, ...] = (
     ignored("validation is one set of rows", "eval_on_each_dataset", "eval_delay", "eval_on_start"),
     ignored(
         "answers are generated and scored by `evaluate`",
-        *("predict_with_generate", "compute_accuracy", "do_predict", "max_new_tokens", "max_length", "temperature"),
-        *("top_p", "top_k", "do_sample", "num_beams", "eval_num_beams", "repetition_penalty", "length_penalty"),
+        *("predict_with_generate", "compute_accuracy", "do_predict", "max_length"),
+        *("do_sample", "num_beams", "eval_num_beams", "repetition_penalty", "length_penalty"),
         *("generation_max_length", "generation_num_beams", "skip_special_tokens"),
     ),
     Entry(("enable_thinking",), "", "no counterpart when false: the template decides about thinking", _thinking),
@@ -82,8 +82,6 @@ REST: tuple[Entry, ...] = (
     ),
     ignored(
         "other stages and methods only",
-        *("pref_beta", "pref_ftx", "pref_loss", "dpo_label_smoothing", "simpo_gamma", "kto_chosen_weight"),
-        *("kto_rejected_weight", "ref_model", "reward_model", "reward_model_type", "ppo_epochs", "ppo_score_norm"),
         *("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules", "oft_rank"),
     ),
     ignored(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.recipe_import.job import LOUD, Job
+from tunesmith.recipe_import.job import LOUD, Entry, Job
 
 SCHEDULES = {
     "linear": ("linear", ""),
@@ -249,6 +249,24 @@ def best(job: Job, *, wanted: bool, why: str) -> None:
         job.say("metric_for_best_model", "ignored", note="the validation loss, as here")
 
 
+def pretrains(job: Job) -> bool:
+    """Whether raw documents are cut into blocks, so that nothing about conversations or long rows may be said."""
+    return job.recipe.get("objective.kind") == "pretrain"
+
+
+def noise(key: str) -> Entry:
+    """NEFTune's alpha, which supervised fine-tuning has here."""
+
+    def apply(job: Job) -> None:
+        value = job.number(key)
+        if value and job.recipe.get("objective.kind", "sft") != "sft":
+            job.lose(key, "noise is for supervised fine-tuning")
+        elif value is not None:
+            job.put("objective.noise", value, key)
+
+    return Entry((key,), "objective.noise", "as it is: NEFTune's alpha", apply)
+
+
 def put_data(job: Job, sources: list[DataSource], validation: DataSource | None) -> str:
     """Writes the `data` section; the settings of the section hold for the validation file too.
 
@@ -274,7 +292,7 @@ def put_data(job: Job, sources: list[DataSource], validation: DataSource | None)
     if validation:
         job.recipe["data.validation"] = validation.path
         job.default("data.overlap", "keep", f"{job.tool} trains on rows that also stand in the validation file")
-    if all(source.exact or source.format == "text" for source in sources):
+    if all(source.exact or source.format == "text" for source in sources) and not pretrains(job):
         job.default("data.template", "plain", "these rows go without a chat template there")
     job.default("data.duplicates", "keep", f"{job.tool} trains on every copy of a row")
     return "" if shared or not validation else "their format differs from that of the training rows: check data.format"

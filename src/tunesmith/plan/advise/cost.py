@@ -48,6 +48,22 @@ class TunedPrices(Spec):
     output_million: NonNegativeFloat
 
 
+class ServingPrices(Spec):
+    """What a model that answers costs, whichever it is, in the file's currency; what does not apply is zero."""
+
+    input_million: NonNegativeFloat
+    output_million: NonNegativeFloat
+    search: NonNegativeFloat
+    machine_hour: NonNegativeFloat
+
+    def of_query(self, prompt: float, answer: float, searches: int, seconds: float | None) -> float | None:
+        """One question of so many tokens; None where an hour has a price and nobody knows the seconds."""
+        if self.machine_hour and seconds is None:
+            return None
+        tokens = (prompt * self.input_million + answer * self.output_million) / 1e6
+        return tokens + searches * self.search + self.machine_hour * (seconds or 0.0) / 3600
+
+
 class Prices(Spec):
     """A dated list of prices."""
 
@@ -56,6 +72,7 @@ class Prices(Spec):
     currency: str
     rag: RagPrices
     tuned: TunedPrices
+    serving: ServingPrices | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +179,11 @@ def read_prices(path: Path | None = None) -> Prices:
         first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
         place = [str(part) for part in first["loc"]]
         key = ".".join(place)
-        holder = {"rag": RagPrices, "tuned": TunedPrices}.get(place[0]) if len(place) > 1 else Prices
+        holder = (
+            {"rag": RagPrices, "tuned": TunedPrices, "serving": ServingPrices}.get(place[0])
+            if len(place) > 1
+            else Prices
+        )
         known = list((holder or Prices).model_fields)
         where = f"{shown}:{lines[key]} {key}" if key in lines else f"{shown} {key}"
         if first["type"] == "extra_forbidden":

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from tunesmith.metrics import METRICS
-from tunesmith.objectives import Objective
 from tunesmith.plan.advise.rules import Strategy
 from tunesmith.plan.advise.situation import MANY_ROWS, Situation
 from tunesmith.plan.advise.sources import (
@@ -139,18 +138,13 @@ def recipe_for(known: Situation, strategy: Strategy) -> dict[str, Any] | None:
         "model": known.answers.model,
         "data": {"train": known.answers.data or PLACEHOLDER, "validation": 0.1, "test": 0.1},
         "method": {"kind": method},
-        "objective": {"kind": "sft" if objective == "pretrain" and not _knows("pretrain") else objective},
+        "objective": {"kind": objective},
         "train": {"epochs": 1 if text else 2},
         "evaluate": {},
         "gate": {"forgetting": "5%"} if objective in ("sft", "pretrain", "dpo") else {},
     }
     metric = known.answers.metric
-    if metric in METRICS:
+    if metric in METRICS and objective != "pretrain":  # documents have no answers to score
         recipe["evaluate"]["metrics"] = [metric]
         recipe["gate"] = {metric: "+0.01", **recipe["gate"]}
     return {key: value for key, value in recipe.items() if value != {}}
-
-
-def _knows(kind: str) -> bool:
-    """Whether recipes have an objective of that name."""
-    return kind in {objective.model_fields["kind"].default for objective in get_args(get_args(Objective)[0])}

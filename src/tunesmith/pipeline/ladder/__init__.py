@@ -1,0 +1,1 @@
+"""The ladder: prompting, retrieval and tuning on the same held-out rows."""
