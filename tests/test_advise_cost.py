@@ -68,7 +68,7 @@ def test_one_that_is_never_overtaken() -> None:
     ("change", "said"),
     [
         (("  month: 0  ", "  mnth: 0  "), "unknown price 'mnth'; did you mean 'month'?"),
-        (("training: 200", "training: much"), "prices.yaml:17 tuned.training"),
+        (("training: 200", "training: much"), "prices.yaml:18 tuned.training"),
         (("training: 200", "training: -1"), "should be greater than or equal to 0"),
         (("currency: USD", ""), "prices.yaml currency: this price is missing"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binomtest
 
 from tunesmith.metrics.agreement import krippendorff_alpha, share_agreeing
-from tunesmith.metrics.proportions import difference_of_shares, sign_test, wilson
+from tunesmith.metrics.proportions import difference_of_shares, wilson
 
 # Krippendorff 2011, section C: four observers, twelve units, values missing; alpha is 0.743 there.
 PUBLISHED = [
@@ -58,12 +58,6 @@ def test_intervals_of_differences_are_those_published() -> None:
     """Newcombe 1998, table II, method 10, examples (a) and (c)."""
     assert difference_of_shares((56, 70), (48, 80), 0.95) == pytest.approx((0.0524, 0.3339), abs=5e-5)
     assert difference_of_shares((9, 10), (3, 10), 0.95) == pytest.approx((0.1705, 0.8090), abs=5e-5)
-
-
-@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (5, 5), (9, 1), (3, 20), (400, 300)])
-def test_the_sign_test_equals_scipys(wins: int, losses: int) -> None:
-    expected = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
-    assert sign_test(wins, losses) == pytest.approx(expected)
 
 
 def test_what_is_no_share_is_refused() -> None:

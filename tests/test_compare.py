@@ -196,7 +196,7 @@ def test_the_command(seeds: Seeds, tmp_path: Path) -> None:
     page = tmp_path / "compare.html"
     shown = CliRunner().invoke(app, ["compare", str(seeds.path), str(other), "--html", str(page)])
     assert shown.exit_code == 0, shown.output
-    assert "Better than job/" not in shown.output and "seed-3 (2 seeds)" in shown.output
+    assert shown.output.startswith("Better than job (2 seeds): other has chrf 100")
     assert "train.learning_rate" in shown.output and "reference:" in shown.output and page.is_file()
     as_json = CliRunner().invoke(app, ["compare", str(seeds.path), str(other), "--json"])
     assert json.loads(as_json.output)["comparisons"][0]["run"] == "other"

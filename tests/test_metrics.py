@@ -46,7 +46,7 @@ REFERENCES = [
     ["Die schönen Häuser standen am Fluss.", "Schöne Häuser am Fluss"],
 ]
 INTERVAL = {"resamples": 400, "confidence": 0.95, "seed": 0}
-UNIT = ("exact_match", "accuracy", "f1", "rouge1", "rouge2", "rougeL")
+UNIT = ("exact_match", "contains", "accuracy", "f1", "rouge1", "rouge2", "rougeL")
 
 words = st.sampled_from(["the", "cat", "cats", "sat", "mats", "running", "runs", "a", "été", "猫", "1", "!", "Fox's"])
 texts = st.lists(words, max_size=8).map(" ".join)
@@ -159,6 +159,9 @@ def test_rouge_beyond_ascii_is_not_silently_zero() -> None:
         ("exact_match", "", [" "], 1),
         ("accuracy", " Straße ", ["STRASSE"], 1),
         ("accuracy", "positive!", ["positive"], 0),
+        ("contains", "It is the Cat, I think.", ["dog", "a cat"], 1),
+        ("contains", "cats and dogs", ["cat"], 0),
+        ("contains", "cat", [""], 0),
         ("f1", "The cat, sat.", ["cat sat"], 1),
         ("f1", "cat", ["a cat sat"], 2 / 3),
         ("f1", "cat cat", ["cat sat"], 0.5),

@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from conftest import colour_rows, write_jsonl
 from tunesmith.base import InputError
+from tunesmith.data.spec import DataSpec
 from tunesmith.evaluation.answers import Judged
 from tunesmith.evaluation.compare import choose_metrics, compare_metrics, metric_rows
 from tunesmith.metrics import confidence_rows, metric
 from tunesmith.metrics.spec import PythonMetric, SqlMetric
 from tunesmith.metrics.sql import SqlError, reference_result, schema_in, sql_match
+from tunesmith.pipeline.loaded import judged_rows, load_speaker
 from tunesmith.pipeline.own_metrics import OwnMetrics, unscored
 from tunesmith.recipe import EvaluateSpec
 from tunesmith.recipe_file import check_recipe
@@ -212,6 +216,23 @@ def test_own_metrics_in_a_recipe() -> None:
 
 
 # --- calibration, and bits per byte of answers ---
+
+
+def test_the_confidence_of_an_answer_is_the_product_of_its_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    speaker = load_speaker(str(tiny_model), dtype="fp32")
+    data = DataSpec(train=str(write_jsonl(tmp_path / "rows.jsonl", colour_rows(5))))
+    spec = EvaluateSpec(metrics=["calibration_error", "accuracy", "bits_per_byte"], max_new_tokens=5)
+    rows, names = judged_rows(speaker, data, spec)
+    assert names == ["calibration_error", "accuracy", "bits_per_byte", "perplexity"]
+    prompt = speaker.renderer.prompt_ids([{"role": "user", "content": rows[0].prompt}])
+    expected, ids = 1.0, list(prompt)
+    for _ in range(5):
+        likely, token = speaker.model(torch.tensor([ids])).logits[0, -1].softmax(0).max(0)
+        expected, ids = expected * float(likely.detach()), [*ids, int(token)]
+        if int(token) in speaker.renderer.stop_ids:
+            break
+    assert rows[0].confidence == pytest.approx(expected, rel=1e-3)
+    assert rows[0].bytes == len(colour_rows(1)[0]["completion"].encode())
 
 
 def test_calibration_error_by_hand() -> None:

@@ -110,11 +110,14 @@ def test_training_on_pairs_prefers_the_better_answer(
     )
     report = run.report
     assert report is not None
-    *first, accuracy, margin, _ = report["metrics"]
-    assert [entry["base"] for entry in first] == ([] if objective in ("simpo", "orpo") else [0.5])
-    assert all(entry["name"] == "reward_accuracy" and entry["tuned"] >= 0.9 for entry in first)
-    assert accuracy["name"] == "preference_accuracy" and accuracy["tuned"] >= 0.9
-    assert margin["name"] == "margin" and margin["difference"] > 0
+    names = ["reward_accuracy", "preference_accuracy", "margin", "perplexity"]
+    if objective in ("simpo", "orpo"):  # without a reference, what is likelier decides
+        names[:2] = reversed(names[:2])
+    assert [entry["name"] for entry in report["metrics"]] == names
+    found = {entry["name"]: entry for entry in report["metrics"]}
+    assert found["reward_accuracy"]["base"] == 0.5
+    assert found["reward_accuracy"]["tuned"] >= (0.9 if objective != "orpo" else 0.6)  # which learns the answer too
+    assert found["preference_accuracy"]["tuned"] >= 0.9 and found["margin"]["difference"] > 0
     preference = report["preference"]
     assert preference["pairs"] == 10 and preference["reward_accuracy"] > 0.5 and preference["reward_margin"] > 0
     rise = [after - before for before, after in (preference["chosen_logps"], preference["rejected_logps"])]

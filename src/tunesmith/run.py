@@ -21,6 +21,8 @@ EVENTS, REPORT, PAGE = "events.jsonl", "report.json", "report.html"
 LOCK, HELD = "run.lock", ".held"
 """Who works in a run (process and start time), and the empty file that the operating system locks for it."""
 CHANGES = "changes.json"
+SEEDS = "seeds.json"
+"""In the directory of several runs that differ in their seed alone: their names."""
 RESULTS = ("adapter", "model")
 MERGED = "merged-"
 """Opens the name of the directory with a run's adapter folded into a copy of its base; the weights' dtype ends it."""

@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.cli.display import Display, out, quiet_libraries
 from tunesmith.cli.tables import aligned
 from tunesmith.recipe import Plan
-from tunesmith.run import PLAN, Run, find_runs
+from tunesmith.run import PLAN, SEEDS, Run, find_runs
 
 COLUMNS = ("run", "state", "steps", "model", "method", "verdict")
 SIGNS = {"ok": "✓", "changed": "✗", "gone": "!", "not checked": "·"}
@@ -22,6 +22,7 @@ def show_runs(root: Path, *, as_json: bool) -> None:
     from tunesmith.pipeline.chain import Chain
 
     found = [run for run in find_runs(root) if (run.path / PLAN).is_file() or Chain.is_here(run.path)]
+    found += [Run(path.parent) for path in sorted(root.rglob(SEEDS))]
     listed = _as_tree([_summary(run) for run in found])
     if as_json:
         out(json.dumps([summary for _, summary in listed]))
@@ -45,8 +46,13 @@ def _summary(run: Run) -> dict[str, Any]:
     try:
         if Chain.is_here(run.path):
             return {**Chain.open(run.path).summary(), "parents": []}
+        if (run.path / SEEDS).is_file():
+            from tunesmith.pipeline.seeds import Seeds
+
+            return {**Seeds.open(run.path).summary(), "parents": []}
         above = chain_of(run)
-        parents = [*_parents(run), *([] if above is None else [above])]
+        seeds = [Path(os.path.abspath(run.path)).parent] if (run.path.parent / SEEDS).is_file() else []
+        parents = [*_parents(run), *([] if above is None else [above]), *seeds]
         return {**run.summary(), "parents": [str(path) for path in parents]}
     except (InputError, OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return {**dict.fromkeys(COLUMNS), "run": str(run.path), "state": "damaged", "parents": []}

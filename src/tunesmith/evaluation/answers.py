@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import Progress, silent
 from tunesmith.batch import NO_PARENT, Batch, Example, pack
-from tunesmith.data.render import Rendered
-from tunesmith.engine.generate import Sampling, generate
+from tunesmith.data.render import TOKEN_SCOPES, Rendered
+from tunesmith.engine.generate import Generation, Sampling, generate
 from tunesmith.models.forward import use_attention
 from tunesmith.objectives import Supervised, TrainingObjective
 
@@ -82,6 +82,7 @@ class Judging:
 
     Attributes:
         likelihoods: whether reference answers are looked at too.
+        confident: whether the probability of the model's own answers is looked at.
     """
 
     max_new_tokens: int
@@ -90,13 +91,14 @@ class Judging:
     packed: bool
     generates: bool = True
     likelihoods: bool = True
+    confident: bool = False
 
 
 def judge(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Rendered], how: Judging, progress: Progress
 ) -> list[Judged]:
     """Answers every row greedily and measures the likelihood of its reference."""
-    asked = [at for at, row in enumerate(rows) if row.prompt_ids and how.generates]
+    asked = [at for at, row in enumerate(rows) if row.prompt_ids and (how.generates or how.confident)]
     generations = generate(
         model,
         [rows[at].prompt_ids for at in asked],
@@ -106,6 +108,7 @@ def judge(
         progress=progress,
     )
     answers = dict(zip(asked, generations, strict=True))
+    confidences = _confidences(model, rows, answers, how, progress) if how.confident else {}
     likelihoods: Sequence[Sequence[tuple[float, int]]] = [[(math.nan, 0)]] * len(rows)
     if how.likelihoods:
         likelihoods = answer_nlls(model, [row.example for row in rows], packed=how.packed, progress=progress)
@@ -127,9 +130,26 @@ def judge(
                 margin=_margin(row, likelihoods[at]),
                 other_nll=other_nll if other_nll is not None and math.isfinite(other_nll) else None,
                 other_targets=other_targets,
+                confidence=confidences.get(at),
             )
         )
     return judged
+
+
+def _confidences(
+    model: nn.Module, rows: Sequence[Rendered], answers: dict[int, Generation], how: Judging, progress: Progress
+) -> dict[int, float]:
+    """The probability that the model gives just the answer that it gave, its end included, by number of the row."""
+    examples: dict[int, Example] = {}
+    for at, said in answers.items():
+        ids = [*said.token_ids, *([] if said.stop_id is None else [said.stop_id])]
+        if ids and not rows[at].row.rejected:  # of a pair it is the margin that counts
+            weights = torch.ones(len(rows[at].prompt_ids) + len(ids))
+            weights[: len(rows[at].prompt_ids)] = 0.0
+            token_ids = torch.tensor([*rows[at].prompt_ids, *ids])
+            examples[at] = Example(token_ids, {"target_weights": weights}, TOKEN_SCOPES)
+    nlls = row_nlls(model, [*examples.values()], packed=how.packed, progress=progress)
+    return {at: math.exp(-nll) for at, nll in zip(examples, nlls, strict=True) if math.isfinite(nll)}
 
 
 def _bytes_of_targets(row: Rendered, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -71,6 +71,9 @@ def _found(text: str) -> Iterator[Detail]:
         if not any(match.start() < end and start < match.end() for start, end in taken):
             digits = digits_of(match.group())
             yield Detail("numbers", digits, f"{digits[:2]}…{digits[-1:]}")
+    # What is an address is no name besides.
+    for start, end in taken:
+        text = f"{text[:start]}{'.' * (end - start)}{text[end:]}"
     for name in _names(text):
         yield Detail("names", _folded(name), " ".join(f"{word[0]}…" for word in name.split()))
 

@@ -174,7 +174,7 @@ def memorisation_summary(
         "trained": trained,
         "held_out": others,
         "difference": difference,
-        "details": [entry for entry in details if entry["held"] or entry["held_out"]["held"]],
+        "details": [entry for entry in details if entry["held"]],
         "examples": list(dict.fromkeys(shown))[:EXAMPLES],
         "warnings": warnings,
         "sentence": _sentence(trained, others),

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tunesmith.metrics.agreement import krippendorff_alpha, share_agreeing
-from tunesmith.metrics.proportions import sign_test, wilson
+from tunesmith.metrics.proportions import wilson
+from tunesmith.metrics.significance import mcnemar_exact
 
 Choice = Literal["a", "b", "tie", "both_bad", "skip"]
 CHOICES: tuple[Choice, ...] = ("a", "b", "tie", "both_bad", "skip")
@@ -94,7 +95,7 @@ def win_rate(scores: Sequence[float], confidence: float) -> dict[str, Any]:
         "wins": wins,
         "losses": losses,
         "ties": len(scores) - wins - losses,
-        "p": sign_test(wins, losses),
+        "p": mcnemar_exact(losses, wins),  # with ties left out this is the sign test
     }
 
 

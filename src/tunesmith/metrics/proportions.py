@@ -1,8 +1,8 @@
-"""Shares of rows: how sure one is, how sure the difference of two is, and whether two systems won equally often."""
+"""Shares of rows: how sure one is, and how sure the difference of two is."""
 
 from __future__ import annotations
 
-from math import comb, sqrt
+from math import sqrt
 from statistics import NormalDist
 
 
@@ -52,10 +52,3 @@ def difference_of_shares(first: tuple[int, int], second: tuple[int, int], confid
     below = sqrt((one - low) ** 2 + (other_high - other) ** 2)
     above = sqrt((high - one) ** 2 + (other - other_low) ** 2)
     return one - other - below, one - other + above
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided p-value of wins and losses under equal chances; ties are left out before (exact binomial; Dixon and
-    Mood 1946, "The statistical sign test"). Without either it is 1."""
-    n, fewer = wins + losses, min(wins, losses)
-    return min(1.0, 2 * sum(comb(n, k) for k in range(fewer + 1)) / 2**n)

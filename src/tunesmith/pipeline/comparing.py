@@ -127,7 +127,7 @@ def _systems(runs: Sequence[Run]) -> list[Compared]:
         # without rows of their own, other seeds are judged on other rows, and are other systems
         groups.setdefault(alike, []).append(run)
         settings.setdefault(alike, own)
-    names = _names([found[0] for found in groups.values()])
+    names = _names([_place(found) for found in groups.values()])
     found = []
     for name, (alike, group) in zip(names, groups.items(), strict=True):
         label = f"{name} ({len(group)} seeds)" if len(group) > 1 else name
@@ -136,9 +136,14 @@ def _systems(runs: Sequence[Run]) -> list[Compared]:
     return found
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
+def _place(runs: Sequence[Run]) -> Path:
+    """Directory of a run, or of the seeds that several are."""
+    path = runs[0].path.resolve()
+    return path.parent if len(runs) > 1 and Seeds.is_here(path.parent) else path
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
     """Short names that tell runs apart: the directory's, or as much of the path as it takes."""
-    paths = [run.path.resolve() for run in runs]
     for parts in range(1, 6):
         names = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(names)) == len(names):

@@ -31,7 +31,7 @@ from tunesmith.evaluation.compare import (
 )
 from tunesmith.methods.adapter_files import load_adapter
 from tunesmith.methods.quantized_lora import base_read
-from tunesmith.metrics import MARGIN, OF_DOCUMENTS, PREFERENCE_ACCURACY, bootstrap
+from tunesmith.metrics import CALIBRATION_ERROR, MARGIN, OF_DOCUMENTS, PREFERENCE_ACCURACY, bootstrap
 from tunesmith.models.embeddings import cover_tokens
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import (
@@ -319,6 +319,7 @@ def judged_rows(
         frozenset(speaker.renderer.stop_ids),
         packing_obstacle(speaker.model) is None,
         any(name not in LIKELIHOODS for name in metrics),
+        confident=CALIBRATION_ERROR in metrics and not holds_pairs(data),
     )
     return own.scored(judge(speaker.model, speaker.tokenizer, rows, how, progress)), metrics
 

@@ -15,7 +15,7 @@ from tunesmith.pipeline.chain import Chain
 from tunesmith.pipeline.lineage import parent_directory, read_lineage
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import check_recipe, parse_yaml
-from tunesmith.run import MERGED, PLAN, RECIPE, RESULTS, Run
+from tunesmith.run import MERGED, PLAN, RECIPE, RESULTS, SEEDS, Run
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ def locate(path: str, progress: Progress = silent) -> Location:
     directory = Path(path).expanduser()
     if Chain.is_here(directory):
         directory = Chain.open(directory).last_stage().path
+    if (directory / SEEDS).is_file():
+        names = ", ".join(sorted(place.parent.name for place in directory.glob(f"*/{RECIPE}")))
+        raise InputError("this holds several runs, one for each seed", where=directory, fix=f"name one of {names}")
     if (directory / RECIPE).is_file():
         run = Run.open(directory)
         result = run.result

@@ -18,7 +18,7 @@ from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_fo
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
 from tunesmith.evaluation.labels import judge_constant, judge_labels
 from tunesmith.evaluation.preferences import falling_likelihood, preference_sentence, preference_summary
-from tunesmith.metrics import confusion
+from tunesmith.metrics import CALIBRATION_ERROR, confusion
 from tunesmith.models.measure import position_limit
 from tunesmith.objectives import Preference
 from tunesmith.pages.report import report_page
@@ -58,6 +58,7 @@ class Proof:
             stop_ids=frozenset(planned.prepared.stop_ids),
             packed=planned.plan.packing,
             generates=any(name not in LIKELIHOODS for name in planned.plan.metrics),
+            confident=CALIBRATION_ERROR in planned.plan.metrics and not isinstance(planned.objective, Preference),
         )
         self.probe = probe_of(planned, spec, self.rows, self.how)
 

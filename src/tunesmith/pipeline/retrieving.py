@@ -113,14 +113,14 @@ class Indexes:
         return self._made[key]
 
     @cached_property
-    def _encoder(self) -> Encoder:
+    def loaded_encoder(self) -> Encoder:
         return load_encoder(self.encoder, self.device, self.progress)
 
     def _bm25(self, texts: Sequence[str], content: str) -> Bm25:
         return Bm25.load(cached({"bm25": INDEX_FORMAT, "texts": content}, lambda where: Bm25(texts).save(where)))
 
     def _dense(self, texts: Sequence[str], content: str) -> Dense:
-        encoder = self._encoder
+        encoder = self.loaded_encoder
         read = [weights_sha256(encoder.model, encoder.model.config), encoder.pooling, encoder.window]
 
         def build(where: Path) -> None:

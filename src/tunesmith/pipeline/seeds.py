@@ -18,11 +18,11 @@ from tunesmith.files import new_directory, read_json, write_json, write_text
 from tunesmith.pages.report import report_page
 from tunesmith.pipeline.finetune import Watcher, finetune
 from tunesmith.pipeline.locating import run_recipe
+from tunesmith.pipeline.memorisation import with_remark
 from tunesmith.recipe import Recipe
-from tunesmith.run import BASE_EVALUATION, PAGE, PLAN, RECIPE, REPORT, RESTORE, TUNED_EVALUATION, Run
+from tunesmith.run import BASE_EVALUATION, PAGE, PLAN, RECIPE, REPORT, RESTORE, SEEDS, TUNED_EVALUATION, Run
 from tunesmith.train.parallel import is_main, wait_for_all
 
-SEEDS = "seeds.json"
 Announce = Callable[[int, int, Recipe], None]
 """Told before each seed: its number from 1, how many there are, and its recipe."""
 
@@ -49,6 +49,20 @@ class Seeds:
     @property
     def report(self) -> dict[str, Any] | None:
         return Run(self.path).report
+
+    def summary(self) -> dict[str, Any]:
+        """One line about all seeds, for lists, with the keys that a run has."""
+        own = [run.summary() for run in self.runs if (run.path / PLAN).is_file()]
+        done = sum(one["state"] == "done" for one in own)
+        state = next((one["state"] for one in own if one["state"] != "done"), "unfinished")
+        return {
+            "run": str(self.path),
+            "state": "done" if self.report is not None else f"{state}, {done} of {len(self.runs)} seeds",
+            "steps": sum(one["steps"] for one in own),
+            "model": own[0]["model"] if own else None,
+            "method": own[0]["method"] if own else None,
+            "verdict": (self.report or {}).get("verdict"),
+        }
 
     @property
     def page(self) -> Path:
@@ -148,15 +162,22 @@ def seeds_report(seeds: Seeds) -> dict[str, Any]:
             warnings.insert(0, told_spread)
     if len(every) < 3:
         warnings.append("two seeds say little about how far a third would fall from them")
+    memorisation = next(
+        (one["memorisation"] for one in every if one["memorisation"]["warnings"]), first["memorisation"]
+    )
+    warnings += memorisation["warnings"]
     shared = [text for text in first["warnings"] if all(text in report["warnings"] for report in every)]
     return {
         **common,
         "verdict": decided.verdict,
-        "sentence": decided.sentence.replace(" held-out rows", f" held-out rows and {len(every)} seeds"),
+        "sentence": with_remark(
+            decided.sentence.replace(" held-out rows", f" held-out rows and {len(every)} seeds"), memorisation
+        ),
+        "memorisation": memorisation,
         "gate": decided.gate,
         "metrics": metrics,
         "forgetting": forgetting,
-        "warnings": [*warnings, told, *shared],
+        "warnings": list(dict.fromkeys([*warnings, told, *shared])),
     }
 
 

@@ -81,6 +81,10 @@ def _targets_of_loss(job: Job) -> None:
     everything, last = job.flag("train_on_prompt"), job.flag("mask_history")
     if everything and last:
         job.refuse("mask_history", "train_on_prompt and mask_history exclude each other", "remove one of them")
+    if trainer_settings.pretrains(job):
+        for key in ("train_on_prompt", "mask_history"):
+            job.say(key, "ignored", note="every token of raw text is trained on")
+        return
     chosen = "everything" if everything else "last-answer" if last else "answers"
     for key in ("train_on_prompt", "mask_history"):
         if job.get(key) is not None:
@@ -111,21 +115,23 @@ def _rate(job: Job) -> None:
 
 def _packing(job: Job) -> None:
     packed, neat = job.flag("packing"), job.flag("neat_packing")
-    raw = job.text("stage") == "pt"
-    on = packed if packed is not None else raw
+    if trainer_settings.pretrains(job):
+        mixed = "" if neat else f"{LOUD}documents in one block see each other there, and never here"
+        for key in ("packing", "neat_packing"):
+            job.say(key, "translated", "objective.kind", mixed)
+        if packed is None and not neat:
+            job.defaults.append(f"objective.kind: pretrain (stage pt packs; {mixed})")
+        return
+    on = bool(packed)
     note = (
         f"{LOUD}their batch counts packed sequences of cutoff_len tokens, ours counts rows: multiply train.batch_size "
         "by the rows that fit into one sequence on average"
     )
     mixed = "; rows in one sequence see each other there, and never here"
-    if raw and on:
-        mixed += "; texts are joined and cut into blocks there, and each is cut to max_length here"
     if neat or on:
         job.recipe["train.packing"] = True
         job.say("neat_packing", "taken", "train.packing", note)
         job.say("packing", "taken", "train.packing", note + ("" if neat else mixed))
-        if packed is None and not neat:
-            job.defaults.append(f"train.packing: True (stage pt packs; {note}{mixed})")
     else:
         for key in ("packing", "neat_packing"):
             if job.get(key) is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.base import InputError, nearest
 from tunesmith.recipe_import.job import LOUD, Job
 from tunesmith.recipe_import.llamafactory_stages import PAIRS
-from tunesmith.recipe_import.trainer_settings import DataSource, put_data
+from tunesmith.recipe_import.trainer_settings import DataSource, pretrains, put_data
 
 INFO = "dataset_info.json"
 ALPACA_PARTS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
@@ -254,6 +254,10 @@ def _mixed(job: Job, sources: list[DataSource]) -> list[DataSource]:
 
 
 def template(job: Job) -> None:
+    if pretrains(job):
+        for key in ("template", "default_system"):
+            job.say(key, "ignored", note="raw text has none")
+        return
     if (system := job.text("default_system")) is not None:
         job.put("data.system", system, "default_system")
     name = job.text("template")
@@ -280,14 +284,18 @@ def template(job: Job) -> None:
 
 def length(job: Job) -> None:
     """Theirs cuts question and answer in proportion, ours the end of the answer only."""
-    packed = bool(job.flag("packing") or job.flag("neat_packing"))
+    blocks = pretrains(job)
+    packed = bool(job.flag("packing") or job.flag("neat_packing")) and not blocks
     limit = job.whole("cutoff_len", least=2)
     cut = "the end of the answer is cut; LLaMA-Factory cuts the question too"
     if limit is None:
         job.default(
             "data.max_length", 2048 - packed, "cutoff_len is absent" + (", packing takes one" if packed else "")
         )
+    elif blocks:
+        job.put("data.max_length", limit, "cutoff_len", "tokens of a block")
     else:
         job.put("data.max_length", limit - packed, "cutoff_len", cut + ("; packing takes one token" if packed else ""))
         job.say("cutoff_len", "translated", "data.max_length, data.overlong", cut)
-    job.default("data.overlong", "truncate", cut)
+    if not blocks:
+        job.default("data.overlong", "truncate", cut)

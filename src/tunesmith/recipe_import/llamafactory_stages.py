@@ -21,8 +21,10 @@ def stage(job: Job) -> None:
     name = job.text("stage")
     if name not in (None, *STAGES):
         job.refuse("stage", f"the stage {name!r} is not available; {', '.join(STAGES)} are", "import a file of one")
-    if name == "pt":
+    if name == "pt" and job.flag("packing") is False and not job.flag("neat_packing"):
         job.say("stage", "translated", "data.format", "raw text, of which every token is trained on")
+    elif name == "pt":
+        job.put("objective.kind", "pretrain", "stage", "raw text, joined and cut into blocks")
     elif name == "rm":
         job.put("objective.kind", "reward", "stage")
     elif name == "dpo":
@@ -162,7 +164,8 @@ def _reference(job: Job, *, needed: bool) -> None:
 STAGE = Entry(
     ("stage", "do_train", *KEYS),
     "objective.*",
-    "sft; pt is raw text; rm is reward; dpo is dpo, simpo or orpo by pref_loss (kto_pair is DPO's loss), with "
-    "pref_beta as beta and pref_ftx as nll_weight; kto; ppo with its reward model; keys of other stages are ignored",
+    "sft; pt is pretrain, or raw text row by row without packing; rm is reward; dpo is dpo, simpo or orpo by pref_loss "
+    "(kto_pair is DPO's loss), with pref_beta as beta and pref_ftx as nll_weight; kto; ppo with its reward model; keys "
+    "of other stages are ignored",
     stage,
 )

@@ -249,6 +249,11 @@ def best(job: Job, *, wanted: bool, why: str) -> None:
         job.say("metric_for_best_model", "ignored", note="the validation loss, as here")
 
 
+def pretrains(job: Job) -> bool:
+    """Whether raw documents are cut into blocks, so that nothing about conversations or long rows may be said."""
+    return job.recipe.get("objective.kind") == "pretrain"
+
+
 def noise(key: str) -> Entry:
     """NEFTune's alpha, which supervised fine-tuning has here."""
 
@@ -287,7 +292,7 @@ def put_data(job: Job, sources: list[DataSource], validation: DataSource | None)
     if validation:
         job.recipe["data.validation"] = validation.path
         job.default("data.overlap", "keep", f"{job.tool} trains on rows that also stand in the validation file")
-    if all(source.exact or source.format == "text" for source in sources):
+    if all(source.exact or source.format == "text" for source in sources) and not pretrains(job):
         job.default("data.template", "plain", "these rows go without a chat template there")
     job.default("data.duplicates", "keep", f"{job.tool} trains on every copy of a row")
     return "" if shared or not validation else "their format differs from that of the training rows: check data.format"

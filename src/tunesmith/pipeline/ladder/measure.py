@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tunesmith.base import InputError
+from tunesmith.base import InputError, Interrupted
 from tunesmith.data.render import Rendered, Renderer
 from tunesmith.data.row import Row
 from tunesmith.evaluation.compare import LIKELIHOODS, better_way
@@ -53,7 +53,12 @@ def measure_ladder(spec: LadderSpec, recipe: Recipe, watcher: Watcher) -> dict[s
     with Run(directory).locked():
         indexes = Indexes("" if spec.encoder == "off" else spec.encoder, planned.hardware.device, watcher.progress)
         job = Job(spec, recipe, evaluate, planned, directory, Store.within(directory), indexes, watcher)
-        report = _measured(job, prices)
+        if spec.reads_with_encoder:
+            _ = indexes.loaded_encoder  # an encoder that cannot be had is told before anything takes long
+        try:
+            report = _measured(job, prices)
+        except Interrupted as error:
+            raise Interrupted(error.what, where=error.where, fix="give the same command again") from error
         write_text(directory / PAGE, ladder_page(report))
         write_json(directory / LADDER_REPORT, report)
     return report
