@@ -107,12 +107,13 @@ class Load:
 
 @dataclass(frozen=True)
 class _Held:
-    """Bytes that are there throughout."""
+    """Bytes that are there throughout; ``mapped`` is the weights' file while it is read, ``stays`` what of it stays."""
 
     frozen: float
     constants: float
     trained: float
     mapped: float
+    stays: float
     runtime: float
 
 
@@ -157,7 +158,7 @@ def predict_memory(model: Counted, recipe: Recipe, load: Load) -> Memory:
     shape, kept, width = model.shape, model.kept, BYTES[model.dtype]
     held = _held(model, load)
     loaded = held.frozen + (held.trained if recipe.method.trains_all else 0.0)
-    always = {"weights": loaded, "constants": held.constants, "runtime": held.runtime}
+    always = {"weights": loaded, "constants": held.constants, "runtime": held.runtime, "mapped": held.stays}
     phases = [Phase(name="loading", parts=_whole(always | {"workspace": held.mapped}))]
     if load.before:
         phases.append(Phase(name="asking the teacher", parts=_whole({"weights": load.before, "runtime": held.runtime})))
@@ -214,15 +215,15 @@ def _held(model: Counted, load: Load) -> _Held:
     shape, held = model.shape, model.held
     size = BYTES[model.frozen_dtype] * (model.frozen - model.quantized)
     file = BYTES[shape.stored] * (model.frozen or model.trained)
-    runtime, mapped = 0.0, 0.0
+    runtime, mapped, stays = 0.0, 0.0, 0.0
     if load.shares_host_memory:
         runtime = RUNTIME_BYTES + (QUANTIZING_BYTES if held is not None else 0)
         mapped = file if shape.stored != model.frozen_dtype else 0.0
         if held is not None and shape.stored == model.frozen_dtype:
-            size = max(size, file)  # embeddings are a view of the mapped file, which is in memory as a whole
+            stays = max(0.0, file - size)  # embeddings are a view of the mapped file, which is in memory as a whole
     payload = 0.0 if held is None else model.quantized * payload_bytes(held)
     constants = 0.0 if held is None else model.quantized * constant_bytes(held)
-    return _Held(size + payload, constants, 4.0 * model.trained, mapped, runtime)
+    return _Held(size + payload, constants, 4.0 * model.trained, mapped, stays, runtime)
 
 
 def _copies(held: _Held, recipe: Recipe, load: Load) -> float:
