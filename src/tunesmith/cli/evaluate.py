@@ -42,7 +42,7 @@ def run_evaluation(
             fix="name a file of rows: --data held-out.jsonl, or benchmarks: --benchmarks hellaswag,arc_easy",
         )
     quiet_libraries()
-    spec = EvaluateSpec(metrics=[*metrics] or "auto", rows=rows)
+    spec = EvaluateSpec(metrics=[*metrics] if metrics else "auto", rows=rows)
     with Display(as_json) as display:
         results = compare_with_base(target, [DataSpec(train=path) for path in data], spec, display.progress)
     if as_json:
