@@ -221,6 +221,7 @@ def copy_of(planned: Planned, blocks: int | None) -> nn.Module:
     device = torch.device("meta") if blocks is None else planned.hardware.device
     with torch.device(device), no_init_weights():
         model = model_class(head).from_config(config, dtype=DTYPES[planned.plan.frozen_dtype])
+    cast(Any, model).tie_weights()  # which transformers leaves out together with the first values
     if blocks is None:
         return model
     with torch.no_grad():
