@@ -181,6 +181,8 @@ def test_blocks_are_timed_and_a_dry_step_is_measured(place: Path) -> None:
     found = calibrated(planned).plan
     assert found.time.source == CALIBRATED and found.time.train_seconds > 0 and found.time.evaluate_seconds > 0
     assert found.model_copy(update={"time": planned.plan.time}) == planned.plan  # nothing else depends on it
+    rowless = calibrated(estimate_job(recipe(place, "8b", data={"train": "nothing.jsonl"}))).plan
+    assert "that needs rows and a tokenizer" in rowless.notes[-1] and "evaluation is not counted" in rowless.notes[-2]
     step = dry_step(planned)
     assert step.peak_bytes > 10**8 and step.tokens > 0 and step.stands_for is None
 
@@ -197,4 +199,8 @@ def test_the_verb_prints_table_and_proposal_and_refuses_two_questions(
         show_plan(recipe(place), Asked(table=True, probe=True), as_json=False)
     with pytest.raises(InputError, match="a dry step needs rows"):
         show_plan(recipe(place, "8b", data={"train": "nothing.jsonl"}), Asked(probe=True), as_json=False)
+    with pytest.raises(InputError, match="not made from timed blocks"):
+        show_plan(recipe(place), Asked(table=True, calibrate=True), as_json=False)
+    with pytest.raises(InputError, match="is for --table and --budget"):
+        show_plan(recipe(place), Asked(machines=Path("mine.yaml")), as_json=False)
     assert "--table" in CliRunner().invoke(app, ["plan", "--help"]).output

@@ -15,7 +15,7 @@ from tunesmith.files import write_text
 
 OVER = ("target", "output", "prices")
 """Flags that go before settings of the section `ladder`."""
-OTHERS = ("measure", "html", "as_json", "queries", "months", *OVER)
+OTHERS = ("measure", "html", "as_json", *OVER)
 
 
 def run_ladder(recipe: Path, flags: Mapping[str, Any]) -> int:

@@ -182,7 +182,8 @@ def _candidates(planned: Planned, memory: float) -> Iterator[tuple[Recipe, list[
         budget = BudgetSpec(memory=int(memory))
         text = "the frozen model is read from its files block by block: training takes several times as long"
         settings = {"method.kind": "lora", "budget.memory": f"{int(memory / 1e6)}MB"}
-        yield recipe.model_copy(update={"budget": budget}), [LOW_RANK, text], settings
+        given_up = [text] if "method" in recipe.model_fields_set else [LOW_RANK, text]
+        yield recipe.model_copy(update={"budget": budget}), given_up, settings
 
 
 def _resolved(recipe: Recipe, planned: Planned, model: nn.Module, given: Given, memory: float) -> Plan:

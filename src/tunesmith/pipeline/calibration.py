@@ -58,10 +58,12 @@ def calibrated(planned: Planned, progress: Progress = silent, clock: Clock = tim
         clock: seconds.
     """
     plan, given = planned.plan, planned.given
-    if plan.streamed_tokens is not None or given is None or planned.prepared is None:
+    if plan.streamed_tokens is not None or given is None:
         return planned
     progress("timing blocks of this model", 0, None)
     try:
+        if planned.prepared is None:
+            raise InputError("that needs rows and a tokenizer")
         shape = shape_of(copy_of(planned, None))
         pace = _pace(planned, shape, clock)
     except (TunesmithError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
