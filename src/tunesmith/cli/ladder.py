@@ -31,7 +31,7 @@ def run_ladder(recipe: Path, flags: Mapping[str, Any]) -> int:
         if name not in OTHERS and value not in (None, False, []):
             flag = "the file of answers" if name == "answers" else f"--{name.replace('_', '-')}"
             raise InputError(
-                "this is for the advice, and --measure reads everything from the recipe",
+                "this is for the advice or --cost, and --measure reads everything from the recipe",
                 where=flag,
                 fix="leave it out; settings of the ladder stand in the recipe's section `ladder`",
             )
