@@ -338,3 +338,12 @@ def test_questions_are_asked_on_a_terminal(shell: Shell) -> None:
     assert code == 0, wrong
     assert "did you mean 'style'" in said and "'soon' is not a number" in said
     assert "fine_tune: Fine-tune" in said and "tokens of raw text" not in said
+
+
+def test_an_interrupted_command_says_so(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tunesmith.cli.advise.read_answers", interrupt)
+    code, said, wrong = shell.run("--change", "style")
+    assert (code, said, wrong) == (130, "", "interrupted\n")

@@ -22,6 +22,10 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130 and _was_interrupted(end):  # which typer turns into an exit without a word
+            print("interrupted", file=sys.stderr)
+        raise
     except BrokenPipeError:
         # The reader went away, as `head` does; nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -33,6 +37,10 @@ def main() -> None:
             raise
         _tell(error)
         sys.exit(error.exit_code)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _was_interrupted(error.__context__))
 
 
 def _tell(error: TunesmithError) -> None:

@@ -144,7 +144,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     )
     for check in report["gate"]:
         state = {True: "passed", False: "failed", None: "could not be checked"}[check["passed"]]
-        measured_text = "" if check["measured"] is None else f", measured {check['measured']:+.4g}"
+        measured_text = "" if check["measured"] is None else f", measured {check['measured'] + 0.0:+.4g}"
         lines.append(f"gate {check['name']} {check['required']:+.4g}{measured_text}: {state}")
     lines += [f"warning: {text}" for text in report["warnings"]]
     return lines

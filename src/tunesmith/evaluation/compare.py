@@ -351,7 +351,7 @@ def _sentence(
     if forgetting.get("status") == "measured" and forgetting.get("change") is not None:
         change = forgetting["change"]
         warning = ", which is a lot" if change > NOTABLE_FORGETTING else ""
-        parts.append(f"perplexity on general text changed by {change:+.1%}{warning}")
+        parts.append(f"perplexity on general text changed by {round(change, 3) + 0.0:+.1%}{warning}")
     elif forgetting.get("status") == "could_not_run":
         parts.append("forgetting could not be measured")
     return f"{opening}: {'; '.join([*parts, *said])}."
