@@ -21,8 +21,9 @@ from tunesmith.pipeline.planning import plan_job
 from tunesmith.plan.duration import CALIBRATED
 from tunesmith.plan.machines import read_machines
 from tunesmith.plan.table import Table
-from tunesmith.recipe import BudgetSpec, Recipe
+from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import check_recipe
+from tunesmith.recipe_limits import BudgetSpec
 
 LLAMA3_8B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,

@@ -46,17 +46,9 @@ from tunesmith.objectives.rewards import (
 )
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.pipeline.planning import plan_job
-from tunesmith.recipe import (
-    BudgetSpec,
-    EarlyStopping,
-    EvaluateSpec,
-    GroupSpec,
-    MemorisationSpec,
-    ModelSpec,
-    Recipe,
-    TrainSpec,
-)
+from tunesmith.recipe import EarlyStopping, EvaluateSpec, GroupSpec, MemorisationSpec, ModelSpec, Recipe, TrainSpec
 from tunesmith.recipe_file import check_recipe
+from tunesmith.recipe_limits import BudgetSpec
 
 BASE: dict[str, Any] = {
     "data": {"validation": 0.2, "test": 0.2},

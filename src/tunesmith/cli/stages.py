@@ -11,8 +11,9 @@ from tunesmith.base import InputError
 from tunesmith.cli.display import Display, out, quiet_libraries
 from tunesmith.cli.importing import importing
 from tunesmith.cli.tables import WORDS, aligned, plan_lines, report_lines
-from tunesmith.recipe import Plan, Recipe
+from tunesmith.recipe import Recipe
 from tunesmith.recipe_stages import Stage, StagedRecipe, read_job
+from tunesmith.resolved import Plan
 
 if TYPE_CHECKING:
     from tunesmith.pipeline.chain import Chain

@@ -17,7 +17,9 @@ from tunesmith.plan.machines import Machines, this_machine
 from tunesmith.plan.resolve import USABLE_MEMORY, Given, resolve
 from tunesmith.plan.streaming import may_stream
 from tunesmith.plan.table import LOW_RANK, Table, Variant, fit_table, variants_of
-from tunesmith.recipe import BudgetSpec, Plan, Recipe
+from tunesmith.recipe import Recipe
+from tunesmith.recipe_limits import BudgetSpec
+from tunesmith.resolved import Plan
 
 FEW_ROWS = 50
 """Held-out rows that are judged when time is short."""

@@ -37,8 +37,9 @@ from tunesmith.pipeline.stopping import Stopping
 from tunesmith.pipeline.training import BLOCKS, Watcher, Work, train_model
 from tunesmith.pipeline.usage import PeakMemory, Stopwatch, keep_memory_small, process_peak_bytes
 from tunesmith.plan.hardware import DTYPES
-from tunesmith.recipe import Plan, Recipe, Resolved
+from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import recipe_yaml
+from tunesmith.resolved import Plan, Resolved
 from tunesmith.run import (
     BASE_EVALUATION,
     DATA,

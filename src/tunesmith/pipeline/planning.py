@@ -60,7 +60,9 @@ from tunesmith.pipeline.teacher import Teacher, base_on_disk, find_teacher, kept
 from tunesmith.plan.hardware import Hardware, detect_hardware, native_dtypes
 from tunesmith.plan.resolve import Given, Judged, resolve, steps_of
 from tunesmith.plan.streaming import may_stream
-from tunesmith.recipe import DAMAGE, Plan, Recipe, Resolved, Workload
+from tunesmith.recipe import Recipe
+from tunesmith.recipe_limits import DAMAGE
+from tunesmith.resolved import Plan, Resolved, Workload
 from tunesmith.train.near_base import REPLAYED, base_is_kept, refuse_unreachable_base
 from tunesmith.train.parallel import world_size
 

@@ -39,8 +39,8 @@ from tunesmith.pipeline.rewards import judge_and_score
 from tunesmith.pipeline.stopping import Stopping
 from tunesmith.pipeline.usage import Stopwatch, keep_memory_small
 from tunesmith.plan.hardware import DTYPES
-from tunesmith.recipe import Plan
 from tunesmith.recipe_file import recipe_yaml
+from tunesmith.resolved import Plan
 from tunesmith.run import Run
 from tunesmith.train.average import Average
 from tunesmith.train.batches import StepBatches

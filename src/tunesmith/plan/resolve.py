@@ -30,7 +30,8 @@ from tunesmith.plan.streaming import (
     streamed_memory,
     tokens_at_once,
 )
-from tunesmith.recipe import Memory, Parameters, Plan, Recipe, Resolved, Workload
+from tunesmith.recipe import Recipe
+from tunesmith.resolved import Memory, Parameters, Plan, Resolved, Workload
 
 DEFAULT_EPOCHS = 3.0
 TOKENS_AT_ONCE = {"cpu": 2048, "mps": 4096, "cuda": 16384}

@@ -20,7 +20,8 @@ from tunesmith.plan.hardware import Hardware
 from tunesmith.plan.machines import Machine, Machines
 from tunesmith.plan.memory import Counted, counted, predict_memory
 from tunesmith.plan.resolve import USABLE_MEMORY, Fit, Given
-from tunesmith.recipe import Memory, Parameters, Recipe
+from tunesmith.recipe import Recipe
+from tunesmith.resolved import Memory, Parameters
 
 MOST_ROWS = 512
 
