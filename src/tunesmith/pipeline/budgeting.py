@@ -13,8 +13,10 @@ from tunesmith.base import InputError, Progress, silent
 from tunesmith.models.streamed import streaming_obstacle
 from tunesmith.pipeline.calibration import copy_of
 from tunesmith.pipeline.planning import Planned, estimate_job
+from tunesmith.plan.fit import USABLE_MEMORY
+from tunesmith.plan.given import Given
 from tunesmith.plan.machines import Machines, this_machine
-from tunesmith.plan.resolve import USABLE_MEMORY, Given, resolve
+from tunesmith.plan.resolve import resolve
 from tunesmith.plan.streaming import may_stream
 from tunesmith.plan.table import LOW_RANK, Table, Variant, fit_table, variants_of
 from tunesmith.recipe import Recipe

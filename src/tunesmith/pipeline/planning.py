@@ -57,8 +57,9 @@ from tunesmith.pipeline.preference_rows import preference_renderer, refuse_encod
 from tunesmith.pipeline.rewards import Scorer
 from tunesmith.pipeline.starting import merged_config, start_of, with_start_told
 from tunesmith.pipeline.teacher import Teacher, base_on_disk, find_teacher, kept_on_disk, refuse_unfit_rows
+from tunesmith.plan.given import Given, Judged
 from tunesmith.plan.hardware import Hardware, detect_hardware, native_dtypes
-from tunesmith.plan.resolve import Given, Judged, resolve, steps_of
+from tunesmith.plan.resolve import resolve, steps_of
 from tunesmith.plan.streaming import may_stream
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_limits import DAMAGE
