@@ -69,7 +69,7 @@ def _own_budget(recipe: Recipe) -> BudgetSpec | None:
 
 
 def _show(recipe: Recipe, asked: Asked, *, as_json: bool) -> None:
-    from tunesmith.pipeline.planning import estimate_job
+    from tunesmith.pipeline.estimating import estimate_job
 
     measured: DryStep | None = None
     with Display(as_json) as display:

@@ -12,7 +12,8 @@ from torch import nn
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.models.streamed import streaming_obstacle
 from tunesmith.pipeline.calibration import copy_of
-from tunesmith.pipeline.planning import Planned, estimate_job
+from tunesmith.pipeline.estimating import estimate_job
+from tunesmith.pipeline.planning import Planned
 from tunesmith.plan.fit import USABLE_MEMORY
 from tunesmith.plan.given import Given
 from tunesmith.plan.machines import Machines, this_machine

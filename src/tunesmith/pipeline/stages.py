@@ -10,8 +10,9 @@ from pathlib import Path
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.files import remove_directory, write_text
 from tunesmith.pipeline.chain import CHAIN, Chain, gate_said_no
+from tunesmith.pipeline.estimating import estimate_job
 from tunesmith.pipeline.finetune import finetune
-from tunesmith.pipeline.planning import Planned, estimate_job, plan_job
+from tunesmith.pipeline.planning import Planned, plan_job
 from tunesmith.pipeline.resuming import changed_between, changed_keys, refuse_changes
 from tunesmith.pipeline.training import Watcher
 from tunesmith.plan.hardware import detect_hardware
