@@ -47,7 +47,7 @@ def run_stages(recipe: StagedRecipe, *, resume: bool, forced: Sequence[str], as_
     """Runs every stage and returns the exit code: 0, or 3 when the gate of one said no."""
     with importing():
         from tunesmith.pipeline.stages import finetune_stages
-        from tunesmith.pipeline.training import Watcher
+        from tunesmith.pipeline.work import Watcher
         from tunesmith.train.parallel import is_main
 
     quiet_libraries()

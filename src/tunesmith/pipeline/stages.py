@@ -14,7 +14,7 @@ from tunesmith.pipeline.estimating import estimate_job
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.pipeline.planning import Planned, plan_job
 from tunesmith.pipeline.resuming import changed_between, changed_keys, refuse_changes
-from tunesmith.pipeline.training import Watcher
+from tunesmith.pipeline.work import Watcher
 from tunesmith.plan.hardware import detect_hardware
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_stages import Stage, StagedRecipe
