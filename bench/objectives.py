@@ -50,8 +50,8 @@ What it teaches. DPO moves what it is asked to move, which answer gained, and ha
 margin in likelihood that the base has is larger than what 40 steps change. SimPO, which has no reference, does the
 opposite: the likelier answer changes in a ninth of the pairs, and better answers become less likely by the token. ORPO
 mostly learns the answers (their perplexity falls by a third at ten times the rate); at its usual weight the odds ratio
-decides little, with weight 1 both accuracies rise, the first beyond its interval. A new head on the last token, all that
-a reward model begins with, is right in 62 % of pairs after 320 of them.
+decides little, with weight 1 both accuracies rise, the first beyond its interval. A new head on the last token, all
+that a reward model begins with, is right in 62 % of pairs after 320 of them.
 
 The curves, in the objective's own loss; those of the training rows are means over the ten steps before. Every run's
 page is `runs/objectives/NAME/report.html`.
