@@ -27,7 +27,7 @@ def seconds(recipe: dict[str, object], before: str, place: Path, name: str) -> t
     path.write_text(json.dumps({**recipe, "output": str(out)}))
     code = (
         f"{before}import time; from tunesmith.recipe_file import read_recipe; from tunesmith.pipeline.finetune import "
-        "finetune; from tunesmith.pipeline.training import Watcher; at = {}\n"
+        "finetune; from tunesmith.pipeline.work import Watcher; at = {}\n"
         "def plan(plan): at['start'] = time.perf_counter()\n"
         "def event(event):\n    if event['event'] == 'trained' or 'start' not in at: at['end'] = time.perf_counter()\n"
         "def progress(label, done, total):\n    if label == 'loading the model': at['start'] = time.perf_counter()\n"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from tunesmith.pipeline.finetune import Watcher, finetune
@@ -45,7 +46,18 @@ became less likely too. Forgetting is the change of perplexity on general text.
 |---|---|---|---|---|---|
 """
 NOTES = """
-Curves of every run: `runs/objectives/NAME/report.html`.
+What it teaches. DPO moves what it is asked to move, which answer gained, and hardly which of the two is likelier: the
+margin in likelihood that the base has is larger than what 40 steps change. SimPO, which has no reference, does the
+opposite: the likelier answer changes in a ninth of the pairs, and better answers become less likely by the token. ORPO
+mostly learns the answers (their perplexity falls by a third at ten times the rate); at its usual weight the odds ratio
+decides little, with weight 1 both accuracies rise, the first beyond its interval. A new head on the last token, all
+that a reward model begins with, is right in 62 % of pairs after 320 of them.
+
+The curves, in the objective's own loss; those of the training rows are means over the ten steps before. Every run's
+page is `runs/objectives/NAME/report.html`.
+
+| objective | rows | {steps} |
+|---|---|{bars}
 """
 
 
@@ -104,6 +116,16 @@ def row_of(name: str, run: Run) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def curves_of(name: str, run: Run) -> list[str]:
+    """Two rows of the table of curves: the loss on training rows and on held-out ones."""
+    events = run.events()
+    held_out = {event["step"]: event["loss"] for event in events if event["event"] == "validation"}
+    steps = [(event["step"], event["loss"]) for event in events if event["event"] == "step"]
+    trained = [mean(loss for step, loss in steps if at - 10 < step <= at) for at in sorted(held_out)]
+    rows = (("training", trained), ("held out", [held_out[at] for at in sorted(held_out)]))
+    return [f"| {name} | {what} | {' | '.join(f'{value:.3f}' for value in values)} |" for what, values in rows]
+
+
 def _told(entry: dict[str, Any] | None, form: str) -> str:
     return "–" if entry is None else f"{form} ({{low:+.3f}} … {{high:+.3f}})".format(**entry)
 
@@ -117,16 +139,25 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     pairs, single = rows_of(given.data)
-    lines = []
+    lines, curves = [], []
     for name, objective in OBJECTIVES.items():
         if given.objective and name not in given.objective:
             continue
         run = finished(name, objective, single if objective["kind"] == "kto" else pairs, given.steps, given.rate)
         lines.append(row_of(name, run))
+        curves += curves_of(name, run)
         print(lines[-1], flush=True)
     if given.write:
+        at = [given.steps // 4 * part for part in range(1, 5)]
+        notes = NOTES.format(steps=" | ".join(f"step {step}" for step in at), bars="---|" * len(at))
         OUT.write_text(
-            HEAD.format(steps=given.steps, rate=given.rate) + "\n".join(lines) + "\n" + NOTES, encoding="utf-8"
+            HEAD.format(steps=given.steps, rate=given.rate)
+            + "\n".join(lines)
+            + "\n"
+            + notes
+            + "\n".join(curves)
+            + "\n",
+            encoding="utf-8",
         )
 
 

@@ -66,8 +66,8 @@ def tunesmith(work: dict[str, Any], turns: Turns) -> None:
     """The whole pipeline, which decides everything by its plan; it is held where it tells of a step."""
     from tunesmith.cli.display import quiet_libraries
     from tunesmith.pipeline.finetune import Watcher, finetune
-    from tunesmith.recipe import Plan
     from tunesmith.recipe_file import read_recipe
+    from tunesmith.resolved import Plan
 
     quiet_libraries()
 

@@ -295,7 +295,7 @@ def test_a_recipe_is_written_once_and_can_be_planned(shell: Shell, tiny_model: P
     assert recipe.method.kind == "lora" and recipe.gate == {"exact_match": 0.01, "forgetting": 0.05}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(shell.root)
-        from tunesmith.pipeline.planning import estimate_job
+        from tunesmith.pipeline.estimating import estimate_job
 
         assert estimate_job(recipe).plan.steps > 0
     before = (shell.root / "recipe.yaml").read_text()

@@ -20,7 +20,7 @@ from tunesmith.pipeline import distilling
 from tunesmith.pipeline.distilling import with_teacher
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.pipeline.planning import Planned, plan_job
-from tunesmith.pipeline.training import Watcher
+from tunesmith.pipeline.work import Watcher
 from tunesmith.recipe_file import check_recipe
 from tunesmith.run import Run
 from tunesmith.train.batches import StepBatches

@@ -22,7 +22,7 @@ from tunesmith.pipeline.ladder.facts import read_facts
 from tunesmith.pipeline.ladder.measure import measure_ladder
 from tunesmith.pipeline.ladder.scores import Rung, Scoring, decided
 from tunesmith.pipeline.ladder.ways import chained, plain, thinking, with_examples, with_passages
-from tunesmith.pipeline.training import Watcher
+from tunesmith.pipeline.work import Watcher
 from tunesmith.plan.advise.cost import ServingPrices, read_prices
 from tunesmith.recipe import EvaluateSpec
 from tunesmith.recipe_file import read_recipe

@@ -13,8 +13,9 @@ from tunesmith.base import InputError
 from tunesmith.data.general_prompts import general_prompts
 from tunesmith.models.load import locate_model, read_config
 from tunesmith.pipeline import own_answers
+from tunesmith.pipeline.estimating import estimate_job
 from tunesmith.pipeline.finetune import finetune
-from tunesmith.pipeline.planning import estimate_job, plan_job
+from tunesmith.pipeline.planning import plan_job
 from tunesmith.recipe_file import check_recipe
 
 

@@ -17,12 +17,14 @@ from tunesmith.cli.plan import Asked, budget_of, show_plan
 from tunesmith.pipeline.budgeting import Choice, refuse_beyond_budget, rented, table_of, within_budget
 from tunesmith.pipeline.calibration import calibrated, copy_of
 from tunesmith.pipeline.dry_step import dry_step
-from tunesmith.pipeline.planning import estimate_job, plan_job
+from tunesmith.pipeline.estimating import estimate_job
+from tunesmith.pipeline.planning import plan_job
 from tunesmith.plan.duration import CALIBRATED
 from tunesmith.plan.machines import read_machines
 from tunesmith.plan.table import Table
-from tunesmith.recipe import BudgetSpec, Recipe
+from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import check_recipe
+from tunesmith.recipe_limits import BudgetSpec
 
 LLAMA3_8B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,

@@ -19,8 +19,9 @@ from tunesmith.models.parts import parameters_by_part
 from tunesmith.objectives import Supervised
 from tunesmith.plan.activations import kept_by_token
 from tunesmith.plan.memory import Load, counted, predict_memory
-from tunesmith.recipe import Memory, Recipe
+from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import check_recipe
+from tunesmith.resolved import Memory
 
 BILLION = 10**9
 

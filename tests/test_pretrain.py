@@ -23,7 +23,6 @@ from tunesmith.data.prepare import Prepared, prepare
 from tunesmith.data.render_documents import DocumentRenderer
 from tunesmith.data.spec import DataSpec
 from tunesmith.evaluation.answers import row_nlls
-from tunesmith.evaluation.compare import metric_rows
 from tunesmith.methods import Full, Lora
 from tunesmith.models.forward import next_token_logits
 from tunesmith.objectives import Pretrain
@@ -322,13 +321,6 @@ def test_what_has_no_meaning_for_documents_is_refused(
     if "CHAT" in where or "chat" in where:
         assert "objective.kind: sft" in (error.value.fix or "")
     assert not (tmp_path / "run").exists()
-
-
-def test_bits_per_byte_of_answers_is_refused(tiny_model: Path, rows_file: Path, tmp_path: Path) -> None:
-    asked = {"metrics": ["bits_per_byte"]}
-    with pytest.raises(InputError, match="whole documents"):
-        finetune(recipe(tiny_model, rows_file, tmp_path / "run", objective="sft", evaluate=asked))
-    assert metric_rows("bits_per_byte", []) is None
 
 
 def test_sft_on_raw_text_stays_as_it_was(tmp_path: Path, corpus: Path) -> None:

@@ -19,8 +19,8 @@ from tunesmith.base import InputError, Interrupted
 from tunesmith.cli.app import app
 from tunesmith.pipeline.lineage import read_lineage
 from tunesmith.pipeline.rerun import compare_runs, plan_rerun, rerun
-from tunesmith.pipeline.training import Watcher
 from tunesmith.pipeline.verifying import verify_run
+from tunesmith.pipeline.work import Watcher
 from tunesmith.run import Run
 
 

@@ -72,6 +72,7 @@ def test_the_reward_rises(kind: str, places: dict[str, str], tmp_path: Path) -> 
         places,
         tmp_path / "run",
         kind,
+        data={"test": 0.4},
         method={"kind": "full"},
         objective={"kl": 0.002, "group_size": 8, "passes": 1, "max_new_tokens": 8},
         train={"steps": 20, "batch_size": 4, "learning_rate": 0.01},

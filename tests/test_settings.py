@@ -46,17 +46,9 @@ from tunesmith.objectives.rewards import (
 )
 from tunesmith.pipeline.finetune import finetune
 from tunesmith.pipeline.planning import plan_job
-from tunesmith.recipe import (
-    BudgetSpec,
-    EarlyStopping,
-    EvaluateSpec,
-    GroupSpec,
-    MemorisationSpec,
-    ModelSpec,
-    Recipe,
-    TrainSpec,
-)
+from tunesmith.recipe import EarlyStopping, EvaluateSpec, GroupSpec, MemorisationSpec, ModelSpec, Recipe, TrainSpec
 from tunesmith.recipe_file import check_recipe
+from tunesmith.recipe_limits import BudgetSpec
 
 BASE: dict[str, Any] = {
     "data": {"validation": 0.2, "test": 0.2},
@@ -449,11 +441,11 @@ CHANGES: dict[str, Any] = {
     "seed": ({}, {"seed": 1}),
 }
 ELSEWHERE = {
-    "evaluate.benchmarks": "it needs items of benchmarks; test_damage",
+    "evaluate.benchmarks": "it needs items of benchmarks; test_forgetting_gate",
     "evaluate.benchmark_limit": "the same; test_benchmarks",
     "evaluate.benchmark_shots": "the same; test_benchmarks",
-    "evaluate.benchmark_data": "the same; test_damage",
-    "evaluate.kl_prompts": "test_damage",
+    "evaluate.benchmark_data": "the same; test_forgetting_gate",
+    "evaluate.kl_prompts": "test_forgetting_gate",
     "evaluate.batch_size": "answers do not depend on it; test_batch_size_reaches_generation",
     "model.revision": "test_a_revision_reaches_the_hub_client",
     "budget.time": "a job is refused or not; test_plan_budget",
@@ -617,6 +609,7 @@ def done(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dic
         run = finetune(recipe_of(sections, places, output))
     except TunesmithError as error:
         return {"refused": error.what}
+    plan = {name: value for name, value in run.read("plan.json").items() if name != "time"}
     events = [{k: v for k, v in event.items() if k not in ("seconds", "report")} for event in run.events()]
     report = run.report or {}
     evidence = {
@@ -625,7 +618,7 @@ def done(sections: dict[str, Any], places: dict[str, Path], output: Path) -> dic
     files = sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_dir())
     result = next(run.path.glob("*/*model.safetensors"))
     digest = hashlib.sha256(result.read_bytes()).hexdigest()
-    return {"events": events, "evidence": evidence, "files": files, "weights": digest}
+    return {"plan": plan, "events": events, "evidence": evidence, "files": files, "weights": digest}
 
 
 @pytest.fixture(scope="module")

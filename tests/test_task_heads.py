@@ -346,7 +346,7 @@ def test_a_run_goes_on_to_the_same_bytes(places: Path, tmp_path: Path) -> None:
     half = recipe(places, "classify", METHODS["lora"], train={"steps": 8, "checkpoint_every": 4})
 
     from tunesmith.base import Interrupted
-    from tunesmith.pipeline.training import Watcher
+    from tunesmith.pipeline.work import Watcher
 
     seen: list[int] = []
 

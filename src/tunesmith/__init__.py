@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from tunesmith.objectives import Supervised
     from tunesmith.pipeline.finetune import finetune
     from tunesmith.pipeline.loaded import batches, evaluate, load
-    from tunesmith.recipe import EvaluateSpec, ModelSpec, Plan, Recipe, TrainSpec
+    from tunesmith.recipe import EvaluateSpec, ModelSpec, Recipe, TrainSpec
     from tunesmith.recipe_file import read_recipe
+    from tunesmith.resolved import Plan
     from tunesmith.run import Run
     from tunesmith.train.loop import step
 
@@ -33,8 +34,9 @@ _HOMES = {
     "tunesmith.objectives": ("Supervised",),
     "tunesmith.pipeline.finetune": ("finetune",),
     "tunesmith.pipeline.loaded": ("batches", "evaluate", "load"),
-    "tunesmith.recipe": ("EvaluateSpec", "ModelSpec", "Plan", "Recipe", "TrainSpec"),
+    "tunesmith.recipe": ("EvaluateSpec", "ModelSpec", "Recipe", "TrainSpec"),
     "tunesmith.recipe_file": ("read_recipe",),
+    "tunesmith.resolved": ("Plan",),
     "tunesmith.run": ("Run",),
     "tunesmith.train.loop": ("step",),
 }

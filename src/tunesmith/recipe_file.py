@@ -18,7 +18,8 @@ from pydantic_core import ErrorDetails
 from tunesmith.base import InputError, Spec, nearest
 from tunesmith.metrics import COMPARED, METRICS, OF_DOCUMENTS, REWARD
 from tunesmith.models.quantized import FOUR_BIT
-from tunesmith.recipe import DAMAGE, EvaluateSpec, Recipe
+from tunesmith.recipe import EvaluateSpec, Recipe
+from tunesmith.recipe_limits import DAMAGE
 from tunesmith.recipe_overrides import COMMAND_LINE, FROM_COMMAND_LINE, apply_override
 
 PLAIN_WORDS = {

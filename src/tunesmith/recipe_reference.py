@@ -17,16 +17,8 @@ from tunesmith.metrics.spec import PythonMetric, SqlMetric
 from tunesmith.objectives import Objective
 from tunesmith.objectives.policy import RolloutServer
 from tunesmith.objectives.rewards import Reward
-from tunesmith.recipe import (
-    BudgetSpec,
-    EarlyStopping,
-    EvaluateSpec,
-    GroupSpec,
-    MemorisationSpec,
-    ModelSpec,
-    Recipe,
-    TrainSpec,
-)
+from tunesmith.recipe import EarlyStopping, EvaluateSpec, GroupSpec, MemorisationSpec, ModelSpec, Recipe, TrainSpec
+from tunesmith.recipe_limits import BudgetSpec
 
 METHODS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Method)[0])
 OBJECTIVES: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Objective)[0])

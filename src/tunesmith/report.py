@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from tunesmith.base import Spec
-from tunesmith.recipe import Parameters, Resolved
+from tunesmith.resolved import Parameters, Resolved
 
 Better = Literal["higher", "lower"]
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cli.arguments import AsJson
 from tunesmith.cli.importing import importing
 
 
@@ -65,7 +66,7 @@ class AdviseOptions(AnswerOptions):
     html: Annotated[Path | None, typer.Option("--html", help="With --cost or --measure: write a page there too.")] = (
         None
     )
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False
+    as_json: AsJson = False
 
     def given(self) -> dict[str, Any]:
         return dict(vars(self))

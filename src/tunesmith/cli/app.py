@@ -1,4 +1,4 @@
-"""The verbs."""
+"""The verbs; those below `data`, `recipe` and `runs` have files of their own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from tunesmith.cli.advise_verb import AdviseOptions, advise
+from tunesmith.cli.arguments import AsJson, Overrides, RecipePath, Target
+from tunesmith.cli.data_verbs import data_app
 from tunesmith.cli.importing import importing
 from tunesmith.cli.options import as_command
+from tunesmith.cli.recipe_verbs import recipe_app
+from tunesmith.cli.runs_verbs import runs_app
 from tunesmith.cli.vote_verb import vote
 
 app = typer.Typer(
@@ -21,28 +25,11 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's markdown alone takes a tenth of a second
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Look at data as the model will see it.", no_args_is_help=True, rich_markup_mode=None)
-recipe_app = typer.Typer(
-    help="The format of recipes, and recipes from other tools.", invoke_without_command=True, rich_markup_mode=None
-)
-runs_app = typer.Typer(
-    help="List runs, each below the one that it comes from, with their verdicts.",
-    invoke_without_command=True,
-    rich_markup_mode=None,
-)
 app.add_typer(data_app, name="data")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(runs_app, name="runs")
 app.command()(as_command(AdviseOptions, advise))
 app.command()(vote)
-
-RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", metavar="RECIPE")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Settings over the recipe's, such as train.steps=100.", metavar="KEY=VALUE"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Target = Annotated[str, typer.Argument(help="A run, an adapter's directory, a model's directory, or a hub id.")]
 
 
 @app.command()
@@ -96,74 +83,6 @@ def plan(
         show_stage_plans(job, as_json=as_json)
         return
     show_plan(read_stage(recipe, overrides or [], None), asked, as_json=as_json)
-
-
-@data_app.command("show")
-def data_show(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="How many rows.")] = 3,
-    worst: Annotated[
-        Literal["longest", "most-cut", "fewest-targets"] | None,
-        typer.Option(help="Show the worst rows of this kind instead of the first."),
-    ] = None,
-    packing: Annotated[
-        bool, typer.Option("--packing", help="Show too which rows share a block in the first optimizer steps.")
-    ] = False,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page instead of printing.")] = None,
-    stage: Annotated[str | None, typer.Option(help="Of a recipe with stages: which one.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show every token of some rows as trained, masked or cut: the trainer's own ids and weights."""
-    with importing():
-        from tunesmith.cli.show import show_rows
-        from tunesmith.cli.stages import read_stage
-
-    asked = read_stage(recipe, overrides or [], stage)
-    show_rows(asked, rows=rows, worst=worst, packing=packing, html=html, as_json=as_json)
-
-
-@data_app.command("check")
-def data_check(
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(help="Training rows, and after them files of rows that are held out.", metavar="FILE…"),
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", "-r", help="Read and measure rows as this recipe says.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Count the tokens of this model.")] = None,
-    benchmark: Annotated[
-        list[str] | None, typer.Option(help="A benchmark that training rows must not hold; may be given several times.")
-    ] = None,
-    fix: Annotated[
-        Path | None, typer.Option("--fix", help="Write the rows that are left, and a list of what was dropped and why.")
-    ] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page too.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Look for everything that is wrong with rows; exits 2 when training would refuse them."""
-    from tunesmith.cli.check import run_check
-
-    code = run_check(
-        files or [], recipe=recipe, model=model, benchmarks=benchmark or [], fix=fix, html=html, as_json=as_json
-    )
-    raise typer.Exit(code)
-
-
-@data_app.command("presets")
-def data_presets(as_json: AsJson = False) -> None:
-    """List the public data sets that a recipe can name."""
-    from tunesmith.cli.display import out
-    from tunesmith.cli.tables import aligned
-    from tunesmith.data.presets import PRESETS
-
-    if as_json:
-        out(json.dumps({name: {**vars(preset), "columns": dict(preset.columns)} for name, preset in PRESETS.items()}))
-        return
-    names = ["name", "hub id", "format", "licence", "about"]
-    rows = [[name, one.path, one.format, one.licence, one.about] for name, one in PRESETS.items()]
-    out("\n".join(aligned([names, *rows])))
 
 
 @app.command()
@@ -294,43 +213,6 @@ def quantize(
     say(json.dumps(saved.as_json()) if as_json else f"saved {out} in {saved.quantized}: {sizes}")
 
 
-@runs_app.callback()
-def runs(
-    context: typer.Context,
-    root: Annotated[Path, typer.Option("--root", "-C", help="Where to look.")] = Path("runs"),
-    as_json: AsJson = False,
-) -> None:
-    if context.invoked_subcommand is None:
-        from tunesmith.cli.runs import show_runs
-
-        show_runs(root, as_json=as_json)
-
-
-@runs_app.command("schema")
-def runs_schema() -> None:
-    """Print the JSON schema of a run's report.json."""
-    from tunesmith.report import report_schema
-
-    typer.echo(json.dumps(report_schema(), indent=2, ensure_ascii=False))
-
-
-@runs_app.command("forgetting")
-def runs_forgetting(run: Annotated[Path, typer.Argument(help="A run.")], as_json: AsJson = False) -> None:
-    """Task score against forgetting over the checkpoints of a run, as table and page."""
-    with importing():
-        from tunesmith.cli.benchmarks import show_forgetting
-
-    show_forgetting(run, as_json=as_json)
-
-
-@runs_app.command("verify")
-def runs_verify(run: Annotated[Path, typer.Argument(help="A run.")], as_json: AsJson = False) -> None:
-    """Check every hash of a run: files, checkpoints, data, base; exits 2 when something has changed."""
-    from tunesmith.cli.runs import show_verification
-
-    raise typer.Exit(show_verification(run, as_json=as_json))
-
-
 @app.command()
 def rerun(
     run: Annotated[Path, typer.Argument(help="The run whose recipe is trained again.")],
@@ -393,38 +275,3 @@ def demo(
         from tunesmith.cli.train import run_demo
 
     raise typer.Exit(run_demo(output, as_json=as_json))
-
-
-@recipe_app.callback()
-def recipe_main(
-    context: typer.Context,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False,
-    reference: Annotated[bool, typer.Option("--reference", help="Print the reference page in Markdown.")] = False,
-) -> None:
-    if reference:
-        from tunesmith.recipe_reference import recipe_reference
-
-        typer.echo(recipe_reference())
-        raise typer.Exit(0)
-    if schema:
-        from tunesmith.recipe_reference import recipe_schema
-
-        typer.echo(json.dumps(recipe_schema(), indent=2))
-        raise typer.Exit(0)
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-        raise typer.Exit(2)
-
-
-@recipe_app.command("import")
-def recipe_import(
-    file: Annotated[Path, typer.Argument(help="A recipe of Axolotl or LLaMA-Factory.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the recipe here instead of printing it.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Turn another tool's recipe into one of ours, saying key by key what became of it."""
-    from tunesmith.cli.imported import show_import
-
-    show_import(file, out, as_json=as_json)

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from tunesmith.base import InputError, nearest
 from tunesmith.cli.display import Display, out, quiet_libraries
 from tunesmith.cli.tables import aligned, duration, plan_lines, size
-from tunesmith.recipe import BudgetSpec, Recipe
+from tunesmith.recipe import Recipe
+from tunesmith.recipe_limits import BudgetSpec
 
 if TYPE_CHECKING:
     from tunesmith.pipeline.budgeting import Choice
@@ -78,7 +79,7 @@ def _own_budget(recipe: Recipe) -> BudgetSpec | None:
 
 
 def _show(recipe: Recipe, asked: Asked, *, as_json: bool) -> None:
-    from tunesmith.pipeline.planning import estimate_job
+    from tunesmith.pipeline.estimating import estimate_job
 
     measured: DryStep | None = None
     with Display(as_json) as display:

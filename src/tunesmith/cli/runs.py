@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith.cli.display import Display, out, quiet_libraries
 from tunesmith.cli.tables import aligned
-from tunesmith.recipe import Plan
+from tunesmith.resolved import Plan
 from tunesmith.run import PLAN, SEEDS, Run, find_runs
 
 COLUMNS = ("run", "state", "steps", "model", "method", "verdict")

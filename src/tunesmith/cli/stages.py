@@ -11,8 +11,9 @@ from tunesmith.base import InputError
 from tunesmith.cli.display import Display, out, quiet_libraries
 from tunesmith.cli.importing import importing
 from tunesmith.cli.tables import WORDS, aligned, plan_lines, report_lines
-from tunesmith.recipe import Plan, Recipe
+from tunesmith.recipe import Recipe
 from tunesmith.recipe_stages import Stage, StagedRecipe, read_job
+from tunesmith.resolved import Plan
 
 if TYPE_CHECKING:
     from tunesmith.pipeline.chain import Chain
@@ -46,7 +47,7 @@ def run_stages(recipe: StagedRecipe, *, resume: bool, forced: Sequence[str], as_
     """Runs every stage and returns the exit code: 0, or 3 when the gate of one said no."""
     with importing():
         from tunesmith.pipeline.stages import finetune_stages
-        from tunesmith.pipeline.training import Watcher
+        from tunesmith.pipeline.work import Watcher
         from tunesmith.train.parallel import is_main
 
     quiet_libraries()

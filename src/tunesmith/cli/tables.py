@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from tunesmith.recipe import Memory, Parameters, Plan
+from tunesmith.resolved import Memory, Parameters, Plan
 
 WORDS = {"ship": "SHIP", "dont_ship": "DON'T SHIP", "no_difference": "NO DIFFERENCE SHOWN"}
 

@@ -12,9 +12,10 @@ from tunesmith.cli.display import Display, out, quiet_libraries
 from tunesmith.cli.importing import importing
 from tunesmith.cli.stages import run_stages
 from tunesmith.cli.tables import plan_lines, report_lines
-from tunesmith.recipe import Plan, Recipe
+from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import check_recipe
 from tunesmith.recipe_stages import StagedRecipe, read_job
+from tunesmith.resolved import Plan
 from tunesmith.run import RECIPE
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tunesmith.cli.arguments import AsJson
 from tunesmith.cli.importing import importing
 
 
@@ -34,7 +35,7 @@ def vote(
         str | None, typer.Option("--judge-key-env", help="The environment variable that holds the key for it.")
     ] = None,
     results: Annotated[Path | None, typer.Option("--results", help="Print what the votes of a poll come to.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say which of two models' answers is better without knowing whose they are; then who wins, and how surely."""
     with importing():

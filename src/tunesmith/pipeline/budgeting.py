@@ -13,12 +13,17 @@ from torch import nn
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.models.streamed import streaming_obstacle
 from tunesmith.pipeline.calibration import copy_of
-from tunesmith.pipeline.planning import Planned, estimate_job
+from tunesmith.pipeline.estimating import estimate_job
+from tunesmith.pipeline.planning import Planned
+from tunesmith.plan.fit import USABLE_MEMORY
+from tunesmith.plan.given import Given
 from tunesmith.plan.machines import Machines, this_machine
-from tunesmith.plan.resolve import USABLE_MEMORY, Given, resolve
+from tunesmith.plan.resolve import resolve
 from tunesmith.plan.streaming import may_stream
 from tunesmith.plan.table import LOW_RANK, Table, Variant, fit_table, variants_of
-from tunesmith.recipe import BudgetSpec, Plan, Recipe
+from tunesmith.recipe import Recipe
+from tunesmith.recipe_limits import BudgetSpec
+from tunesmith.resolved import Plan
 
 FEW_ROWS = 50
 """Held-out rows that are judged when time is short."""

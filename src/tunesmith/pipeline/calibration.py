@@ -30,7 +30,7 @@ from tunesmith.pipeline.planning import Planned
 from tunesmith.plan.duration import Pace, Span, predict_duration
 from tunesmith.plan.hardware import DTYPES, wait_for
 from tunesmith.plan.resolve import timed_job
-from tunesmith.recipe import Plan
+from tunesmith.resolved import Plan
 from tunesmith.train.batches import StepBatches
 from tunesmith.train.optim import build_optimizer
 from tunesmith.train.parallel import clip_gradients

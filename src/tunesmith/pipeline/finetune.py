@@ -35,11 +35,13 @@ from tunesmith.pipeline.room import refuse_too_little_room
 from tunesmith.pipeline.sinks import check_sinks, open_sinks
 from tunesmith.pipeline.starting import with_merged_start
 from tunesmith.pipeline.stopping import Stopping
-from tunesmith.pipeline.training import BLOCKS, Watcher, Work, train_model
+from tunesmith.pipeline.training import BLOCKS, train_model
 from tunesmith.pipeline.usage import PeakMemory, Stopwatch, keep_memory_small, process_peak_bytes
+from tunesmith.pipeline.work import Watcher, Work
 from tunesmith.plan.hardware import DTYPES
-from tunesmith.recipe import Plan, Recipe, Resolved
+from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import recipe_yaml
+from tunesmith.resolved import Plan, Resolved
 from tunesmith.run import (
     BASE_EVALUATION,
     DATA,

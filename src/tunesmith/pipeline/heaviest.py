@@ -8,7 +8,7 @@ import numpy as np
 
 from tunesmith.data.prepare import Prepared
 from tunesmith.models.projection import rounded_up
-from tunesmith.plan.resolve import Heaviest, Largest
+from tunesmith.plan.given import Heaviest, Largest
 
 MOST_ROWS = 20_000
 """Places of the stream that are looked at; the longest rows of all are looked at besides."""

@@ -19,7 +19,8 @@ from tunesmith.evaluation.labels import answers_of
 from tunesmith.metrics import CALIBRATION_ERROR, COMPARED, metric
 from tunesmith.models.task_head import looks_back_only
 from tunesmith.objectives import Classify, Regress, Reward, TaskObjective
-from tunesmith.recipe import DAMAGE, Recipe
+from tunesmith.recipe import Recipe
+from tunesmith.recipe_limits import DAMAGE
 
 OWN_TEXT = ("auto", "plain")
 """Templates that leave a text as it is."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,26 +11,21 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.prepare import Prepared, prepare
-from tunesmith.data.presets import PRESETS
-from tunesmith.data.read import STANDARD_INPUT
 from tunesmith.data.render import Rendered, Renderer
 from tunesmith.data.render_documents import DocumentRenderer
 from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.data.render_pairs import PairRenderer
 from tunesmith.data.render_prompts import PromptRenderer
-from tunesmith.data.sources import readings, source_specs
+from tunesmith.data.sources import source_specs
 from tunesmith.data.spec import DataSpec
 from tunesmith.data.stored import RenderedRows
-from tunesmith.evaluation.compare import LIKELIHOODS, choose_metrics
-from tunesmith.metrics import MARGIN, OF_DOCUMENTS, PREFERENCE_ACCURACY, REWARD_ACCURACY
-from tunesmith.models.embeddings import add_tokens, teach_tokens, vocabulary_rows
+from tunesmith.models.embeddings import add_tokens, teach_tokens
 from tunesmith.models.load import load_tokenizer, read_config, read_plain_config, stop_token_ids
 from tunesmith.models.measure import meta_model, position_limit
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.models.task_head import TaskHead
 from tunesmith.objectives import (
     Distill,
-    Pairwise,
     Policy,
     Preference,
     Pretrain,
@@ -40,13 +33,13 @@ from tunesmith.objectives import (
     TaskObjective,
     TrainingObjective,
 )
+from tunesmith.pipeline.choosing_metrics import judged_by
 from tunesmith.pipeline.heaviest import heaviest_of
-from tunesmith.pipeline.judging import chosen_metrics, label_renderer, refuse_settings_of_writing, with_labels
+from tunesmith.pipeline.judging import label_renderer, refuse_settings_of_writing, with_labels
 from tunesmith.pipeline.locating import Location
-from tunesmith.pipeline.own_answers import Base, are_made, replays_itself, with_own_answers
+from tunesmith.pipeline.own_answers import Base, with_own_answers
 from tunesmith.pipeline.own_metrics import NO_METRICS, OwnMetrics
 from tunesmith.pipeline.policy import (
-    policy_metrics,
     policy_notes,
     policy_workload,
     prompt_renderer,
@@ -57,15 +50,14 @@ from tunesmith.pipeline.preference_rows import preference_renderer, refuse_encod
 from tunesmith.pipeline.rewards import Scorer
 from tunesmith.pipeline.starting import merged_config, start_of, with_start_told
 from tunesmith.pipeline.teacher import Teacher, base_on_disk, find_teacher, kept_on_disk, refuse_unfit_rows
+from tunesmith.plan.given import Given, Judged
 from tunesmith.plan.hardware import Hardware, detect_hardware, native_dtypes
-from tunesmith.plan.resolve import Given, Judged, resolve, steps_of
+from tunesmith.plan.resolve import resolve, steps_of
 from tunesmith.plan.streaming import may_stream
-from tunesmith.recipe import DAMAGE, Plan, Recipe, Resolved, Workload
+from tunesmith.recipe import Recipe
+from tunesmith.resolved import Plan, Resolved, Workload
 from tunesmith.train.near_base import REPLAYED, base_is_kept, refuse_unreachable_base
 from tunesmith.train.parallel import world_size
-
-ASSUMED_ROWS, ASSUMED_TOKENS = 1000, 512
-CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         InputError: for anything wrong with model, data or settings.
     """
     start = start_of(recipe, progress)
-    location, config = start.base, _config(recipe, start)
+    location, config = start.base, config_of(recipe, start)
     objective: TrainingObjective = recipe.objective
     limit = position_limit(config)
     tokenizer = load_tokenizer(
@@ -124,7 +116,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     )
     config = merged_config(config, start, tokenizer)
     added = add_tokens(tokenizer, recipe.model.add_tokens)
-    model = _architecture(recipe, config, location)
+    model = architecture_of(recipe, config, location)
     renderer = _renderer(recipe, tokenizer, model, config, location)
     data, said = with_own_answers(recipe, Base.of(start, config, tokenizer), progress)
     teacher = find_teacher(recipe, tokenizer, progress)
@@ -145,7 +137,7 @@ def plan_job(recipe: Recipe, progress: Progress = silent) -> Planned:
     teach_tokens(model, added)
     workload = policy_workload(prepared, objective) if isinstance(objective, Policy) else _counted(prepared)
     hardware = detect_hardware()
-    given = _given(recipe, prepared, workload, _judged(recipe, prepared, objective), teacher)
+    given = _given(recipe, prepared, workload, judged_by(recipe, prepared, objective), teacher)
     plan = resolve(recipe, model, hardware, given)
     found = [*plan.resolved, *_found_in_data(recipe, prepared), *_found_in_labels(recipe.objective, objective)]
     notes = [*plan.notes, *prepared.notes]
@@ -273,12 +265,12 @@ def _found_in_labels(asked: TrainingObjective, settled: TrainingObjective) -> li
     return found
 
 
-def _config(recipe: Recipe, start: Location) -> PreTrainedConfig:
+def config_of(recipe: Recipe, start: Location) -> PreTrainedConfig:
     read = read_plain_config if recipe.budget.memory is not None and may_stream(recipe) else read_config
     return read(start.base, start.revision or recipe.model.revision)
 
 
-def _architecture(recipe: Recipe, config: PreTrainedConfig, location: str) -> nn.Module:
+def architecture_of(recipe: Recipe, config: PreTrainedConfig, location: str) -> nn.Module:
     """The modules without weights; under a memory budget without transformers' own, which take memory to import."""
     if recipe.budget.memory is not None and may_stream(recipe) and streaming_obstacle(config) is None:
         return StreamedModel(config)
@@ -300,79 +292,12 @@ def _found_in_data(recipe: Recipe, prepared: Prepared) -> list[Resolved]:
     return found
 
 
-def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
-    """A plan from whatever is there: without a tokenizer or data, tokens are estimated and marked so.
-
-    Raises:
-        InputError: when the model's configuration cannot be read, or data that is there is wrong.
-    """
-    start = start_of(recipe, progress)
-    if replays_itself(recipe.data):
-        return _without_own_answers(recipe, start, progress)
-    missing = [source.path for source in source_specs(recipe.data) if not _is_here(source.path)]
-    if not missing and _has_tokenizer(start.tokenizer):
-        return plan_job(recipe, progress)
-    location, config = start.base, _config(recipe, start)
-    model = _architecture(recipe, config, location)
-    first = vocabulary_rows(model)  # the tokenizer, which would know, is not here
-    teach_tokens(model, {token: first + at for at, token in enumerate(recipe.model.add_tokens)})
-    workload = _estimated(recipe, position_limit(config), missing)
-    if isinstance(recipe.objective, TaskObjective):
-        metrics, why = chosen_metrics(recipe, recipe.objective)
-    elif isinstance(recipe.objective, Policy):
-        metrics, why = policy_metrics(recipe)
-    else:
-        metrics, why = choose_metrics(_asked(recipe), [], _own(recipe))
-    why = (
-        why if _asked(recipe) != "auto" else "there are no rows to look at" if missing else "the rows are not rendered"
-    )
-    judged = Judged(metrics, why, 0, 64)
-    given = Given(workload, judged, workload.longest)
-    plan = resolve(recipe, model, detect_hardware(), given)
-    what = f"there is no {missing[0]}" if missing else "the model has no tokenizer"
-    uncounted = "" if recipe.evaluate == "off" else ", and the evaluation is not counted"
-    notes = [*plan.notes, f"tokens are estimated{uncounted}: {what}"]
-    plan = with_start_told(plan.model_copy(update={"notes": notes}), recipe, start)
-    planned = Planned(recipe, plan, location, config, detect_hardware(), None, None, None, recipe.objective)
-    return replace(planned, given=given)
-
-
-def _without_own_answers(recipe: Recipe, start: Location, progress: Progress) -> Planned:
-    """A plan for rows that the base may still have to write: without them until they are there."""
-    if _has_tokenizer(start.tokenizer):
-        config = _config(recipe, start)
-        tokenizer = load_tokenizer(start.tokenizer, recipe.model.revision, config)
-        if are_made(recipe, Base.of(start, config, tokenizer)):
-            return plan_job(recipe, progress)
-    assert recipe.data.replay is not None
-    data = recipe.data.model_copy(update={"replay": None})
-    without = recipe.model_copy(update={"data": data, "train": recipe.train.model_copy(update={"kl_on": "targets"})})
-    planned = estimate_job(without, progress)
-    share = recipe.data.replay.share
-    note = (
-        f"without replay: the base first answers up to {recipe.data.replay.answers} prompts, and then an epoch has "
-        f"{share / (1 - share):.0%} more rows"
-    )
-    return planned.with_plan(planned.plan.model_copy(update={"notes": [*planned.plan.notes, note]}))
-
-
 def _guessed_head(objective: TrainingObjective) -> TaskHead | None:
     """The head that an objective asks for, with two labels where nobody knows them yet."""
     if not isinstance(objective, TaskObjective):
         return None
     known = getattr(objective, "labels", ())
     return TaskHead("token" if objective.words else "sequence", ("", " ") if known == "auto" else tuple(known) or ("",))
-
-
-def _is_here(path: str) -> bool:
-    return path == STANDARD_INPUT or path in PRESETS or Path(path).expanduser().exists()
-
-
-def _has_tokenizer(location: str) -> bool:
-    directory = Path(location)
-    if not directory.is_dir():
-        return True
-    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def _counted(prepared: Prepared) -> Workload:
@@ -385,110 +310,3 @@ def _counted(prepared: Prepared) -> Workload:
         longest=int(train.lengths.max()),
         estimated=False,
     )
-
-
-def _estimated(recipe: Recipe, limit: int, missing: list[str]) -> Workload:
-    asked = recipe.data.max_length
-    longest = min(limit, ASSUMED_TOKENS if asked == "auto" else asked)
-    if missing:
-        return Workload(
-            rows=ASSUMED_ROWS,
-            epoch_rows=ASSUMED_ROWS,
-            tokens=ASSUMED_ROWS * longest // 2,
-            targets=ASSUMED_ROWS * longest // 4,
-            longest=longest,
-            estimated=True,
-        )
-    from tunesmith.data.read import open_records
-    from tunesmith.data.record import RowErrors
-
-    errors = RowErrors()
-    sizes = [
-        len(json.dumps(record.fields, ensure_ascii=False, default=str)) // CHARACTERS_PER_TOKEN + 1
-        for reading, role in readings(recipe.data)
-        if role in ("train", "replay")
-        for record in open_records(reading, errors)
-    ]
-    errors.raise_any()
-    longest = min(limit, max(sizes) if asked == "auto" else asked)
-    tokens = sum(min(size, longest) for size in sizes)
-    return Workload(
-        rows=len(sizes),
-        epoch_rows=len(sizes),
-        tokens=tokens,
-        targets=tokens // 2,
-        longest=longest,
-        estimated=True,
-    )
-
-
-def _asked(recipe: Recipe) -> list[str] | str:
-    """The recipe's metrics, and those that its gate needs."""
-    if recipe.evaluate == "off":
-        return "auto"
-    return recipe.evaluate.metric_names
-
-
-def _own(recipe: Recipe) -> list[str]:
-    return [] if recipe.evaluate == "off" else [metric.name for metric in recipe.evaluate.own_metrics]
-
-
-def _judged(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) -> Judged:
-    count = 0 if recipe.evaluate == "off" else min(recipe.evaluate.rows, len(prepared.test))
-    if isinstance(objective, TaskObjective):
-        return Judged(*chosen_metrics(recipe, objective), count, 0, writes=False)
-    if isinstance(objective, Policy):
-        return Judged(*policy_metrics(recipe), count, 0, limit=objective.max_new_tokens)
-    if isinstance(objective, Pretrain):
-        return Judged(*_metrics_of_documents(recipe), count, 0, writes=False)
-    rows = prepared.test or prepared.train
-    references = [row.row.references[0] for row in rows if row.row.messages]
-    asked = _asked(recipe)
-    own = _own(recipe)
-    if isinstance(objective, Preference) and asked == "auto":
-        names = _metrics_of_preferences(objective)
-        metrics, why = choose_metrics(names, references)[0], "what preferences are judged by"
-    else:
-        metrics, why = choose_metrics(asked, references, own)
-    gated = [name for name in recipe.gate if name not in (*metrics, *DAMAGE)]
-    if gated:
-        try:
-            metrics, _ = choose_metrics([*metrics, *gated], references, own)
-        except InputError as error:
-            raise InputError(error.what, where=f"gate.{gated[0]}", fix=error.fix) from error
-    if not references and (generated := [name for name in metrics if name not in LIKELIHOODS]):
-        raise InputError(
-            f"{generated[0]} needs prompts and answers; these rows are raw text",
-            where="evaluate.metrics",
-            fix="use perplexity, or split the rows with data.answer_after",
-        )
-    answers = [len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids]
-    average = sum(answers) / max(1, len(answers))
-    return Judged(metrics, why, count, max(answers, default=0), answer=average)
-
-
-def _metrics_of_preferences(objective: Preference) -> list[str]:
-    """Which answer gained more decides where the objective is about that, else which is likelier."""
-    if not isinstance(objective, Pairwise):
-        return [MARGIN]
-    accuracies = [PREFERENCE_ACCURACY, REWARD_ACCURACY]
-    return [*(reversed(accuracies) if objective.uses_reference else accuracies), MARGIN]
-
-
-def _metrics_of_documents(recipe: Recipe) -> tuple[list[str], str]:
-    """What documents are judged by, the deciding metric first, and why; settings about answers are refused."""
-    answers = "documents have no answers"
-    if recipe.train.generate_every != "off":
-        raise InputError(answers, where="train.generate_every", fix="remove it")
-    if recipe.evaluate == "off":
-        return [*OF_DOCUMENTS], "the rows are documents"
-    if recipe.evaluate.max_new_tokens != "auto":
-        raise InputError(answers, where="evaluate.max_new_tokens", fix="remove it")
-    asked = recipe.evaluate.metric_names
-    for where, names in (("evaluate.metrics", [] if asked == "auto" else asked), ("gate", [*recipe.gate])):
-        for name in names:
-            if name not in (*OF_DOCUMENTS, *DAMAGE):
-                raise InputError(f"{name} needs answers, and {answers}", where=where, fix="use perplexity")
-    metrics = [*asked] if isinstance(asked, list) else []
-    why = "as the recipe says" if metrics else "the rows are documents"
-    return list(dict.fromkeys([*metrics, *OF_DOCUMENTS])), why

@@ -28,7 +28,9 @@ from tunesmith.models.value_head import add_value_head, value_head
 from tunesmith.objectives import Policy
 from tunesmith.pipeline.rewards import references_of
 from tunesmith.plan.memory import BYTES
-from tunesmith.recipe import DAMAGE, Plan, Recipe, Workload
+from tunesmith.recipe import Recipe
+from tunesmith.recipe_limits import DAMAGE
+from tunesmith.resolved import Plan, Workload
 from tunesmith.train.checkpoint import Beside
 from tunesmith.train.rollout_server import ServedAnswers
 from tunesmith.train.rollouts import Rollouts

@@ -10,8 +10,9 @@ from tunesmith.base import InputError
 from tunesmith.pipeline.lineage import write_lineage
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.reproduce import write_reproduce_script
-from tunesmith.recipe import Plan, Recipe
+from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import parse_yaml, recipe_yaml
+from tunesmith.resolved import Plan
 from tunesmith.run import CHANGES, DATA, PLAN, RECIPE, Run
 
 

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from tunesmith.base import InputError
-from tunesmith.recipe import Plan, Recipe
+from tunesmith.recipe import Recipe
+from tunesmith.resolved import Plan
 
 REST_BYTES = 16 * 2**20
 """Tokenizer, evaluations, events and report."""

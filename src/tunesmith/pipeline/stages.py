@@ -10,13 +10,15 @@ from pathlib import Path
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.files import remove_directory, write_text
 from tunesmith.pipeline.chain import CHAIN, Chain, gate_said_no
+from tunesmith.pipeline.estimating import estimate_job
 from tunesmith.pipeline.finetune import finetune
-from tunesmith.pipeline.planning import Planned, estimate_job, plan_job
+from tunesmith.pipeline.planning import Planned, plan_job
 from tunesmith.pipeline.resuming import changed_between, changed_keys, refuse_changes
-from tunesmith.pipeline.training import Watcher
+from tunesmith.pipeline.work import Watcher
 from tunesmith.plan.hardware import detect_hardware
-from tunesmith.recipe import Plan, Recipe
+from tunesmith.recipe import Recipe
 from tunesmith.recipe_stages import Stage, StagedRecipe
+from tunesmith.resolved import Plan
 from tunesmith.run import RECIPE, Run
 from tunesmith.train.parallel import is_main, join_processes, leave_processes, wait_for_all
 

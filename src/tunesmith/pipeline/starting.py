@@ -25,7 +25,8 @@ from tunesmith.models.load import read_config
 from tunesmith.pages.page import size
 from tunesmith.pipeline.locating import Location, locate, merged_directory
 from tunesmith.plan.memory import BYTES
-from tunesmith.recipe import Plan, Recipe, Resolved
+from tunesmith.recipe import Recipe
+from tunesmith.resolved import Plan, Resolved
 from tunesmith.train.parallel import is_main, wait_for_all
 
 if TYPE_CHECKING:

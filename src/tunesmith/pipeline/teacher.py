@@ -25,7 +25,8 @@ from tunesmith.objectives import Distill
 from tunesmith.pipeline.loaded import Location, load, locate
 from tunesmith.pipeline.policy import refuse_spread_weights
 from tunesmith.plan.hardware import DTYPES, detect_hardware
-from tunesmith.recipe import Plan, Recipe, Resolved
+from tunesmith.recipe import Recipe
+from tunesmith.resolved import Plan, Resolved
 from tunesmith.train.near_base import KEPT_TOKENS
 
 if TYPE_CHECKING:

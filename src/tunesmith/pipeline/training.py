@@ -4,48 +4,35 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from tunesmith.base import Interrupted, TrainingError, TunesmithError, silent
-from tunesmith.base import Progress as ShowProgress
-from tunesmith.data.render_labelled import LabelRenderer
-from tunesmith.evaluation.answers import Judging, judge, mean_nll
-from tunesmith.evaluation.compare import REWARD, metric_rows
-from tunesmith.files import committed_directory
+from tunesmith.base import TrainingError, TunesmithError
 from tunesmith.methods import trainable_parameters
-from tunesmith.methods.low_rank import lora_layers
 from tunesmith.methods.token_rows import trained_token_ids
 from tunesmith.models.decoder import decoder_of
 from tunesmith.models.embeddings import untrained_tokens
-from tunesmith.models.sharding import is_sharded, made_whole, shard, whole
-from tunesmith.models.streamed import parts_in_memory
+from tunesmith.models.sharding import is_sharded, made_whole, shard
 from tunesmith.models.task_head import head_modules
-from tunesmith.models.value_head import take_value_head
 from tunesmith.objectives import Policy, StepObjective
 from tunesmith.pipeline import probe
+from tunesmith.pipeline.committing import commit_result
 from tunesmith.pipeline.distilling import with_own_answers
 from tunesmith.pipeline.environment import code_sha256
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.policy import Kept, reference_of, served_answers, total_prompts, with_value_head
-from tunesmith.pipeline.proof import Proof
 from tunesmith.pipeline.resuming import record_changes
-from tunesmith.pipeline.rewards import judge_and_score
-from tunesmith.pipeline.stopping import Stopping
 from tunesmith.pipeline.usage import Stopwatch, keep_memory_small
+from tunesmith.pipeline.validating import validation
+from tunesmith.pipeline.work import Work
 from tunesmith.plan.hardware import DTYPES
-from tunesmith.recipe import Plan
 from tunesmith.recipe_file import recipe_yaml
-from tunesmith.run import Run
 from tunesmith.train.average import Average
 from tunesmith.train.batches import StepBatches
 from tunesmith.train.checkpoint import Checkpoints, Saved
-from tunesmith.train.health import Health, refuse_dead_weights
+from tunesmith.train.health import Health
 from tunesmith.train.loop import Emit, Job, MicroBatches, Progress, train
 from tunesmith.train.near_base import NearBase, base_is_kept, refuse_other_heads
 from tunesmith.train.optim import build_optimizer
@@ -60,41 +47,11 @@ if TYPE_CHECKING:
 
 BLOCKS = "decoder blocks"
 """Name of what a plan says about them."""
-VALUE_HEAD, HEAD_FILE = "value_head", "head.safetensors"
-"""Where a run keeps the value head of PPO."""
-
-
-@dataclass(frozen=True)
-class Watcher:
-    """Who watches a job: progress of long waits, the plan before it starts, and events as they are recorded."""
-
-    progress: ShowProgress = silent
-    event: Emit = lambda event: None
-    plan: Callable[[Plan], None] = lambda plan: None
-
-
-@dataclass(frozen=True)
-class Work:
-    """One job under way.
-
-    Attributes:
-        proof: how base and tuned are judged; None on other processes than the main one, and when nothing is judged.
-        forced: keys that were changed by force when the run was resumed.
-    """
-
-    planned: Planned
-    run: Run
-    model: PreTrainedModel
-    proof: Proof | None
-    watcher: Watcher
-    stopping: Stopping
-    forced: tuple[str, ...] = field(default=())
 
 
 def train_model(work: Work, emit: Emit) -> dict[str, Any]:
     """Adapts and trains the model and commits the result; returns what it took."""
     planned, run, model = work.planned, work.run, work.model
-    plan = planned.plan
     saved = _adapted(work)
     batches: MicroBatches
     notes = list[str]()
@@ -110,6 +67,37 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
         _tell_of_other_blocks(work, emit)
         for message in notes:
             emit({"event": "note", "step": 0, "message": message})
+
+    job = _job(work, saved, objective, batches, checkpoints, emit)
+    watch = Stopwatch()
+    work.stopping.graceful = True
+    try:
+        progress = train(job, progress, evaluate=validation(work, emit), emit=emit)
+    except TunesmithError as error:
+        if is_main():
+            _record_end(emit, error)
+        raise
+    finally:
+        work.stopping.graceful = False
+    _finish(work, checkpoints, progress, saved, emit)
+    seconds = sum(event["seconds"] for event in run.events() if event["event"] in ("step", "validation"))
+    return {
+        "train_seconds": max(seconds, watch.seconds),
+        "tokens_per_second": progress.tokens / max(1e-9, seconds),
+    }
+
+
+def _job(
+    work: Work,
+    saved: Saved,
+    objective: StepObjective,
+    batches: MicroBatches,
+    checkpoints: Checkpoints,
+    emit: Emit,
+) -> Job:
+    """What the loop is told; it saves to ``checkpoints``, and goes back to them."""
+    planned, run, model = work.planned, work.run, work.model
+    plan = planned.plan
 
     def save(now: Progress, best: bool) -> None:
         if plan.streamed_tokens is not None:
@@ -128,7 +116,7 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
         newest = checkpoints.newest_sound(_warning(emit, 0))
         return None if newest is None else checkpoints.restore(newest, saved)
 
-    job = Job(
+    return Job(
         model,
         objective,
         saved.optimizer,
@@ -141,22 +129,6 @@ def train_model(work: Work, emit: Emit) -> dict[str, Any]:
         go_back,
         saved.average,
     )
-    watch = Stopwatch()
-    work.stopping.graceful = True
-    try:
-        progress = train(job, progress, evaluate=_validation(work, emit), emit=emit)
-    except TunesmithError as error:
-        if is_main():
-            _record_end(emit, error)
-        raise
-    finally:
-        work.stopping.graceful = False
-    _finish(work, checkpoints, progress, saved, emit)
-    seconds = sum(event["seconds"] for event in run.events() if event["event"] in ("step", "validation"))
-    return {
-        "train_seconds": max(seconds, watch.seconds),
-        "tokens_per_second": progress.tokens / max(1e-9, seconds),
-    }
 
 
 def _finish(work: Work, checkpoints: Checkpoints, progress: Progress, saved: Saved, emit: Emit) -> None:
@@ -168,7 +140,7 @@ def _finish(work: Work, checkpoints: Checkpoints, progress: Progress, saved: Sav
     made_whole(work.model)
     if is_main():
         _close_with_solver(work, emit)
-        _commit_result(work)
+        commit_result(work)
         emit(_trained(progress))
 
 
@@ -279,23 +251,6 @@ def _identity(planned: Planned) -> dict[str, Any]:
     }
 
 
-def _warn_of_untrained_tokens(work: Work, emit: Emit) -> None:
-    """A control token that the base never saw stays noise when its embedding is frozen."""
-    planned, model = work.planned, work.model
-    assert planned.renderer is not None and planned.tokenizer is not None
-    trained = trained_token_ids(model)
-    if not trained and any(weight.requires_grad for weight in model.get_input_embeddings().parameters()):
-        return
-    found = untrained_tokens(model, set(planned.renderer.used_controls) - set(trained))
-    if found:
-        names = ", ".join(cast(list[str], planned.tokenizer.convert_ids_to_tokens(found)))
-        message = (
-            f"the template writes {names}, which this model seems never to have been trained on, and the embeddings "
-            f"are frozen: train them with LoRA's method.trainable_tokens: [{names}], or choose another data.template"
-        )
-        emit({"event": "warning", "step": 0, "message": message})
-
-
 def _batches(planned: Planned) -> StepBatches:
     assert planned.prepared is not None
     return StepBatches.of_job(planned.recipe, planned.plan, planned.prepared.train, planned.prepared.order)
@@ -327,53 +282,21 @@ def _rollouts(work: Work, objective: Policy, saved: Saved, emit: Emit) -> tuple[
     return Rollouts(model, objective, prepared.train, prepared.order, plan, drawing), notes
 
 
-def _validation(work: Work, emit: Emit) -> Callable[[int], float | None]:
-    """Validation loss and, when the recipe asks for it, generated answers, on the main process."""
-    planned = work.planned
-    assert planned.prepared is not None and planned.tokenizer is not None
-    rows, plan, tokenizer = planned.prepared.validation, planned.plan, planned.tokenizer
-    every = planned.recipe.train.generate_every
-    stop_ids = frozenset(planned.prepared.stop_ids)
-    # Several processes end together, after the evaluation that the others wait for.
-    watched = partial(_stop_when_asked, work.stopping) if world_size() == 1 else silent
-
-    def measured(step: int) -> float | None:
-        # Told when everything is measured: a stop on the way must leave no event of what is measured again.
-        loss, told = None, list[dict[str, Any]]()
-        watch = Stopwatch()
-        validates = plan.evaluate_every is not None and (step % plan.evaluate_every == 0 or step == plan.steps)
-        generates = every != "off" and step % every == 0
-        if validates and planned.score is None:
-            examples, objective = [row.example for row in rows], planned.objective
-            loss = mean_nll(work.model, examples, packed=plan.packing, progress=watched, objective=objective)
-        if generates or (validates and planned.score is not None):
-            how = Judging(plan.max_new_tokens, 16, stop_ids, plan.packing)
-            if planned.score is None:
-                judged = judge(work.model, tokenizer, rows, how, watched)
-            else:
-                judged = judge_and_score(work.model, tokenizer, rows, how, planned.score, watched)
-            judged = planned.own.scored(judged)
-            scores = {name: found.corpus() for name in plan.metrics if (found := metric_rows(name, judged)) is not None}
-            if validates and planned.score is not None:  # the more reward, the better
-                loss = 0.0 - scores[REWARD]
-            told.append({"event": "answers", "step": step, "metrics": scores, "seconds": watch.seconds})
-        if loss is not None and validates:
-            value = loss if loss - loss == 0.0 else None
-            told.insert(0, {"event": "validation", "step": step, "loss": value, "seconds": watch.seconds})
-        for event in told:
-            emit(event)
-        return loss
-
-    def evaluate(step: int) -> float | None:
-        with whole(work.model):
-            return measured(step) if is_main() and rows else None
-
-    return evaluate
-
-
-def _stop_when_asked(stopping: Stopping, label: str, done: int, total: int | None) -> None:
-    if stopping.asked():
-        raise Interrupted("stopped while evaluating")
+def _warn_of_untrained_tokens(work: Work, emit: Emit) -> None:
+    """A control token that the base never saw stays noise when its embedding is frozen."""
+    planned, model = work.planned, work.model
+    assert planned.renderer is not None and planned.tokenizer is not None
+    trained = trained_token_ids(model)
+    if not trained and any(weight.requires_grad for weight in model.get_input_embeddings().parameters()):
+        return
+    found = untrained_tokens(model, set(planned.renderer.used_controls) - set(trained))
+    if found:
+        names = ", ".join(cast(list[str], planned.tokenizer.convert_ids_to_tokens(found)))
+        message = (
+            f"the template writes {names}, which this model seems never to have been trained on, and the embeddings "
+            f"are frozen: train them with LoRA's method.trainable_tokens: [{names}], or choose another data.template"
+        )
+        emit({"event": "warning", "step": 0, "message": message})
 
 
 def _take_best(work: Work, checkpoints: Checkpoints, progress: Progress, saved: Saved) -> None:
@@ -387,54 +310,6 @@ def _take_best(work: Work, checkpoints: Checkpoints, progress: Progress, saved: 
 def _close_with_solver(work: Work, emit: Emit) -> None:
     if probe.obstacle(work.planned, work.model) is None:
         emit({"event": "solver", **probe.close(work.planned, work.model, work.watcher.progress)})
-
-
-def _commit_result(work: Work) -> None:
-    """Writes `adapter/` or `model/` with the tokenizer that belongs to it, after a last look at the weights."""
-    method, model = work.planned.recipe.method, work.model
-    if (head := take_value_head(model)) is not None:  # what judged the answers is no part of what writes them
-        with committed_directory(work.run.path / VALUE_HEAD) as directory:
-            save_file(
-                {name: weight.detach().cpu() for name, weight in head.state_dict().items()}, directory / HEAD_FILE
-            )
-    trained = method.trained_tensors(model)
-    refuse_dead_weights(trained, starting_at_zero=method.saved_as == "adapter")
-    _refuse_unseen_update(work)
-    tokenizer, renderer, prepared = work.planned.tokenizer, work.planned.renderer, work.planned.prepared
-    assert tokenizer is not None and renderer is not None and prepared is not None
-    if getattr(model, "generation_config", None) is not None and prepared.stop_ids:
-        model.generation_config.eos_token_id = sorted(prepared.stop_ids)
-    final = work.run.path / method.saved_as
-    try:
-        with committed_directory(final) as directory:
-            method.save(model, directory, base=work.planned.location)
-            writer = renderer.conversation if isinstance(renderer, LabelRenderer) else renderer
-            if writer is not None and writer.template.jinja is not None:
-                tokenizer.chat_template = writer.template.jinja
-            tokenizer.save_pretrained(directory)
-            if work.planned.judges is not None:
-                asks = "text" if writer is None else "conversation"
-                replace(work.planned.judges.task_head(), asks=asks).write(directory)
-    except SafetensorError as error:  # what safetensors raises for a disk that is full
-        raise TunesmithError(
-            f"the result cannot be written: {error}; the checkpoints are whole",
-            where=final,
-            fix="make room, then continue with --resume",
-        ) from error
-
-
-def _refuse_unseen_update(work: Work) -> None:
-    """Raises TrainingError when every update of an adapter is too small to change the weights it is added to."""
-    whole = getattr(work.planned.recipe.method, "modules_to_save", []) or head_modules(work.model)
-    whole = whole or trained_token_ids(work.model)
-    with parts_in_memory(work.model) as parts:
-        found = (layer for part in parts for layer in lora_layers(part).values())
-        seen = next((True for layer in found if layer.is_seen()), False)
-    if lora_layers(work.model) and not whole and not seen:
-        raise TrainingError(
-            "the adapter is dead: its updates are smaller than what the base's weights can hold",
-            fix="raise train.learning_rate or train.steps",
-        )
 
 
 def _record_end(emit: Emit, error: TunesmithError) -> None:

@@ -50,12 +50,18 @@ def kept_by_token(adapted: nn.Module, shape: Shape, dtype: str, frozen_dtype: st
     inputs = shape.layers * hidden * (residual + width)
     passing = 2 * hidden * residual + width * (2 * hidden + 2 * (query + pairs) + 3 * inner)
     backward = width * (3 * inner + 3 * hidden)
-    if not shape.fused:
+    if not shape.fused or not all(map(_is_plain, cast(Any, adapted).model.layers)):
         beside = 2 * inner + 3 * hidden + pairs
         blocks = width * (shape.linear_outputs + shape.layers * beside) + shape.layers * 16 * hidden
         return Kept(blocks, blocks / max(1, shape.layers), inputs, passing, backward)
     sizes = [_kept_by_block(block, shape, width, residual) for block in cast(Any, adapted).model.layers]
     return Kept(sum(sizes), max(sizes), inputs, passing, backward)
+
+
+def _is_plain(block: Any) -> bool:
+    """Whether no method has put a layer of its own around the attention or the feed-forward part."""
+    named = ((block.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")), (block.mlp, ("gate_proj", "up_proj")))
+    return all(hasattr(part, name) for part, names in named for name in names)
 
 
 def _kept_by_block(block: Any, shape: Shape, width: int, residual: int) -> float:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from tunesmith.models.measure import Shape
 from tunesmith.plan.hardware import DTYPES, Hardware, multiply_rate
-from tunesmith.recipe import Duration, Parameters, Recipe, Workload
+from tunesmith.recipe import Recipe
+from tunesmith.resolved import Duration, Parameters, Workload
 
 EFFICIENCY = {"cpu": 0.11, "mps": 0.25, "cuda": 0.35}
 """Share of the rate of a large matrix product that a training step reaches; replaced by `measured` in every report."""

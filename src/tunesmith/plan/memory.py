@@ -19,7 +19,8 @@ from tunesmith.models.projection import rounded_up
 from tunesmith.models.quantized import FOUR_BIT, Quantization, settled_quantization
 from tunesmith.objectives import Policy
 from tunesmith.plan.activations import BYTES, Kept, attention_workspace, kept_by_token, logit_bytes
-from tunesmith.recipe import Memory, Phase, Recipe
+from tunesmith.recipe import Recipe
+from tunesmith.resolved import Memory, Phase
 
 CONVENTION = (
     "frozen weights in the dtype named or quantized; trained weights in fp32 (4 bytes, the master copy of mixed "

@@ -15,7 +15,8 @@ from tunesmith.models.streamed import StreamedModel
 from tunesmith.models.streamed_head import AT_ONCE, ROWS_AT_ONCE
 from tunesmith.objectives import Supervised
 from tunesmith.plan.memory import BYTES
-from tunesmith.recipe import Memory, Recipe
+from tunesmith.recipe import Recipe
+from tunesmith.resolved import Memory
 
 RUNTIME_BYTES = 362 * 10**6
 """Resident memory of a process that has imported what a streamed job needs, with tokenizer, rows and kernels."""

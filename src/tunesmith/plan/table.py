@@ -16,11 +16,13 @@ from tunesmith.models.measure import shape_of
 from tunesmith.models.quantized import settled_quantization
 from tunesmith.plan.activations import BYTES
 from tunesmith.plan.duration import training_flops
+from tunesmith.plan.fit import USABLE_MEMORY, Fit
+from tunesmith.plan.given import Given
 from tunesmith.plan.hardware import Hardware
 from tunesmith.plan.machines import Machine, Machines
 from tunesmith.plan.memory import Counted, counted, predict_memory
-from tunesmith.plan.resolve import USABLE_MEMORY, Fit, Given
-from tunesmith.recipe import Memory, Parameters, Recipe
+from tunesmith.recipe import Recipe
+from tunesmith.resolved import Memory, Parameters
 
 MOST_ROWS = 512
 

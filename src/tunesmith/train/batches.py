@@ -9,7 +9,8 @@ import torch
 from tunesmith.batch import Batch, pack
 from tunesmith.data.mix import RowOrder
 from tunesmith.data.stored import RenderedRows
-from tunesmith.recipe import Plan, Recipe
+from tunesmith.recipe import Recipe
+from tunesmith.resolved import Plan
 from tunesmith.train.parallel import rank, world_size
 
 

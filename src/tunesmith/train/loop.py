@@ -19,7 +19,8 @@ from tunesmith.base import Interrupted, TrainingError
 from tunesmith.batch import Batch
 from tunesmith.methods import trainable_parameters
 from tunesmith.objectives import StepObjective
-from tunesmith.recipe import Plan, TrainSpec
+from tunesmith.recipe import TrainSpec
+from tunesmith.resolved import Plan
 from tunesmith.train.average import Average
 from tunesmith.train.health import FIX, Health
 from tunesmith.train.optim import learning_rate_at, own_rates_at, set_learning_rate

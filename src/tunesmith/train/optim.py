@@ -15,7 +15,8 @@ from tunesmith.base import InputError
 from tunesmith.methods import trainable_parameters
 from tunesmith.models.quantized import import_bitsandbytes
 from tunesmith.models.sharding import full, is_part, parted_like
-from tunesmith.recipe import Plan, Schedule, TrainSpec
+from tunesmith.recipe import Schedule, TrainSpec
+from tunesmith.resolved import Plan
 from tunesmith.train.small_adamw import SmallAdamW
 
 WSD_DECAY_SHARE = 0.2

@@ -24,7 +24,7 @@ from tunesmith.objectives.logps import token_logps
 from tunesmith.objectives.policy import OLD, Rollout
 from tunesmith.objectives.ppo import logps_and_values
 from tunesmith.objectives.preference import REFERENCE
-from tunesmith.recipe import Plan
+from tunesmith.resolved import Plan
 from tunesmith.train.loop import Emit
 from tunesmith.train.parallel import is_main, rank, summed, world_size
 from tunesmith.train.precision import Precision

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tunesmith.base import TrainingError
 from tunesmith.batch import Batch
 from tunesmith.objectives import AroundObjective, StepObjective
-from tunesmith.recipe import Plan
+from tunesmith.resolved import Plan
 
 MIB = 2**20
 

@@ -10,7 +10,7 @@ from tunesmith.pipeline.ladder.asking import Asker, Store
 from tunesmith.pipeline.loaded import Speaker
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.retrieving import Indexes, Library, open_library, row_passages
-from tunesmith.pipeline.training import Watcher
+from tunesmith.pipeline.work import Watcher
 from tunesmith.recipe import EvaluateSpec, Recipe
 from tunesmith.recipe_ladder import LadderSpec
 

@@ -24,7 +24,7 @@ from tunesmith.pipeline.ladder.scores import TUNED, Scoring, decided
 from tunesmith.pipeline.planning import Planned, plan_job
 from tunesmith.pipeline.proof import chosen_rows
 from tunesmith.pipeline.retrieving import Indexes
-from tunesmith.pipeline.training import Watcher
+from tunesmith.pipeline.work import Watcher
 from tunesmith.plan.advise.cost import Prices, read_prices
 from tunesmith.recipe import EvaluateSpec, Recipe
 from tunesmith.recipe_file import LADDER, plain_yaml, recipe_yaml

@@ -15,7 +15,7 @@ from tunesmith.pipeline.finetune import finetune
 from tunesmith.pipeline.loaded import Speaker, load
 from tunesmith.pipeline.locating import Location, locate
 from tunesmith.pipeline.planning import Planned
-from tunesmith.pipeline.training import Watcher
+from tunesmith.pipeline.work import Watcher
 from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Recipe
 

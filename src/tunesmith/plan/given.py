@@ -1,0 +1,61 @@
+"""What a plan is made from besides its recipe: what the data say of the job's size and of its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tunesmith.resolved import Workload
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the evaluation will be, as far as the data decides it.
+
+    Attributes:
+        limit: new tokens of an answer that the objective itself allows; None where references say it.
+        answer: tokens of a reference answer on average.
+    """
+
+    metrics: list[str]
+    why: str
+    rows: int
+    longest_answer: int
+    writes: bool = True
+    limit: int | None = None
+    answer: float = 0.0
+
+
+class Largest(NamedTuple):
+    """Of a job's micro-batches: tokens of the largest and the targets among them, and how many sizes there are.
+
+    Sizes are counted as `models.projection.rounded_up` makes them.
+    """
+
+    tokens: int
+    targets: int
+    sizes: int
+
+
+Heaviest = Callable[[int], Largest]
+"""From rows of a micro-batch to the largest one that the job will have."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of a job besides its recipe.
+
+    Attributes:
+        max_length: longest row that is trained on, in tokens.
+        heaviest: read off the rows in their order; None where it must be estimated from the averages.
+        beside: bytes of other models that stay in memory while this one is trained.
+        before: bytes of a model that is gone before this one is loaded.
+    """
+
+    workload: Workload
+    judged: Judged
+    max_length: int
+    heaviest: Heaviest | None = None
+    beside: float = 0.0
+    before: float = 0.0
