@@ -112,3 +112,17 @@ def test_the_command(shell: Shell) -> None:
     (shell.root / "mine.yaml").write_text(PACKAGED.replace("training: 200", "training: 400"))
     code, said, _ = shell.run("--cost", "--prices", "mine.yaml", "--json")
     assert json.loads(said)["total"]["tuned"] == 4 * 400 + 600
+
+
+@pytest.mark.parametrize(
+    ("flags", "where"),
+    [
+        (["--cost", "--write", "x.yaml"], "--write"),
+        (["--change", "style", "--html", "x.html"], "--html"),
+        (["--change", "style", "--target", "0.4"], "--target"),
+        (["--change", "style", "--months", "3"], "--months"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(shell: Shell, flags: list[str], where: str) -> None:
+    code, _, wrong = shell.run(*flags)
+    assert code == 2 and where in wrong and "would do nothing" in wrong

@@ -19,6 +19,9 @@ from tunesmith.evaluation.benchmarks import Asked, compare_benchmarks, item_text
 from tunesmith.evaluation.continuations import Continuation, likelihoods
 from tunesmith.evaluation.damage import benchmark_check, divergence_check, said_of_benchmarks
 from tunesmith.evaluation.prefix_tree import SHORTEST, Sequences, laid_out
+from tunesmith.pipeline.benchmarks import benchmarks_of
+from tunesmith.pipeline.finetune import finetune
+from tunesmith.recipe_file import check_recipe
 
 pytest.importorskip("lm_eval")
 
@@ -185,6 +188,17 @@ def test_what_cannot_be_had_is_named(
 ) -> None:
     with pytest.raises(InputError, match=said):
         run_benchmarks(*loaded, Asked(names, data=str(items) if data == "ITEMS" else data), silent)
+
+
+def test_a_wrong_name_is_told_before_a_model_is_loaded() -> None:
+    recipe = check_recipe(
+        {"model": "nowhere", "data": {"train": "nothing.jsonl"}, "evaluate": {"benchmarks": ["helaswag"]}}, "test"
+    )
+    with pytest.raises(InputError, match="did you mean 'hellaswag'") as error:
+        finetune(recipe)
+    assert error.value.where == "evaluate.benchmarks"
+    with pytest.raises(InputError, match="did you mean 'hellaswag'"):
+        benchmarks_of("nowhere", Asked(("helaswag",)))
 
 
 def test_damaged_items_are_named(loaded: tuple[Any, Any], tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_on_the_command_line(measured: tuple[Path, dict[str, Any]], shell: Shell
     code, out, _ = shell.run("--measure", path, "--target", "3", "--json", "--html", "page.html")
     assert code == 3 and json.loads(out)["target"] == 3 and (shell.root / "page.html").is_file()
     code, _, error = shell.run("--measure", path, "--change", "facts")
-    assert code == 2 and "--change: this is for the advice" in error
+    assert code == 2 and "--change: this is for the advice or --cost" in error
     code, _, error = shell.run("--measure", path, "--html", "nowhere/page.html")
     assert code == 2 and "the page cannot be written" in error
     (shell.root / "other").mkdir()

@@ -15,9 +15,9 @@ from tunesmith.base import InputError
 from tunesmith.cli.app import app
 from tunesmith.cli.plan import Asked, budget_of, show_plan
 from tunesmith.pipeline.budgeting import Choice, refuse_beyond_budget, rented, table_of, within_budget
-from tunesmith.pipeline.calibration import calibrated
+from tunesmith.pipeline.calibration import calibrated, copy_of
 from tunesmith.pipeline.dry_step import dry_step
-from tunesmith.pipeline.planning import plan_job
+from tunesmith.pipeline.planning import estimate_job, plan_job
 from tunesmith.plan.duration import CALIBRATED
 from tunesmith.plan.machines import read_machines
 from tunesmith.plan.table import Table
@@ -73,13 +73,16 @@ def test_the_table_of_8b_is_what_is_known_of_these_cards(table: Table) -> None:
     assert json.loads(json.dumps(table.as_json()))["tokens"] == table.tokens
 
 
-def test_money_buys_the_least_given_up_and_little_money_gives_up_more(table: Table) -> None:
-    rich = rented(table, BudgetSpec(money=500))
+def test_money_buys_the_least_given_up_and_little_money_gives_up_more(place: Path, table: Table) -> None:
+    anything = recipe(place, "8b")
+    rich = rented(table, BudgetSpec(money=500), anything)
     assert rich.settings["method.kind"] == "full" and rich.machine.startswith("8x") and rich.settings["train.shard"]
-    poor = rented(table, BudgetSpec(money=500, memory="24GB"))
+    poor = rented(table, BudgetSpec(money=500, memory="24GB"), anything)
     assert poor.settings["method.kind"] in ("lora", "qlora") and poor.given_up
     with pytest.raises(InputError, match=r"nothing fits: the cheapest way is .* USD in .* h, the fastest"):
-        rented(table, BudgetSpec(money=0.000001))
+        rented(table, BudgetSpec(money=0.000001), anything)
+    kept = rented(table, BudgetSpec(money=500), recipe(place, "8b", method="lora"))
+    assert kept.settings["method.kind"] == "lora" and kept.given_up == []  # though money would buy more
 
 
 def test_memory_and_time_choose_here_and_an_impossible_budget_says_what_it_takes(place: Path) -> None:
@@ -93,6 +96,24 @@ def test_memory_and_time_choose_here_and_an_impossible_budget_says_what_it_takes
     needed = re.search(r"memory=([\d.]+)GB", error.value.fix)
     assert needed is not None
     assert isinstance(within_budget(recipe(place), BudgetSpec(memory=f"{needed[1]}GB"), machines), Choice)
+    assert "time=" not in error.value.fix and "True" not in str(error.value)
+
+
+def test_a_budget_that_the_plan_itself_keeps_is_kept(place: Path) -> None:
+    asked = recipe(place, method="lora")
+    plan = plan_job(asked).plan
+    budget = BudgetSpec(memory=plan.memory.peak_bytes + 10_000)
+    choice = within_budget(asked, budget, read_machines())
+    assert choice.plan is not None and choice.memory_bytes <= plan.memory.peak_bytes + 10_000
+
+
+def test_tied_weights_are_counted_once_by_budgets_and_tables(tmp_path: Path) -> None:
+    config = LLAMA3_8B | {"tie_word_embeddings": True, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    values = {"model": str(tmp_path), "data": {"train": "nothing.jsonl"}, "method": "lora"}
+    planned = estimate_job(check_recipe(values, "test"))
+    model = copy_of(planned, None)
+    assert sum(weight.numel() for weight in model.parameters()) == sum(planned.plan.parameters.parts.values())
 
 
 def test_training_refuses_to_start_beyond_a_budget_of_time_or_money(place: Path) -> None:
@@ -161,6 +182,8 @@ def test_blocks_are_timed_and_a_dry_step_is_measured(place: Path) -> None:
     found = calibrated(planned).plan
     assert found.time.source == CALIBRATED and found.time.train_seconds > 0 and found.time.evaluate_seconds > 0
     assert found.model_copy(update={"time": planned.plan.time}) == planned.plan  # nothing else depends on it
+    rowless = calibrated(estimate_job(recipe(place, "8b", data={"train": "nothing.jsonl"}))).plan
+    assert "that needs rows and a tokenizer" in rowless.notes[-1] and "evaluation is not counted" in rowless.notes[-2]
     step = dry_step(planned)
     assert step.peak_bytes > 10**8 and step.tokens > 0 and step.stands_for is None
 
@@ -177,4 +200,8 @@ def test_the_verb_prints_table_and_proposal_and_refuses_two_questions(
         show_plan(recipe(place), Asked(table=True, probe=True), as_json=False)
     with pytest.raises(InputError, match="a dry step needs rows"):
         show_plan(recipe(place, "8b", data={"train": "nothing.jsonl"}), Asked(probe=True), as_json=False)
+    with pytest.raises(InputError, match="not made from timed blocks"):
+        show_plan(recipe(place), Asked(table=True, calibrate=True), as_json=False)
+    with pytest.raises(InputError, match="is for --table and --budget"):
+        show_plan(recipe(place), Asked(machines=Path("mine.yaml")), as_json=False)
     assert "--table" in CliRunner().invoke(app, ["plan", "--help"]).output

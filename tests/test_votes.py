@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ def test_the_same_command_finds_the_poll_again_and_another_one_is_refused(poll: 
     assert again.pairs == poll.pairs and len(again.votes()) == 1
     with pytest.raises(InputError, match="another poll is kept here: seed differ"):
         open_poll(Asked(asked.a, asked.b, asked.on, 50, 1, 16), poll.path, silent)
+    with pytest.raises(InputError, match="no such file"):
+        open_poll(Asked(asked.a, asked.b, asked.on + "x", 50, 1, 16), poll.path, silent)
     Path(asked.on).write_text(Path(asked.on).read_text() + "\n")
     with pytest.raises(InputError, match="has changed since"):
         open_poll(asked, poll.path, silent)
@@ -111,6 +114,20 @@ def test_rows_count_once_however_many_voted_and_agreement_is_of_preferences() ->
     assert found["rows"] == 4 and found["votes"] == 8 and found["win_rate"] == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
     assert found["agreement"]["rows"] == 4 and found["agreement"]["share"] == 0.75
     assert 0 < found["agreement"]["alpha"] < 1  # a tie and two bad answers are the same preference
+
+
+def test_votes_of_a_file_on_rows_with_equal_answers_count_nowhere() -> None:
+    same = [*pairs(2)[:1], replace(pairs(2)[1], b=pairs(2)[1].a)]
+    found = vote_results(same, votes("bob", ["b", "tie"]), 0.95)
+    assert found["same"] == 1 and found["rows"] == 1 and found["raters"][0]["rows"] == 1
+    assert found["raters"][0]["choices"]["tie"] == 0
+
+
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "recipe.yaml").write_text("model: demo\n")
+    with pytest.raises(InputError, match=r"there is no run here; did you mean '.*first'"):
+        open_poll(Asked(str(tmp_path / "frist"), "base", "on.jsonl", 50, 0, 8), tmp_path / "poll", silent)
 
 
 def test_nothing_is_claimed_of_no_votes() -> None:

@@ -51,8 +51,8 @@ GOOD = {"fine_tune", "fine_tune_rag", "continued_pretraining"}
 class CostQuestion:
     """What `--cost` compares."""
 
-    queries: float
-    months: int
+    queries: float | None
+    months: int | None
     prices: Path | None
     html: Path | None
 
@@ -218,7 +218,10 @@ def _section(
 def run_costs(path: Path | None, flags: Mapping[str, Any], asked: CostQuestion, *, as_json: bool) -> None:
     """Compares retrieval with tuning over the horizon."""
     answers = read_answers(path, flags)
-    data = look_at(answers.data) if answers.data is not None else None
+    data: DataLook | None = None
+    if answers.data is not None:
+        with Display(as_json) as display:
+            data = look_at(answers.data, display.progress)
     costs = compare_costs(read_prices(asked.prices), _use(answers, data, asked))
     if asked.html is not None:
         from tunesmith.pages.cost import cost_page
@@ -242,14 +245,14 @@ def run_costs(path: Path | None, flags: Mapping[str, Any], asked: CostQuestion, 
 
 
 def _use(answers: Answers, data: DataLook | None, asked: CostQuestion) -> Use:
-    usual = Use(asked.queries, asked.months)
+    usual = Use()
     every = answers.knowledge_changes
     prompt, answer = usual.prompt, usual.answer
     if data is not None and not data.is_text:
         prompt, answer = round(data.median_prompt * 1.33), round(data.median_answer * 1.33)
     return Use(
-        asked.queries,
-        asked.months,
+        usual.queries if asked.queries is None else asked.queries,
+        usual.months if asked.months is None else asked.months,
         prompt=prompt if answers.prompt_tokens is None else answers.prompt_tokens,
         answer=answer,
         retrain_months=usual.retrain_months if every is None else MONTHS_BETWEEN[every],

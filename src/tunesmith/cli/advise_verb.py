@@ -58,8 +58,8 @@ class AdviseOptions(AnswerOptions):
         Path | None, typer.Option(help="With --measure: where answers and page are kept.", metavar="DIR")
     ] = None
     cost: Annotated[bool, typer.Option("--cost", help="Compare the costs of retrieval and tuning instead.")] = False
-    queries: Annotated[float, typer.Option(help="With --cost: questions a month.")] = 5000
-    months: Annotated[int, typer.Option(help="With --cost: the horizon.")] = 12
+    queries: Annotated[float | None, typer.Option(help="With --cost: questions a month; else 5,000.")] = None
+    months: Annotated[int | None, typer.Option(help="With --cost: the horizon; else 12.")] = None
     prices: Annotated[
         Path | None, typer.Option(help="With --cost or --measure: your prices, a YAML file.", metavar="FILE")
     ] = None
@@ -78,6 +78,7 @@ def advise(options: AdviseOptions) -> None:
         from tunesmith.cli.ladder import run_ladder
 
         raise typer.Exit(run_ladder(options.measure, options.given()))
+    _refuse_idle(options)
     with importing():
         from tunesmith.cli.advise import CostQuestion, flags_of, run_advice, run_costs
 
@@ -87,3 +88,19 @@ def advise(options: AdviseOptions) -> None:
         run_costs(options.answers, flags, asked, as_json=options.as_json)
     else:
         run_advice(options.answers, flags, write=options.write, as_json=options.as_json)
+
+
+def _refuse_idle(options: AdviseOptions) -> None:
+    """Raises InputError for an option that would do nothing."""
+    from tunesmith.base import InputError
+
+    of_measure = ("target", "output")
+    of_either = ("prices", "html")
+    of_cost = ("queries", "months")
+    idle = ("write", *of_measure) if options.cost else (*of_measure, *of_either, *of_cost)
+    for name in idle:
+        if getattr(options, name) is not None:
+            verb = "the advice" if name == "write" else "--measure" if name in of_measure else "--cost"
+            verb += " or --measure" * (name in of_either)
+            fix = "leave out --cost" if name == "write" else f"add {verb}, or leave it out"
+            raise InputError(f"this is for {verb}, and would do nothing", where=f"--{name}", fix=fix)

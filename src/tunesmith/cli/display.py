@@ -142,6 +142,7 @@ def _duration(seconds: float) -> str:
 
 def quiet_libraries() -> None:
     """Keeps the bars and warnings of libraries out of our own output."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     from tunesmith.models.quantized import silence_optional_kernel
@@ -149,6 +150,7 @@ def quiet_libraries() -> None:
     silence_optional_kernel()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # which tells of every attempt; what comes of them is told once
     # Read by `datasets` when it is imported, which takes a second and is often not needed at all.
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 

@@ -15,7 +15,7 @@ from tunesmith.files import write_text
 
 OVER = ("target", "output", "prices")
 """Flags that go before settings of the section `ladder`."""
-OTHERS = ("measure", "html", "as_json", "queries", "months", *OVER)
+OTHERS = ("measure", "html", "as_json", *OVER)
 
 
 def run_ladder(recipe: Path, flags: Mapping[str, Any]) -> int:
@@ -31,7 +31,7 @@ def run_ladder(recipe: Path, flags: Mapping[str, Any]) -> int:
         if name not in OTHERS and value not in (None, False, []):
             flag = "the file of answers" if name == "answers" else f"--{name.replace('_', '-')}"
             raise InputError(
-                "this is for the advice, and --measure reads everything from the recipe",
+                "this is for the advice or --cost, and --measure reads everything from the recipe",
                 where=flag,
                 fix="leave it out; settings of the ladder stand in the recipe's section `ladder`",
             )

@@ -44,6 +44,10 @@ def show_plan(recipe: Recipe, asked: Asked, *, as_json: bool) -> None:
     wanted = [name for name, is_wanted in questions.items() if is_wanted]
     if len(wanted) > 1:
         raise InputError(f"{' and '.join(wanted)} are different questions", where=wanted[-1], fix="ask one at a time")
+    if asked.calibrate and (asked.table or asked.budget):
+        raise InputError(
+            "a table or a budget is not made from timed blocks", where="--calibrate", fix="ask for the plan alone"
+        )
     if asked.table:
         from tunesmith.pipeline.budgeting import table_of
 
@@ -59,6 +63,12 @@ def show_plan(recipe: Recipe, asked: Asked, *, as_json: bool) -> None:
             choice = within_budget(recipe, budget, read_machines(asked.machines), display.progress)
         out(json.dumps(choice.as_json()) if as_json else "\n".join(choice_lines(choice, recipe)))
         return
+    if asked.machines is not None:
+        raise InputError(
+            "a table of machines is for --table and --budget",
+            where="--machines",
+            fix="add one of them, or leave it out",
+        )
     _show(recipe, asked, as_json=as_json)
 
 

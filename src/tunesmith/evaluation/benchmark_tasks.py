@@ -7,22 +7,18 @@ another place, through the method that lm-eval has for that.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from datasets import DatasetDict
-from lm_eval import tasks
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 
-from tunesmith.base import InputError, nearest
+from tunesmith.base import InputError
 from tunesmith.evaluation.benchmark_data import Items
+from tunesmith.evaluation.benchmark_names import harness_tasks, named_in, refuse_unknown
 
-NAME = re.compile(rb"""^["']?(?:task|group)["']?:\s*["']?([\w.-]+)["']?\s*$""", re.MULTILINE)
-TAGS = re.compile(rb"""^["']?tag["']?:((?:.*)(?:\n\s*-\s.*)*)""", re.MULTILINE)
 SPLITS = ("training_split", "validation_split", "test_split")
 
 
@@ -68,14 +64,9 @@ def _manager(names: Sequence[str]) -> TaskManager:
     Raises:
         InputError: for a name that no file has.
     """
-    root = Path(tasks.__file__).parent
-    files, tags = _named_in(root)
-    for name in names:
-        if name not in files and name not in tags:
-            raise InputError(
-                f"lm-eval has no benchmark {name!r}{nearest(name, [*files, *tags])}",
-                fix="use names that lm-eval has, for example hellaswag, mmlu, arc_easy, piqa, winogrande",
-            )
+    root = harness_tasks()
+    refuse_unknown(names)
+    files, _ = named_in(root)
     if all(name in files for name in names):
         own = [files[name] for name in names]
         for folders in ([file.parent for file in own], [root / file.relative_to(root).parts[0] for file in own]):
@@ -83,19 +74,6 @@ def _manager(names: Sequence[str]) -> TaskManager:
             if all(_is_complete(name, manager.task_index) for name in names):
                 return manager
     return TaskManager()
-
-
-def _named_in(root: Path) -> tuple[dict[str, Path], set[str]]:
-    """The file that defines each task or group, and the tags there are."""
-    files: dict[str, Path] = {}
-    tags: set[str] = set()
-    for path in sorted(root.rglob("*.yaml")):
-        content = path.read_bytes()
-        for match in NAME.finditer(content):
-            files.setdefault(match[1].decode(), path)
-        for match in TAGS.finditer(content):
-            tags.update(re.findall(r"[\w.-]*\w", match[1].decode()))
-    return files, tags
 
 
 def _is_complete(name: str, index: dict[str, Any]) -> bool:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tunesmith.base import InputError, Progress
 from tunesmith.evaluation.benchmark_data import HUB, Items
+from tunesmith.evaluation.benchmark_names import require_harness
 from tunesmith.metrics import RowStatistics, bootstrap, mean_rows, paired_bootstrap
 
 DECIDING = ("acc_norm", "acc", "exact_match", "em", "f1", "word_perplexity")
@@ -63,12 +63,6 @@ class Asked:
 def skill_of(name: str) -> str:
     """What a benchmark asks for; its own name where that is not known."""
     return next((skill for start, skill in SKILLS.items() if name.startswith(start)), name)
-
-
-def require_harness() -> None:
-    """Raises InputError when lm-eval is not installed."""
-    if find_spec("lm_eval") is None:
-        raise InputError("benchmarks need the package lm-eval", fix="pip install 'tunesmith[benchmarks]'")
 
 
 def run_benchmarks(

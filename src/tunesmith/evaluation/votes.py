@@ -109,7 +109,8 @@ def vote_results(pairs: Sequence[Pair], votes: Sequence[Vote], confidence: float
         asked about and which count nowhere) and `unvoted`.
     """
     asked = {pair.row for pair in pairs if not pair.same}
-    counted = [vote for vote in votes if vote.row in asked and vote.choice != "skip"]
+    votes = [vote for vote in votes if vote.row in asked]  # a file may bring votes on rows with equal answers
+    counted = [vote for vote in votes if vote.choice != "skip"]
     by_row: dict[int, list[Vote]] = {}
     for vote in counted:
         by_row.setdefault(vote.row, []).append(vote)

@@ -15,7 +15,8 @@ from tunesmith.base import InputError, Progress
 from tunesmith.data.cache import cached
 from tunesmith.data.render import Renderer, tokenizer_sha256
 from tunesmith.evaluation.benchmark_data import HUB, content_of
-from tunesmith.evaluation.benchmarks import Asked, compare_benchmarks, require_harness, run_benchmarks
+from tunesmith.evaluation.benchmark_names import require_harness
+from tunesmith.evaluation.benchmarks import Asked, compare_benchmarks, run_benchmarks
 from tunesmith.evaluation.damage import BENCHMARKS, KL, benchmark_check, divergence_check, said_of_benchmarks
 from tunesmith.evaluation.divergence import base_answers, compare_divergence, divergences_from
 from tunesmith.files import read_json, write_json

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.base import InputError, Progress, silent
-from tunesmith.evaluation.benchmarks import Asked, compare_benchmarks, require_harness, with_intervals
+from tunesmith.evaluation.benchmark_names import refuse_unknown
+from tunesmith.evaluation.benchmarks import Asked, compare_benchmarks, with_intervals
 from tunesmith.pipeline.ability import kept_benchmarks
 from tunesmith.pipeline.loaded import Speaker, load_speaker
 from tunesmith.pipeline.locating import base_of_run, locate
@@ -25,7 +26,7 @@ def benchmarks_of(target: str, asked: Asked, progress: Progress = silent) -> dic
     Raises:
         InputError: for a model that judges, an unknown benchmark, or items that cannot be had.
     """
-    require_harness()
+    refuse_unknown(asked.names, "--benchmarks")
     location = locate(target, progress)
     if location.head is not None:
         raise InputError("this model judges and writes nothing", where=target, fix="judge it on rows: --data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -65,7 +66,7 @@ def within_budget(recipe: Recipe, budget: BudgetSpec, machines: Machines, progre
     if budget.money is not None:
         here = this_machine(planned.hardware)
         table = fit_table(planned.recipe, model, planned.given, machines, here, planned.plan.steps)
-        return rented(table, budget)
+        return rented(table, budget, planned.recipe)
     return _here(planned, model, planned.given, budget)
 
 
@@ -77,13 +78,16 @@ def table_of(recipe: Recipe, machines: Machines, progress: Progress = silent) ->
     return fit_table(planned.recipe, copy_of(planned, None), planned.given, machines, here, planned.plan.steps)
 
 
-def rented(table: Table, budget: BudgetSpec) -> Choice:
-    """The first variant, in the order of what is given up, that some machine can do; there the cheapest one."""
+def rented(table: Table, budget: BudgetSpec, recipe: Recipe) -> Choice:
+    """The first variant, in the order of what is given up, that some machine can do; there the cheapest one.
+
+    Where the recipe names its method, no variant that comes before it.
+    """
     limits = budget.memory_bytes or math.inf, budget.seconds or math.inf, budget.money or math.inf
     machines = {one.name: one for one in table.machines.machines}
     priced = [cell for cell in table.cells if cell.fits and cell.price is not None and cell.machine in machines]
-    best = table.variants[1:]  # fp32 throughout costs more and is no better
-    for variant in best:
+    best = _from_own_method(recipe, [one for one in table.variants if one.settings["train.dtype"] != "fp32"])
+    for variant in best:  # fp32 throughout costs more and is no better
         inside = [
             cell
             for cell in priced
@@ -94,7 +98,7 @@ def rented(table: Table, budget: BudgetSpec) -> Choice:
         ]
         if inside:
             cell = min(inside, key=lambda cell: cell.price or 0)
-            given_up, settings = list(variant.given_up), dict(variant.settings)
+            given_up, settings = _given_up(recipe, variant), dict(variant.settings)
             if cell.checkpointing:
                 given_up.append("activations are computed again in the backward pass: about a third more time")
                 settings["train.gradient_checkpointing"] = True
@@ -122,9 +126,12 @@ def _here(planned: Planned, model: nn.Module, given: Given, budget: BudgetSpec) 
     tried = list[Choice]()
     for candidate, given_up, settings in _candidates(planned, memory):
         try:
-            plan = _resolved(candidate, planned, model, given, memory)
+            plans = [_resolved(candidate, planned, model, given, memory)]
+            if plans[0].memory.peak_bytes > memory:  # small micro-batches have more sizes, whose kernels take memory
+                plans.append(_resolved(candidate, planned, model, given, math.inf))
         except InputError:
             continue
+        plan = min(plans, key=lambda plan: plan.memory.peak_bytes)
         choice = _choice(plan, given_up, settings, planned.hardware.name)
         tried.append(choice)
         if choice.memory_bytes > memory:
@@ -138,41 +145,50 @@ def _here(planned: Planned, model: nn.Module, given: Given, budget: BudgetSpec) 
         raise InputError("no method can train this model here", where="method.kind")
     least = min(tried, key=lambda choice: choice.memory_bytes)
     fastest = min(tried, key=lambda choice: choice.seconds)
+    needs = [f"memory={math.ceil(least.memory_bytes / 1e7) / 100:g}GB"] * (budget.memory_bytes is not None)
+    needs += [f"time={math.ceil(fastest.seconds / 60)}min"] * (budget.seconds is not None)
     raise InputError(
         f"nothing fits: the smallest plan ({_named(least)}) needs {least.memory_bytes / 1e9:,.2f} GB and the fastest "
         f"({_named(fastest)}) {fastest.seconds / 3600:,.2f} h",
         where="budget",
-        fix=f"use memory={math.ceil(least.memory_bytes / 1e7) / 100:g}GB or more, and "
-        f"time={math.ceil(fastest.seconds / 60)}min or more; a smaller model, fewer rows or data.max_length need less",
+        fix=f"use {' and '.join(needs)} or more; a smaller model, fewer rows or data.max_length need less",
     )
 
 
 def _named(choice: Choice) -> str:
-    return ", ".join(f"{name}={value}" for name, value in choice.settings.items())
+    return ", ".join(f"{name}={json.dumps(value).strip(chr(34))}" for name, value in choice.settings.items())
+
+
+def _from_own_method(recipe: Recipe, variants: list[Variant]) -> list[Variant]:
+    """Those from the recipe's own method on, where it names one; a method that is not among them counts as LoRA."""
+    if "method" not in recipe.model_fields_set:
+        return variants
+    kinds = [variant.settings["method.kind"] for variant in variants]
+    first = next((kind for kind in (recipe.method.kind, "lora", "qlora") if kind in kinds), None)
+    return [] if first is None else variants[kinds.index(first) :]
+
+
+def _given_up(recipe: Recipe, variant: Variant) -> list[str]:
+    """What a variant gives up, without what the recipe gave up itself."""
+    own = "method" in recipe.model_fields_set and recipe.method.kind in ("lora", "qlora")
+    return [text for text in variant.given_up if not (own and text == LOW_RANK)]
 
 
 def _candidates(planned: Planned, memory: float) -> Iterator[tuple[Recipe, list[str], dict[str, Any]]]:
     """Recipes, what each gives up, and its settings: the recipe's own method first, where it names one."""
     recipe = planned.recipe
-    variants: list[Variant] = variants_of(recipe)[1:]
-    kinds = [variant.settings["method.kind"] for variant in variants]
-    named = "method" in recipe.model_fields_set
-    own = recipe.method.kind
-    if named:
+    if "method" in recipe.model_fields_set:
         yield recipe, [], {}
-        variants = variants[kinds.index(own) :] if own in kinds else variants[kinds.index("lora") :]
-    for variant in variants:
+    for variant in _from_own_method(recipe, variants_of(recipe)[1:]):
         keep = {"dtype": recipe.train.dtype}  # `auto` knows what this machine computes
         train = variant.recipe.train.model_copy(update=keep)
-        given_up = list(variant.given_up)
-        if named and own in ("lora", "qlora") and LOW_RANK in given_up:
-            given_up.remove(LOW_RANK)
-        yield variant.recipe.model_copy(update={"train": train}), given_up, dict(variant.settings)
+        yield variant.recipe.model_copy(update={"train": train}), _given_up(recipe, variant), dict(variant.settings)
     if math.isfinite(memory) and may_stream(recipe) and streaming_obstacle(planned.config) is None:
         budget = BudgetSpec(memory=int(memory))
         text = "the frozen model is read from its files block by block: training takes several times as long"
         settings = {"method.kind": "lora", "budget.memory": f"{int(memory / 1e6)}MB"}
-        yield recipe.model_copy(update={"budget": budget}), [LOW_RANK, text], settings
+        given_up = [text] if "method" in recipe.model_fields_set else [LOW_RANK, text]
+        yield recipe.model_copy(update={"budget": budget}), given_up, settings
 
 
 def _resolved(recipe: Recipe, planned: Planned, model: nn.Module, given: Given, memory: float) -> Plan:

@@ -58,10 +58,12 @@ def calibrated(planned: Planned, progress: Progress = silent, clock: Clock = tim
         clock: seconds.
     """
     plan, given = planned.plan, planned.given
-    if plan.streamed_tokens is not None or given is None or planned.prepared is None:
+    if plan.streamed_tokens is not None or given is None:
         return planned
     progress("timing blocks of this model", 0, None)
     try:
+        if planned.prepared is None:
+            raise InputError("that needs rows and a tokenizer")
         shape = shape_of(copy_of(planned, None))
         pace = _pace(planned, shape, clock)
     except (TunesmithError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
@@ -221,6 +223,7 @@ def copy_of(planned: Planned, blocks: int | None) -> nn.Module:
     device = torch.device("meta") if blocks is None else planned.hardware.device
     with torch.device(device), no_init_weights():
         model = model_class(head).from_config(config, dtype=DTYPES[planned.plan.frozen_dtype])
+    cast(Any, model).tie_weights()  # which transformers leaves out together with the first values
     if blocks is None:
         return model
     with torch.no_grad():

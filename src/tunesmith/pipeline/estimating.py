@@ -56,11 +56,14 @@ def estimate_job(recipe: Recipe, progress: Progress = silent) -> Planned:
         metrics, why = policy_metrics(recipe)
     else:
         metrics, why = choose_metrics(asked_metrics(recipe), [], own_names(recipe))
-    judged = Judged(metrics, why if not missing else "there are no rows to look at", 0, 64)
+    if asked_metrics(recipe) == "auto":
+        why = "there are no rows to look at" if missing else "the rows are not rendered"
+    judged = Judged(metrics, why, 0, 64)
     given = Given(workload, judged, workload.longest)
     plan = resolve(recipe, model, detect_hardware(), given)
     what = f"there is no {missing[0]}" if missing else "the model has no tokenizer"
-    notes = [*plan.notes, f"tokens are estimated: {what}"]
+    uncounted = "" if recipe.evaluate == "off" else ", and the evaluation is not counted"
+    notes = [*plan.notes, f"tokens are estimated{uncounted}: {what}"]
     plan = with_start_told(plan.model_copy(update={"notes": notes}), recipe, start)
     planned = Planned(recipe, plan, location, config, detect_hardware(), None, None, None, recipe.objective)
     return replace(planned, given=given)

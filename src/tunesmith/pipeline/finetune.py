@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tunesmith.base import InputError, TunesmithError
+from tunesmith.evaluation.benchmark_names import refuse_unknown
 from tunesmith.models.decoder import decoder_of
 from tunesmith.models.embeddings import teach_tokens
 from tunesmith.models.forward import packing_obstacle
@@ -104,6 +105,8 @@ def finetune(
                     write_manifest(run)
             return run
     check_sinks(list(recipe.train.log))
+    if recipe.evaluate != "off" and recipe.evaluate.benchmarks:
+        refuse_unknown(recipe.evaluate.benchmarks, "evaluate.benchmarks")
     with _disk_troubles_told(path):
         planned = plan_job(recipe, watcher.progress)
         if run is not None:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.base import InputError, Progress, silent
+from tunesmith.base import InputError, Progress, nearest, silent
 from tunesmith.files import file_sha256
 from tunesmith.methods.method import read_adapter_config
 from tunesmith.models.load import locate_model
@@ -86,8 +86,20 @@ def locate(path: str, progress: Progress = silent) -> Location:
         own_tokenizer = (directory / "tokenizer_config.json").is_file()
         location = locate_model(base, progress)
         return Location(location, directory, str(directory) if own_tokenizer else location, None)
+    _refuse_missing_run(directory, path)
     location = locate_model(path, progress)
     return Location(location, None, location, None)
+
+
+def _refuse_missing_run(directory: Path, path: str) -> None:
+    """Raises InputError where runs stand beside what is named, and it is not there: no hub is asked for that."""
+    if directory.exists() or len(directory.parts) < 2 or not directory.parent.is_dir():
+        return
+    beside = sorted(str(recipe.parent) for recipe in directory.parent.glob(f"*/{RECIPE}"))
+    if beside:
+        raise InputError(
+            f"there is no run here{nearest(str(directory), beside)}", where=path, fix="`tunesmith runs` lists runs"
+        )
 
 
 def run_recipe(run: Run) -> Recipe:

@@ -150,8 +150,14 @@ def open_poll(asked: Asked, path: Path, progress: Progress) -> Poll:
     if (path / POLL).is_file():
         stored = read_json(path / POLL)
         differing = [name for name, value in asdict(asked).items() if stored["asked"].get(name) != value]
+        if "on" in differing:
+            _rows(DataSpec(train=asked.on), 1, progress)  # a file that is not there is no other poll
         if differing or stored["on_sha256"] != _hash(asked.on):
-            what = f"{', '.join(differing)} differ" if differing else f"{asked.on} has changed since"
+            what = (
+                f"{', '.join(differing)} differ{'s' * (len(differing) == 1)}"
+                if differing
+                else f"{asked.on} has changed since"
+            )
             raise InputError(f"another poll is kept here: {what}", where=path, fix="name another directory: --out DIR")
     else:
         if path.exists() and (path.is_file() or any(path.iterdir())):
