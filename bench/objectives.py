@@ -53,6 +53,8 @@ mostly learns the answers (their perplexity falls by a third at ten times the ra
 decides little, with weight 1 both accuracies rise, the first beyond its interval. A new head on the last token, all
 that a reward model begins with, is right in 62 % of pairs after 320 of them.
 
+Policies (GRPO, RLOO, PPO) have a [page of their own](rewards.md), and so has [pretraining](pretrain.md).
+
 The curves, in the objective's own loss; those of the training rows are means over the ten steps before. Every run's
 page is `runs/objectives/NAME/report.html`.
 
