@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from datetime import date
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from tunesmith.base import InputError, Spec, nearest
+from tunesmith.base import Spec
+from tunesmith.plan.dated_file import DatedFile
 from tunesmith.plan.hardware import Hardware, multiply_rate, native_dtypes
-from tunesmith.recipe_file import parse_yaml
 
 GIGA = 10**9
 CPU_EFFICIENCY = 0.11
@@ -79,32 +78,8 @@ def read_machines(path: Path | None = None) -> Machines:
     Raises:
         InputError: naming the file, the line and the key.
     """
-    shown = "machines.yaml" if path is None else str(path)
-    try:
-        place = files("tunesmith.plan").joinpath("machines.yaml") if path is None else path
-        text = place.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise InputError(f"the machines cannot be read: {said}", where=shown, fix="name a YAML file") from error
-    needs = f"the keys {', '.join(Machines.model_fields)}"
-    values, lines = parse_yaml(text, shown, what="machines are", needs=needs)
-    try:
-        return Machines.model_validate(values)
-    except ValidationError as error:
-        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-        place_of = [str(part) for part in first["loc"]]
-        key = ".".join(place_of)
-        line = next((lines[at] for at in (key, ".".join(place_of[:-1]), place_of[0]) if at in lines), None)
-        where = f"{shown}:{line} {key}" if line is not None else f"{shown} {key}"
-        holder = {"machines": Machine, "hosted": Hosted, "efficiency": Efficiency}.get(place_of[0], Machines)
-        known = list(holder.model_fields)
-        if first["type"] == "extra_forbidden":
-            name = place_of[-1]
-            raise InputError(
-                f"unknown key {name!r}{nearest(name, known)}", where=where, fix=f"known here: {', '.join(known)}"
-            ) from None
-        said = "this key is missing" if first["type"] == "missing" else first["msg"].removeprefix("Input ")
-        raise InputError(said, where=where, fix="copy the package's machines.yaml and change its numbers") from None
+    sections = {"machines": Machine, "hosted": Hosted, "efficiency": Efficiency}
+    return DatedFile(Machines, sections, "tunesmith.plan", "machines.yaml", "machines", "key").read(path)
 
 
 def this_machine(hardware: Hardware) -> Machine:

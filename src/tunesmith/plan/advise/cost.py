@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import NonNegativeFloat, ValidationError
+from pydantic import NonNegativeFloat
 
-from tunesmith.base import InputError, Spec, nearest
+from tunesmith.base import InputError, Spec
 from tunesmith.plan.advise.answers import How
-from tunesmith.recipe_file import parse_yaml
+from tunesmith.plan.dated_file import DatedFile
 
 MONTHS_BETWEEN: dict[How, float] = {
     "never": math.inf,
@@ -164,35 +163,8 @@ def read_prices(path: Path | None = None) -> Prices:
     Raises:
         InputError: naming the file, the line and the key.
     """
-    shown = "prices.yaml" if path is None else str(path)
-    try:
-        text = (files("tunesmith.plan.advise").joinpath("prices.yaml") if path is None else path).read_text(
-            encoding="utf-8-sig"
-        )
-    except (OSError, UnicodeDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise InputError(f"the prices cannot be read: {said}", where=shown, fix="name a YAML file") from error
-    values, lines = parse_yaml(text, shown, what="prices are", needs="the keys date, source, currency, rag and tuned")
-    try:
-        return Prices.model_validate(values)
-    except ValidationError as error:
-        first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-        place = [str(part) for part in first["loc"]]
-        key = ".".join(place)
-        holder = (
-            {"rag": RagPrices, "tuned": TunedPrices, "serving": ServingPrices}.get(place[0])
-            if len(place) > 1
-            else Prices
-        )
-        known = list((holder or Prices).model_fields)
-        where = f"{shown}:{lines[key]} {key}" if key in lines else f"{shown} {key}"
-        if first["type"] == "extra_forbidden":
-            name = place[-1]
-            raise InputError(
-                f"unknown price {name!r}{nearest(name, known)}", where=where, fix=f"known here: {', '.join(known)}"
-            ) from None
-        said = "this price is missing" if first["type"] == "missing" else first["msg"].removeprefix("Input ")
-        raise InputError(said, where=where, fix="copy the package's prices.yaml and change its numbers") from None
+    sections = {"rag": RagPrices, "tuned": TunedPrices, "serving": ServingPrices}
+    return DatedFile(Prices, sections, "tunesmith.plan.advise", "prices.yaml", "prices", "price").read(path)
 
 
 def compare_costs(prices: Prices, use: Use) -> Costs:
