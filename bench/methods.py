@@ -33,7 +33,7 @@ OUT = Path("docs/results/methods.md")
 SEEDS = (1, 2)
 ADAPTERS: dict[str, tuple[dict[str, Any], float]] = {
     "full": ({"kind": "full"}, 1e-4),
-    "full, biases and norms": ({"kind": "full", "weights": [r".*norm.*", r".*bias"]}, 3e-3),
+    "full, biases and norms": ({"kind": "full", "weights": [r".*([nN]orm|bias).*"]}, 3e-3),
     "head": ({"kind": "head"}, 1e-3),
     "lora": ({"kind": "lora"}, 1e-3),
     "lora, rslora": ({"kind": "lora", "rslora": True}, 3e-4),

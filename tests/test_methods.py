@@ -112,6 +112,7 @@ def test_targets(model_type: str, targets: str | list[str], expected: str) -> No
         ("llama", {"targets": "atention"}, ["did you mean 'attention'"]),
         ("llama", {"targets": ["q_proj", "nothing"]}, ["'nothing' matches no"]),
         ("llama", {"targets": ["("]}, ["not a regular expression"]),
+        ("llama", {"targets": ["(?i)Q_PROJ"]}, ["not a regular expression", "flags"]),
         ("phi3", {"targets": "qv"}, ["finds no layers", "one fused projection: use `attention`", "qkv_proj ×2"]),
         ("gpt2", {"targets": "qv"}, ["finds no layers", "c_attn ×2"]),
         ("llama", {"targets": "qv", "rank_pattern": {"o_proj": 2}}, ["'o_proj' matches none", "q_proj ×2"]),

@@ -21,6 +21,8 @@ from task_rows import COLOURS, build_trunk, write_rows
 from tunesmith.base import InputError
 from tunesmith.batch import Example, pack
 from tunesmith.data.spec import DataSpec
+from tunesmith.methods import Full, trainable_parameters
+from tunesmith.methods.method import settle
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.load import Loading, load_judge
 from tunesmith.models.sentence_settings import read_sentence_settings
@@ -536,3 +538,24 @@ def test_a_configuration_that_cannot_be_read_is_no_missing_head(tmp_path: Path) 
     (tmp_path / "config.json").write_text('{"architectures": [')
     with pytest.raises(InputError, match="cannot read the model's configuration"):
         saved_head(tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["biases", "norms", ".*query.*"])
+def test_trained_parts_of_narrow_modules_run_with_and_without_autocast(weights: str, tmp_path: Path) -> None:
+    """A bias in fp32 beside its frozen weight in bf16: validation runs without autocast, training with it."""
+    narrow = Loading(torch.bfloat16, torch.device("cpu"))
+    model, head, *_ = load_judge(str(build_trunk(tmp_path)), HEAD, narrow)
+    batch = pack(rows_of(60), "padded")
+    with torch.no_grad():
+        before = outputs_of(model, row_features(model, batch, head)).float()
+    Full(weights=weights).adapt(model)
+    after = outputs_of(model, row_features(model, batch, head)).float()
+    assert torch.allclose(before, after, atol=0.05)
+    trained = {name: p for name, p in trainable_parameters(model).items() if p.requires_grad}
+    assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
+    after.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in trained.values())
+    settle(model)
+    with torch.no_grad():
+        assert torch.equal(before, outputs_of(model, row_features(model, batch, head)).float())
+    assert not any(module._forward_hooks_always_called for module in model.modules())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -166,6 +166,35 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+@dataclass(frozen=True)
+class NarrowIn:
+    """A forward hook: weights trained in fp32 lend a narrow copy to a module whose other weights are narrow.
+
+    The gradient goes through the copy to the weight itself, as it does under autocast.
+    """
+
+    dtype: torch.dtype
+    lent: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.dtype == torch.float32 and parameter.requires_grad:
+                self.lent[name] = parameter
+                module._parameters[name] = cast(nn.Parameter, parameter.to(self.dtype))
+
+
+@dataclass(frozen=True)
+class NarrowOut:
+    """A forward hook: the weights that lent a copy are back in their places."""
+
+    dtype: torch.dtype
+    lent: dict[str, nn.Parameter]
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        module._parameters.update(self.lent)
+        self.lent.clear()
+
+
 def train_in_fp32(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Makes some weights trainable in fp32 inside a model of any dtype, which goes on to run without autocast.
 
@@ -177,21 +206,28 @@ def train_in_fp32(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
         make_trainable(parameter)
     for module in model.modules():
         before = {chosen[id(own)] for own in module.parameters(recurse=False) if id(own) in chosen}
+        whole = all(id(own) in chosen for own in module.parameters(recurse=False))
         for dtype in before - {torch.float32}:
-            module.register_forward_pre_hook(CastIn())
-            module.register_forward_hook(CastOut(dtype))
+            if whole:
+                module.register_forward_pre_hook(CastIn())
+                module.register_forward_hook(CastOut(dtype))
+            else:
+                narrow = NarrowIn(dtype)
+                module.register_forward_pre_hook(narrow)
+                module.register_forward_hook(NarrowOut(dtype, narrow.lent), always_call=True)
 
 
 def settle(model: nn.Module) -> None:
     """Undoes `train_in_fp32` for a model that is no longer trained: one dtype everywhere, and no hooks."""
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, CastOut):
+            if isinstance(hook, CastOut | NarrowOut):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.to(hook.dtype)
                 del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, CastIn):
+            if isinstance(hook, CastIn | NarrowIn):
                 del module._forward_pre_hooks[key]
 
 

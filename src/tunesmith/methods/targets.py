@@ -44,7 +44,11 @@ def _in_a_head(model: nn.Module, name: str) -> bool:
 
 def matches(pattern: str, name: str) -> bool:
     """PEFT's rule for patterns: the whole name, or its last components."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return re.match(_anywhere(pattern), name) is not None
+
+
+def _anywhere(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def exactly(name: str) -> str:
@@ -81,7 +85,7 @@ def select_modules(model: nn.Module, targets: str | Sequence[str], *, key: str) 
 
 def compile_pattern(pattern: str, *, key: str) -> None:
     try:
-        re.compile(pattern)
+        re.compile(_anywhere(pattern))  # flags that stand first in a pattern, as in (?i)norm, stand inside there
     except re.error as error:
         raise InputError(f"{pattern!r} is not a regular expression: {error}", where=key) from error
 
