@@ -58,7 +58,12 @@ class StepAttention:
         return self
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """``[tokens, heads * head_dim]`` from the layer's ``[tokens, heads, head_dim]``; keys and values are kept."""
+        """``[tokens, heads * head_dim]`` from the layer's ``[tokens, heads, head_dim]``; keys and values are kept.
+
+        Tokens behind those of the pieces attend to nothing and are not kept.
+        """
+        real, filler = len(self._places), len(query) - len(self._places)
+        query, key, value = query[:real], key[:real], value[:real]
         self._cache.write(layer, self._places, key, value)
         found = []
         for group in self._groups:
@@ -67,6 +72,8 @@ class StepAttention:
             else:
                 keys, values = self._cache.read(layer, group.slots, group.reach)
                 found.append(group.attend(query, keys, values, self._scaling, self._windows[layer]))
+        if filler:
+            found.append(found[0].new_zeros(filler, found[0].shape[1]))
         return found[0] if len(found) == 1 else torch.cat(found)
 
 

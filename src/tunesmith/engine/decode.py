@@ -13,6 +13,7 @@ from tunesmith.engine.cached_attention import Piece, StepAttention, in_order
 from tunesmith.engine.lookup import Lookup
 from tunesmith.engine.sampling import Asked, Chooser, Generation, Place
 from tunesmith.models.decoder import Decoder
+from tunesmith.models.projection import few_sizes
 
 TOKENS_AT_ONCE = 4096
 """Prompt tokens of one pass; longer prompts are read in parts, so that memory is bounded."""
@@ -62,6 +63,7 @@ class PackedAnswers:
         self._cache = Cache(decoder.layers, min(asked.batch_size, len(asked.prompts)), longest)
         self._rows: dict[int, _Row] = {}
         self._chooser, self._lookup = Chooser(asked), Lookup()
+        self._narrow: bool | None = None
 
     def run(self, device: torch.device) -> Iterator[tuple[int, Generation]]:
         """Yields the number of a prompt and its answer, as answers end."""
@@ -117,8 +119,9 @@ class PackedAnswers:
                 said = 1 + len(row.guesses)
                 wanted += range(len(token_ids) - said, len(token_ids))
                 places += [Place(row.number, row.answered + at) for at in range(said)]
+        filler = [0] * self._filler(len(token_ids), device)
         hidden = self._decoder.hidden(
-            torch.tensor(token_ids, device=device), torch.tensor(positions, device=device), attention
+            torch.tensor(token_ids + filler, device=device), torch.tensor(positions + filler, device=device), attention
         )
         chosen: list[int] = []
         if wanted:
@@ -131,6 +134,12 @@ class PackedAnswers:
                 said = 1 + len(row.guesses)
                 mine, chosen = chosen[:said], chosen[said:]
                 yield from self._accept(row, mine)
+
+    def _filler(self, tokens: int, device: torch.device) -> int:
+        """Tokens of no row that follow those of a pass, where each new number of them costs kernels that are kept."""
+        if self._narrow is None:
+            self._narrow = device.type == "cpu" and self._decoder.dtype_of_products(device) != torch.float32
+        return few_sizes(tokens) - tokens if self._narrow else 0
 
     def _plan(self) -> list[tuple[_Row, Piece]]:
         """The rows of the next pass with what each of them runs."""

@@ -127,6 +127,11 @@ class Decoder:
                 hidden, delta = run(hidden, delta)
         return self._add_norm(hidden, delta, _Norm.of(backbone.norm))[1]
 
+    def dtype_of_products(self, device: torch.device) -> torch.dtype:
+        """The dtype that `hidden` computes in."""
+        embed: Any = cast(Any, self._model()).model.embed_tokens
+        return compute_dtype(embed(torch.zeros(1, dtype=torch.long, device=device)))
+
     @contextmanager
     def keeping_weights(self) -> Iterator[None]:
         """Nothing is looked up or cast anew inside, where weights do not change and nothing is trained.

@@ -130,6 +130,14 @@ def rounded_up(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def few_sizes(rows: int) -> int:
+    """As `rounded_up`, and a multiple of four besides, for passes whose number of tokens changes each time.
+
+    One token stays alone: it is read by the shortest way.
+    """
+    return 1 if rows == 1 else -(-rounded_up(rows) // 4) * 4
+
+
 FEW = 24
 """Tokens up to which a product in bf16 on a CPU is faster with the weight as its first factor (it is
 bound by reading the weight)."""

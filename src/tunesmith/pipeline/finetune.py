@@ -36,7 +36,7 @@ from tunesmith.pipeline.sinks import check_sinks, open_sinks
 from tunesmith.pipeline.starting import with_merged_start
 from tunesmith.pipeline.stopping import Stopping
 from tunesmith.pipeline.training import BLOCKS, train_model
-from tunesmith.pipeline.usage import PeakMemory, Stopwatch, keep_memory_small, process_peak_bytes
+from tunesmith.pipeline.usage import PeakMemory, Stopwatch, give_back_freed, keep_memory_small, process_peak_bytes
 from tunesmith.pipeline.work import Watcher, Work
 from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Recipe
@@ -209,8 +209,10 @@ def _work(work: Work, memory: PeakMemory) -> Run:
         if work.proof is not None and work.proof.has_prompt:
             stored_evaluation(run, PROMPTED_EVALUATION, partial(work.proof.evaluate_prompted, model, progress))
     base_seconds = evaluating.seconds
+    give_back_freed()
     wait_for_all()
     measured = train_model(work, emit)
+    give_back_freed()
     wait_for_all()
     if not is_main():
         return run

@@ -43,6 +43,6 @@ def heaviest_of(prepared: Prepared, batch_size: int, steps: int, *, padded: bool
                 sizes += np.add.reduceat(lengths, starts).tolist()
             targets += np.add.reduceat(train.targets[window], starts).tolist()
         tokens, of_these = max(zip(sizes, targets, strict=True))
-        return Largest(tokens, of_these, len({rounded_up(size) for size in sizes}))
+        return Largest(tokens, of_these, len({rounded_up(size) for size in sizes}), len(sizes))
 
     return heaviest

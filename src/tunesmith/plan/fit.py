@@ -79,6 +79,7 @@ class Fit:
             tokens=largest.tokens,
             targets=largest.targets,
             sizes=largest.sizes,
+            passes=largest.passes,
             longest=self.workload.longest,
             checkpointing=checkpointing,
             device=self.hardware.device.type,

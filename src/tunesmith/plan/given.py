@@ -28,7 +28,8 @@ class Judged:
 
 
 class Largest(NamedTuple):
-    """Of a job's micro-batches: tokens of the largest and the targets among them, and how many sizes there are.
+    """Of a job's micro-batches: tokens of the largest and the targets among them, how many sizes there are,
+    and how many micro-batches.
 
     Sizes are counted as `models.projection.rounded_up` makes them.
     """
@@ -36,6 +37,7 @@ class Largest(NamedTuple):
     tokens: int
     targets: int
     sizes: int
+    passes: int = 1
 
 
 Heaviest = Callable[[int], Largest]
