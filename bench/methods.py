@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -51,6 +52,7 @@ ADAPTERS: dict[str, tuple[dict[str, Any], float]] = {
 }
 """Settings of each method, and the middle of its three learning rates."""
 FACTORS = (0.3, 1.0, 3.0)
+FURTHER = 2
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,14 @@ def tasks(data: Path, encoder: str) -> dict[str, Task]:
 
 def finished(name: str, recipe: dict[str, Any]) -> Run:
     """The run of a recipe, trained now in a process of its own unless it is there."""
-    output = WORK / name
+    output, path = WORK / name, WORK / f"{name}.yaml"
+    text = json.dumps({**recipe, "output": str(output)})
+    if path.is_file() and path.read_text(encoding="utf-8") != text:  # of another rate, or another size of the task
+        shutil.rmtree(output, ignore_errors=True)
+        (WORK / f"{name}.evidence.json").unlink(missing_ok=True)
     if not (output / "report.json").is_file():
-        path = WORK / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**recipe, "output": str(output)}), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
         started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-m", "tunesmith", "train", str(path), "--resume"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -181,10 +186,14 @@ def with_method(task: Task, method: dict[str, Any], rate: float, seed: int) -> d
 
 
 def best_rate(name: str, task: Task, method: dict[str, Any], middle: float) -> float:
-    """The rate of the grid with the lowest validation loss in a short run; test rows are not looked at."""
-    losses = {}
-    for factor in FACTORS:
-        rate = middle * factor
+    """The rate of the grid with the lowest validation loss in a short run; test rows are not looked at.
+
+    Where the highest of the grid is best, higher ones are tried until one is worse, but not more than `FURTHER`.
+    """
+    losses: dict[float, float] = {}
+    waiting = [middle * factor for factor in FACTORS]
+    while waiting:
+        rate = waiting.pop(0)
         recipe = with_method(task, method, rate, 0)
         recipe["train"] = {**recipe["train"], "steps": task.search_steps, "evaluate_every": task.search_steps}
         recipe["evaluate"] = "off"
@@ -195,6 +204,9 @@ def best_rate(name: str, task: Task, method: dict[str, Any], middle: float) -> f
             continue
         found = [event["loss"] for event in run.events() if event["event"] == "validation"]
         losses[rate] = found[-1] if found and found[-1] is not None else float("inf")
+        best = min(losses, key=lambda rate: losses[rate])
+        if not waiting and best == max(losses) and len(losses) < len(FACTORS) + FURTHER:
+            waiting.append(3 * best)
     return min(losses, key=lambda rate: losses[rate])
 
 
@@ -227,11 +239,12 @@ def row_of(label: str, kept: dict[str, Any]) -> str:
 HEAD = """# Every method on the same tasks
 
 Written by `python bench/methods.py DATA --write`. Every method gets the same steps and rows; its learning rate is
-the best of three on validation loss in a shorter run (summaries: the rate found on SQL); two seeds, side by side. The
-gain is over the base on the same test rows with its 95 % paired bootstrap interval (banking77's base is the best
-constant answer). Forgetting is the change of perplexity on general text. Peak memory is that of the whole process while
-it trains; CPU s are the processor seconds of the quicker seed's process, loading included (banking77: with its
-evaluation). One thread on a machine without a GPU (`OMP_NUM_THREADS=1`), bf16.
+the best of three on validation loss in a shorter run, or of up to five where the highest was best (summaries: the
+rate found on SQL); two seeds, side by side. The gain is over the base on the same test rows with its 95 % paired
+bootstrap interval (banking77's base is the best constant answer). Forgetting is the change of perplexity on general
+text. Peak memory is that of the whole process while it trains; CPU s are the processor seconds of the quicker seed's
+process, loading included (banking77: with its evaluation). One thread on a machine without a GPU
+(`OMP_NUM_THREADS=1`), bf16.
 """
 COLUMNS = ["method", "rate", "score", "gain", "second", "forgetting", "trained", "GiB", "CPU s", "MiB"]
 
