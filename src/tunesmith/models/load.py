@@ -52,6 +52,7 @@ def locate_model(path: str, progress: Progress = silent) -> str:
     looks_local = path.startswith((".", "/", "~", "\\")) or path.count("/") != 1 or directory.exists()
     if looks_local and path.count("/") != 0:
         raise InputError("no such model directory", where=path, fix="check the path, or name a hub id such as org/name")
+    progress(f"asking the model hub for {path}", 0, None)
     return path
 
 
