@@ -226,7 +226,7 @@ def _outputs(x: Tensor, layers: _Layers) -> tuple[list[Tensor], Tensor | None]:
     for weight, bias, up, rule in zip(layers.weights, layers.biases, layers.ups, layers.rules, strict=True):
         output = _product(x, weight, bias)
         if up is not None and low is not None:
-            if rule.grid is None:
+            if rule.grid is None and rule.scale:  # a factor of nought takes the library's slowest way
                 output.addmm_(low[:, at : at + up.shape[1]], up.t(), alpha=rule.scale)
             at += up.shape[1]
         outputs.append(output)
