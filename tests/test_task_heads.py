@@ -301,6 +301,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "rank": 8},
     "dora": {"kind": "lora", "rank": 8, "dora": True},
     "adapter": {"kind": "adapter", "size": 8},
+    "parallel": {"kind": "adapter", "size": 8, "placement": "parallel"},
     "ia3": {"kind": "ia3"},
     "loha": {"kind": "peft", "type": "loha", "r": 8, "target_modules": ["query", "value"]},
     "head": {"kind": "head"},

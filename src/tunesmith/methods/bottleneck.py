@@ -32,7 +32,8 @@ class Bottleneck(nn.Module):
     Attributes:
         base: the module.
         down: fp32 ``[size, width]``; up: fp32 ``[width, size]``; with biases ``[size]`` and ``[width]``.
-        reads: `output` adds to what the module returns what that becomes; `input` works beside the module.
+        reads: `output` adds to what the module returns what that becomes; `input` works beside the module, or beside
+            all modules from another one on, where `begins_at` was told which.
     """
 
     is_adapter: ClassVar[bool] = True
@@ -42,6 +43,7 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         self.base, self.reads, self.activation, self.scale = base, reads, activation, 1.0
+        self._beside: Tensor | None = None
         device = next(base.parameters()).device
         self.down = nn.Parameter(torch.empty(size, width, dtype=torch.float32, device=device))
         self.up = nn.Parameter(torch.empty(width, size, dtype=torch.float32, device=device))
@@ -50,6 +52,13 @@ class Bottleneck(nn.Module):
         for weight in (self.down, self.up):
             nn.init.normal_(weight, std=START)
 
+    def begins_at(self, first: nn.Module) -> None:
+        """Reads what comes into ``first``, which runs before the module that this one stands around."""
+        first.register_forward_pre_hook(self._come_by)
+
+    def _come_by(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        self._beside = cast(Tensor, arguments[0])
+
     @property
     def weight(self) -> Tensor:
         """The frozen weight: some architectures look at its dtype."""
@@ -57,7 +66,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, hidden: Tensor, *others: Any, **named: Any) -> Any:
         output = self.base(hidden, *others, **named)
-        source = output if self.reads == "output" else hidden
+        beside, self._beside = self._beside, None
+        source = output if self.reads == "output" else hidden if beside is None else beside
         dtype = source.dtype
         inner = ACTIVATIONS[self.activation](F.linear(source, self.down.to(dtype), self.down_bias.to(dtype)))
         return output + self.scale * F.linear(inner, self.up.to(dtype), self.up_bias.to(dtype)).to(output.dtype)
@@ -86,16 +96,18 @@ class Adapter(AdaptationMethod):
         width = int(cast(Any, model).config.get_text_config().hidden_size)
         size = self.size or max(1, round(width / self.reduction))
         reads: Literal["output", "input"] = "input" if self.placement == "parallel" else "output"
+        first = feed_forwards(model) if self.placement == "parallel" else {}
+        places = [*first] or feed_forward_ends(model)
         if self.placement == "houlsby":
-            places = [*attention_ends(model), *feed_forward_ends(model)]
-        else:
-            places = feed_forward_ends(model) if self.placement == "pfeiffer" else feed_forwards(model)
+            places = [*attention_ends(model), *places]
         freeze(model)
         for name in places:
             parent, _, leaf = name.rpartition(".")
             module = model.get_submodule(name)
             wrapped = Bottleneck(module, width, size, self.activation, reads).train(module.training)
             setattr(model.get_submodule(parent), leaf, wrapped)
+            if first.get(name, name) != name:
+                wrapped.begins_at(model.get_submodule(first[name]))
         train_task_head(model)
         forget_decoder(model)
         return []

@@ -18,6 +18,8 @@ FEED_FORWARD_ENDS = re.compile(
     r"|layer\.\d+\.output\.dense|layers\.\d+\.fc2|DenseReluDense\.wo)$"
 )
 FEED_FORWARDS = re.compile(r"\.\d+\.(mlp|feed_forward|ffn)$")
+SPREAD = ((r"(layer\.\d+)\.output\.dense$", r"\1.intermediate.dense"), (r"(layers\.\d+)\.fc2$", r"\1.fc1"))
+"""Last linear layers of feed-forward networks that are no module of their own, and the first ones (BERT, OPT)."""
 
 
 def attention_ends(model: nn.Module) -> list[str]:
@@ -34,10 +36,15 @@ def feed_forward_ends(model: nn.Module) -> list[str]:
     return _known([name for name in linear_modules(model) if FEED_FORWARD_ENDS.search(name)], "feed-forward", model)
 
 
-def feed_forwards(model: nn.Module) -> list[str]:
-    """Names of the feed-forward sublayers themselves."""
-    found = [name for name, _ in model.named_modules() if FEED_FORWARDS.search(name)]
-    return _known(found, "feed-forward", model)
+def feed_forwards(model: nn.Module) -> dict[str, str]:
+    """Names of the feed-forward sublayers themselves; or of their last linear layer, with the name of the first."""
+    found = {name: name for name, _ in model.named_modules() if FEED_FORWARDS.search(name)}
+    for name in linear_modules(model) if not found else ():
+        for last, first in SPREAD:
+            if re.search(rf"\.{last}", name) and FEED_FORWARD_ENDS.search(name):
+                found[name] = re.sub(last, first, name)
+    _known(list(found), "feed-forward", model)
+    return found
 
 
 def _known(names: list[str], sublayer: str, model: nn.Module) -> list[str]:
