@@ -2,7 +2,7 @@
 
     python bench/plan_accuracy.py [--write docs/results/plan-accuracy.md] [--only NAME,NAME] [--work DIRECTORY]
 
-Fourteen jobs: full, LoRA and QLoRA, with and without checkpointing, short and long rows, one to sixteen rows at a time,
+Fifteen jobs: full, LoRA and QLoRA, with and without checkpointing, short and long rows, one to sixteen rows at a time,
 fp32 and bf16, and a random Llama of 60 M parameters that no constant was fitted on. The plan is made by
 `tunesmith plan --calibrate`, the job is done by `tunesmith train`; peaks are the operating system's own count for the
 whole process. Results are kept in DIRECTORY, so that an interrupted run goes on where it was. About twenty minutes
@@ -44,6 +44,10 @@ JOBS: dict[str, dict[str, Any]] = {
     "lora, answers judged": {
         "train": {"batch_size": 4},
         "evaluate": {"metrics": ["rougeL"], "max_new_tokens": 32, "rows": 32},
+    },
+    "lora, 32 steps, answers judged": {
+        "train": {"batch_size": 16, "steps": 32},
+        "evaluate": {"metrics": ["rougeL"], "max_new_tokens": 40, "rows": 64},
     },
     "another model, lora": {"model": "llama60m"},
     "another model, full": {"model": "llama60m", "method": {"kind": "full"}},
@@ -133,7 +137,7 @@ def page(found: list[dict[str, Any]], steps: int) -> str:
     lines = [
         "# Plans beside what jobs needed",
         "",
-        f"`python bench/plan_accuracy.py`: {steps} steps each, SmolLM2-135M and, at the end, a random Llama of 60 M "
+        f"`python bench/plan_accuracy.py`: {steps} steps each where the job says nothing else, SmolLM2-135M and, at the end, a random Llama of 60 M "
         f"parameters, {os.cpu_count()} cores. Peaks are of the whole process, as the operating system counts them; "
         "times are of training and of judging, predicted after the calibration of `plan --calibrate`. MB are 10^6 "
         "bytes.",
