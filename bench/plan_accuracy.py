@@ -138,7 +138,8 @@ def page(found: list[dict[str, Any]], steps: int) -> str:
         "# Plans beside what jobs needed",
         "",
         f"`python bench/plan_accuracy.py`: {steps} steps each where the job says nothing else, SmolLM2-135M and, at "
-        f"the end, a random Llama of 60 M parameters, {os.cpu_count()} cores. Peaks are of the whole process, as the operating system counts them; "
+        f"the end, a random Llama of 60 M parameters, {os.cpu_count()} cores. Peaks are of the whole "
+        "process, as the operating system counts them; "
         "times are of training and of judging, predicted after the calibration of `plan --calibrate`. MB are 10^6 "
         "bytes.",
         "",
