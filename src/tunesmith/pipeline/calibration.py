@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from tunesmith.engine.generate import Sampling, generate
 from tunesmith.methods import trainable_parameters
 from tunesmith.models.attention import use_default_attention
 from tunesmith.models.measure import Shape, shape_of
+from tunesmith.models.projection import rounded_up
 from tunesmith.models.quantized import FOUR_BIT, PackedWeight, settled_quantization
 from tunesmith.models.task_head import model_class
 from tunesmith.objectives import Supervised, TaskObjective
@@ -70,7 +72,8 @@ def calibrated(planned: Planned, progress: Progress = silent, clock: Clock = tim
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         note = f"blocks of this model could not be timed by themselves ({reason}): the predicted time is a rough one"
         return planned.with_plan(plan.model_copy(update={"notes": [*plan.notes, note]}))
-    timed = timed_job(planned.recipe, planned.hardware, given.judged, plan.workload, plan)
+    sizes = 1 if given.heaviest is None else given.heaviest(plan.micro_batch).sizes
+    timed = replace(timed_job(planned.recipe, planned.hardware, given.judged, plan.workload, plan), sizes=sizes)
     found = predict_duration(planned.recipe, shape, plan.parameters, timed, pace)
     return planned.with_plan(plan.model_copy(update={"time": found}))
 
@@ -88,8 +91,9 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
     )
     if needed > MOST_MEMORY * planned.hardware.memory_bytes:
         raise InputError(f"even {BLOCKS[1]} of them take {needed / 2**30:.1f} GiB")
-    batch = _usual_batch(planned, plan).to(planned.hardware.device)
-    few, more = (_times(planned, blocks, batch, _Clock(clock, planned)) for blocks in BLOCKS)
+    batches = tuple(batch.to(planned.hardware.device) for batch in _usual_batches(planned, plan))
+    batch = batches[0]
+    few, more = (_times(planned, blocks, batches, _Clock(clock, planned)) for blocks in BLOCKS)
     gap = BLOCKS[1] - BLOCKS[0]
 
     def span(one: float, three: float) -> Span:
@@ -104,6 +108,7 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
         updating=span(few.updating, more.updating),
         writing=writing,
         unpacking=_unpacking(planned, shape, _Clock(clock, planned)),
+        fresh=few.fresh,
         seconds=clock() - started,
     )
 
@@ -127,18 +132,25 @@ class _Clock:
             taken.append(self() - before)
         return median(taken)
 
+    def first(self, run: Callable[[], Any]) -> float:
+        """Seconds that a first run takes longer than a second one."""
+        times = [self(), *((run(), self())[1] for _ in range(2))]
+        return max(0.0, 2 * times[1] - times[0] - times[2])
+
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds of one copy; ``writing`` of a pass."""
+    """Seconds of one copy; ``writing`` of a pass, ``fresh`` more of a first pass of some size."""
 
     learning: float
+    fresh: float
     reading: float
     updating: float
     writing: float | None
 
 
-def _times(planned: Planned, blocks: int, batch: Batch, clock: _Clock) -> _Times:
+def _times(planned: Planned, blocks: int, batches: tuple[Batch, ...], clock: _Clock) -> _Times:
+    batch, others = batches[0], batches[1:]
     plan, method = planned.plan, planned.recipe.method
     model = copy_of(planned, blocks)
     method.adapt(model)
@@ -151,9 +163,9 @@ def _times(planned: Planned, blocks: int, batch: Batch, clock: _Clock) -> _Times
     parameters = list(trainable_parameters(model).values())
     share = SECONDS / 2
 
-    def learn() -> None:
+    def learn(rows: Batch = batch) -> None:
         with precision.arithmetic():
-            loss = torch.stack(list(objective.loss(model, batch).values())).sum()
+            loss = torch.stack(list(objective.loss(model, rows).values())).sum()
         precision.backward(loss)
 
     def read() -> None:
@@ -166,11 +178,12 @@ def _times(planned: Planned, blocks: int, batch: Batch, clock: _Clock) -> _Times
 
     model.train()
     learning = clock.timed(learn, 0.5 * share)
+    fresh = sum(clock.first(partial(learn, other)) for other in others) / max(1, len(others))
     updating = clock.timed(update, 0.05 * share)
     optimizer.zero_grad(set_to_none=True)
     model.eval()
     reading = clock.timed(read, 0.15 * share)
-    return _Times(learning, reading, updating, _writing(planned, model, batch, clock, 0.3 * share))
+    return _Times(learning, fresh, reading, updating, _writing(planned, model, batch, clock, 0.3 * share))
 
 
 def _writing(planned: Planned, model: nn.Module, batch: Batch, clock: _Clock, most: float) -> float | None:
@@ -195,14 +208,17 @@ def _writing(planned: Planned, model: nn.Module, batch: Batch, clock: _Clock, mo
     return max(0.0, seconds(1 + WRITTEN) - seconds(1)) / WRITTEN if rows else None
 
 
-def _usual_batch(planned: Planned, plan: Plan) -> Batch:
-    """A micro-batch of the job with about as many tokens as most."""
+def _usual_batches(planned: Planned, plan: Plan) -> list[Batch]:
+    """A micro-batch of the job with about as many tokens as most, and another of another size if there is one."""
     prepared = planned.prepared
     assert prepared is not None
     batches = StepBatches.of_job(planned.recipe, plan, prepared.train, prepared.order)
     groups = [group for step in range(1, min(plan.steps, LOOKED_AT) + 1) for group in batches.groups(step)]
     groups.sort(key=lambda group: int(prepared.train.lengths[group].sum()))
-    return pack([prepared.train[at].example for at in groups[len(groups) // 2]], "packed" if plan.packing else "padded")
+    layout = "packed" if plan.packing else "padded"
+    chosen = [groups[int(place * len(groups))] for place in (1 / 2, 1 / 4)]
+    found = [pack([prepared.train[at].example for at in group], layout) for group in chosen]
+    return found[: len({rounded_up(batch.tokens) for batch in found})]
 
 
 def copy_of(planned: Planned, blocks: int | None) -> nn.Module:

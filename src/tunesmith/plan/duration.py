@@ -27,6 +27,7 @@ class Timed:
         answer: tokens of a reference answer on average.
         general_tokens: of the general text that both read.
         micro_batches: of a step, over all processes.
+        sizes: how many numbers of tokens micro-batches have.
     """
 
     workload: Workload
@@ -39,6 +40,7 @@ class Timed:
     answer: float = 0.0
     general_tokens: int = 0
     micro_batches: int = 1
+    sizes: int = 1
 
     @property
     def row(self) -> float:
@@ -67,6 +69,7 @@ class Pace:
         updating: seconds of clipping and one update of the weights.
         writing: seconds of a pass that adds one token to each of ``evaluate.batch_size`` answers.
         unpacking: seconds more that quantized weights take in every micro-batch.
+        fresh: seconds more of the first micro-batch with a number of tokens, for which kernels are made.
         seconds: that the measurement took.
     """
 
@@ -76,6 +79,7 @@ class Pace:
     updating: Span
     writing: Span | None
     unpacking: float
+    fresh: float
     seconds: float
 
 
@@ -129,6 +133,7 @@ def _by_pace(recipe: Recipe, shape: Shape, given: Timed, pace: Pace, flops: floa
     learning = pace.learning.of(shape.layers) / pace.tokens * tokens
     learning += given.steps * given.micro_batches * pace.unpacking
     training = learning / given.hardware.processes + given.steps * pace.updating.of(shape.layers)
+    training += given.sizes * pace.fresh
     evaluating = 0.0
     if recipe.evaluate != "off" and given.judged_rows:
         reading = pace.reading.of(shape.layers) / pace.tokens
