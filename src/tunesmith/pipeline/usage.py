@@ -87,9 +87,8 @@ def give_back_code() -> None:
 def give_back_freed() -> None:
     """Gives what has been freed back to the operating system, where the C library can be told so (glibc).
 
-    What one phase of a job leaves behind is in pieces that do not fit the next one: of a job that had judged its base
-    half a GiB lay beside what training took. After every step it would cost more than a quarter of the step, because
-    each page is new to the process again.
+    What one phase of a job leaves behind is in pieces that do not fit the next one. After every step it would cost too
+    much time, because each page is new to the process again.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -55,7 +55,7 @@ and `USABLE_MEMORY` leaves room for the rest."""
 
 HOLES, FEW_PASSES, MOST_HOLES = 0.2, 8, 0.8
 """What more is held with each doubling of the micro-batches, where these differ: pieces of another size lie between
-those that are kept. In the demo glibc held 1.9 GB after eighteen steps, of which 1.1 were ever in use at a time."""
+those that are kept, and glibc comes to hold far more than was ever in use at a time."""
 
 
 def quantized_bytes(held: Quantization) -> float:
