@@ -5,7 +5,7 @@
 DATA holds `sql_wikisql_mlx`, `sum_scitldr` and `cls_banking77`. Every method gets the same steps and rows. A learning
 rate is chosen for each from three, on validation loss in a shorter run; then each trains with two seeds and is judged
 on the test rows. What is finished stays in `runs/methods`, so that the command goes on where it stopped; `--write` puts
-the table of all that is there into `docs/results/methods.md`.
+its rows into the tables of `docs/results/methods.md` and leaves the others there as they are.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.base import silent
+from tunesmith.files import write_text
 from tunesmith.pipeline.loaded import load
 from tunesmith.pipeline.planning import plan_job
 from tunesmith.pipeline.proof import Proof
@@ -165,7 +166,7 @@ def evidence(name: str, task: Task, run: Run) -> dict[str, Any]:
         proof = _proof(json.dumps(task.recipe))
         base = WORK / f"{name.split('-')[0]}-base.json"
         if not base.is_file():
-            base.write_text(json.dumps(proof.evaluate(load(task.recipe["model"]), silent)))
+            write_text(base, json.dumps(proof.evaluate(load(task.recipe["model"]), silent)))
         found = proof.compare(json.loads(base.read_text()), proof.evaluate(load(run.path), silent))
         kept.write_text(json.dumps({key: found[key] for key in ("metrics", "forgetting")}))
     return json.loads(kept.read_text())
@@ -261,16 +262,38 @@ SURPRISES = """## What surprised
 COLUMNS = ["method", "rate", "score", "gain", "second", "forgetting", "trained", "GiB", "CPU s", "MiB"]
 
 
+def published(page: str) -> dict[tuple[str, str], str]:
+    """The rows of a page by task and method."""
+    rows, task = {}, ""
+    for line in page.splitlines():
+        if line.startswith("## "):
+            task = line[3:].split(":")[0]
+        elif line.startswith("| ") and not line.startswith("| method"):
+            rows[task, line.split(" | ")[0][2:]] = line
+    return rows
+
+
+def rate_of(task: str, label: str) -> float:
+    """The rate that was found for a method on a task, here or for the published row."""
+    found = WORK / f"{task}-{slug(label)}.json"
+    if found.is_file():
+        return float(json.loads(found.read_text())["rate"])
+    return float(published(OUT.read_text(encoding="utf-8"))[task, label].split(" | ")[1])
+
+
 def written(given: dict[str, Task]) -> str:
     parts = [HEAD]
+    before = published(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}
     for name, task in given.items():
         rows = []
-        for label, (_, _) in ADAPTERS.items():
+        for label in ADAPTERS:
             found = WORK / f"{name}-{slug(label)}.json"
             if found.is_file():
                 kept = json.loads(found.read_text())
                 note = " (quick)" if kept["quick"] else ""
                 rows.append(row_of(label + note, kept))
+            elif (name, label) in before:
+                rows.append(before[name, label])
         if rows:
             spec = task.recipe["train"]
             parts.append(f"## {name}: {task.metric}, {spec['steps']} steps of {spec['batch_size']} rows\n")
@@ -303,7 +326,7 @@ def main() -> None:
             if given.quick:
                 rate = middle
             elif task.rates_of:
-                rate = json.loads((WORK / f"{task.rates_of}-{slug(label)}.json").read_text())["rate"]
+                rate = rate_of(task.rates_of, label)
             else:
                 rate = best_rate(place, task, method, middle)
             seeds = SEEDS[:1] if given.quick else SEEDS
