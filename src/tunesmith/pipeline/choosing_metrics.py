@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tunesmith.base import InputError
 from tunesmith.data.prepare import Prepared
 from tunesmith.evaluation.compare import LIKELIHOODS, choose_metrics
@@ -20,6 +22,12 @@ def judged_by(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) 
     Raises:
         InputError: when a metric that the recipe or its gate names does not go with the rows.
     """
+    lengths = [len(row.example) for row in prepared.test]
+    judged = _judged_by(recipe, prepared, objective)
+    return replace(judged, row=sum(lengths) / max(1, len(lengths)), longest=max(lengths, default=0))
+
+
+def _judged_by(recipe: Recipe, prepared: Prepared, objective: TrainingObjective) -> Judged:
     count = 0 if recipe.evaluate == "off" else min(recipe.evaluate.rows, len(prepared.test))
     if isinstance(objective, TaskObjective):
         return Judged(*chosen_metrics(recipe, objective), count, 0, writes=False)

@@ -23,7 +23,7 @@ class Timed:
     """What a job does, as far as its time depends on it.
 
     Attributes:
-        judged_rows: held-out rows, which base and tuned model read, and answer if ``writes``.
+        judged_rows: held-out rows of ``judged_row`` tokens, which base and tuned model read, and answer if ``writes``.
         answer: tokens of a reference answer on average.
         general_tokens: of the general text that both read.
         micro_batches: of a step, over all processes.
@@ -36,6 +36,7 @@ class Timed:
     steps: int
     max_new_tokens: int
     judged_rows: int
+    judged_row: float
     writes: bool = True
     answer: float = 0.0
     general_tokens: int = 0
@@ -99,7 +100,7 @@ def predict_duration(
     training = flops / rate / given.hardware.processes
     evaluating = 0.0
     if recipe.evaluate != "off" and given.judged_rows:
-        reading = 2 * (given.judged_rows * given.row + given.general_tokens) * shape.linear_weights / rate
+        reading = 2 * (given.judged_rows * given.judged_row + given.general_tokens) * shape.linear_weights / rate
         evaluating = 2 * reading
         if given.writes:
             batches = math.ceil(_answered(recipe, given) / recipe.evaluate.batch_size)
@@ -137,12 +138,12 @@ def _by_pace(recipe: Recipe, shape: Shape, given: Timed, pace: Pace, flops: floa
     evaluating = 0.0
     if recipe.evaluate != "off" and given.judged_rows:
         reading = pace.reading.of(shape.layers) / pace.tokens
-        evaluating = 2 * (given.judged_rows * given.row + given.general_tokens) * reading
+        evaluating = 2 * (given.judged_rows * given.judged_row + given.general_tokens) * reading
         if given.writes and pace.writing is not None:
             # The base often goes on to the limit; the tuned model has learned when to end.
             passes = given.max_new_tokens + min(given.max_new_tokens, given.answer)
             evaluating += _answered(recipe, given) / recipe.evaluate.batch_size * passes * pace.writing.of(shape.layers)
-            evaluating += 2 * _answered(recipe, given) * given.row * reading
+            evaluating += 2 * _answered(recipe, given) * given.judged_row * reading
     return Duration(
         train_seconds=training,
         evaluate_seconds=evaluating,

@@ -71,7 +71,11 @@ class Fit:
         judged, most = self.given.judged, max(1, recipe.train.batch_size // self.hardware.processes)
         reads, writes, batch = 0, False, 0
         if recipe.evaluate != "off":
-            reads = GENERAL_TOKENS if recipe.evaluate.forgetting != "off" else judged.rows * self.average
+            reads = (
+                GENERAL_TOKENS
+                if recipe.evaluate.forgetting != "off"
+                else math.ceil(judged.rows * (judged.row or self.average))
+            )
             writes = judged.writes and any(name not in LIKELIHOODS for name in judged.metrics)
             batch = min(recipe.evaluate.batch_size, judged.rows)
         drawing = recipe.objective if isinstance(recipe.objective, Policy) else None
@@ -86,7 +90,7 @@ class Fit:
             accumulates=rows < most,
             judged=reads if judged.rows else 0,
             answers=batch if writes else 0,
-            answer_tokens=self.workload.longest + self.max_new,
+            answer_tokens=(judged.longest or self.workload.longest) + self.max_new,
             drawn=0 if drawing is None else min(drawing.sample_batch, most * drawing.group_size),
             beside=self.given.beside,
             before=self.given.before,

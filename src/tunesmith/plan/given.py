@@ -16,6 +16,8 @@ class Judged:
     Attributes:
         limit: new tokens of an answer that the objective itself allows; None where references say it.
         answer: tokens of a reference answer on average.
+        row: tokens of a held-out row on average, and ``longest`` of the longest; 0 where rows are like those that are
+            trained on.
     """
 
     metrics: list[str]
@@ -25,6 +27,8 @@ class Judged:
     writes: bool = True
     limit: int | None = None
     answer: float = 0.0
+    row: float = 0.0
+    longest: int = 0
 
 
 class Largest(NamedTuple):

@@ -235,6 +235,7 @@ def timed_job(recipe: Recipe, hardware: Hardware, judged: Judged, workload: Work
         plan.steps,
         plan.max_new_tokens,
         judged.rows,
+        judged.row or workload.tokens / max(1, workload.rows),
         writes=judged.writes and any(name not in LIKELIHOODS for name in judged.metrics),
         answer=judged.answer,
         general_tokens=GENERAL_TOKENS * 4 if general else 0,
