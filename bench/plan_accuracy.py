@@ -5,8 +5,9 @@
 Fifteen jobs: full, LoRA and QLoRA, with and without checkpointing, short and long rows, one to sixteen rows at a time,
 fp32 and bf16, and a random Llama of 60 M parameters that no constant was fitted on. The plan is made by
 `tunesmith plan --calibrate`, the job is done by `tunesmith train`; peaks are the operating system's own count for the
-whole process. Results are kept in DIRECTORY, so that an interrupted run goes on where it was. About twenty minutes
-on two idle cores; nothing else should run, for times are compared.
+whole process. Results are kept in DIRECTORY, so that an interrupted run goes on where it was; `--plans` makes the plans
+anew for jobs that were done before. About twenty minutes on two idle cores; nothing else should run, for times are
+compared.
 """
 
 from __future__ import annotations
@@ -103,16 +104,26 @@ def make_inputs(place: Path) -> None:
         tokenizer.save_pretrained(place / "llama60m")
 
 
+def planned(path: Path) -> dict[str, Any]:
+    """What the plan of a recipe says, made in a process of its own."""
+    command = [sys.executable, "-m", "tunesmith", "plan", str(path), "--calibrate", "--json"]
+    plan = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return {
+        "predicted_peak": plan["memory"]["peak_bytes"],
+        "phase": plan["memory"]["peak_phase"],
+        "predicted_train": plan["time"]["train_seconds"],
+        "predicted_evaluate": plan["time"]["evaluate_seconds"],
+        "timed": plan["time"]["source"].startswith("blocks"),
+    }
+
+
 def measured(name: str, place: Path, steps: int) -> dict[str, Any]:
     """Plans and does a job, each in a process of its own."""
     path = place / f"{_short(name)}.yaml"
     path.write_text(yaml.safe_dump(recipe_of(name, place, steps)), encoding="utf-8")
-    tunesmith = [sys.executable, "-m", "tunesmith"]
-    planned = subprocess.run(
-        [*tunesmith, "plan", str(path), "--calibrate", "--json"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    plan = json.loads(planned.stdout)
-    process = subprocess.Popen([*tunesmith, "train", str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    plan = planned(path)
+    command = [sys.executable, "-m", "tunesmith", "train", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status not in (0, 3 << 8):
         raise SystemExit(f"{path} failed: tunesmith train {path}")
@@ -120,13 +131,9 @@ def measured(name: str, place: Path, steps: int) -> dict[str, Any]:
     return {
         "name": name,
         "peak": usage.ru_maxrss * 1024,
-        "predicted_peak": plan["memory"]["peak_bytes"],
-        "phase": plan["memory"]["peak_phase"],
         "train": report["measured"]["train_seconds"],
-        "predicted_train": plan["time"]["train_seconds"],
         "evaluate": report["measured"]["evaluate_seconds"],
-        "predicted_evaluate": plan["time"]["evaluate_seconds"],
-        "timed": plan["time"]["source"].startswith("blocks"),
+        **plan,
     }
 
 
@@ -170,6 +177,7 @@ def main() -> None:
     parser.add_argument("--only", help="names of jobs, with commas between them", default="")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--work", type=Path, default=Path("runs/plan-accuracy"))
+    parser.add_argument("--plans", action="store_true", help="plan again what was done before")
     parser.add_argument("--write", type=Path)
     asked = parser.parse_args()
     place = asked.work.resolve()
@@ -182,6 +190,9 @@ def main() -> None:
         kept = place / f"{_short(name)}.json"
         if not kept.is_file():
             kept.write_text(json.dumps(measured(name, place, asked.steps)), encoding="utf-8")
+        elif asked.plans:
+            again = planned(place / f"{_short(name)}.yaml")
+            kept.write_text(json.dumps({**json.loads(kept.read_text(encoding="utf-8")), **again}), encoding="utf-8")
         found.append(json.loads(kept.read_text(encoding="utf-8")))
         print(found[-1], flush=True)
     text = page(found, asked.steps)

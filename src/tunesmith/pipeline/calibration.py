@@ -8,19 +8,22 @@ do not change the time. A prediction alone depends on it, never a decision.
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tunesmith.base import InputError, Progress, TunesmithError, silent
 from tunesmith.batch import Batch, pack
 from tunesmith.engine.generate import Sampling, generate
+from tunesmith.files import file_sha256, sync_file
 from tunesmith.methods import trainable_parameters
 from tunesmith.models.attention import use_default_attention
 from tunesmith.models.measure import Shape, shape_of
@@ -39,7 +42,7 @@ from tunesmith.train.parallel import clip_gradients
 from tunesmith.train.precision import Precision
 
 BLOCKS = (1, 3)
-SECONDS = 5.0
+SECONDS = 4.0
 """What the whole measurement should take."""
 WORTH_TIMING = 60.0
 """Seconds that a job must seem to take before its own blocks are timed without being asked."""
@@ -49,6 +52,8 @@ LOOKED_AT = 8
 """Steps among whose micro-batches a usual one is looked for."""
 WRITTEN = 6
 """Tokens of the answers that are timed."""
+SAVED = 2**26
+"""Bytes that are written to time a checkpoint."""
 LARGE = 2**25
 Clock = Callable[[], float]
 
@@ -68,12 +73,23 @@ def calibrated(planned: Planned, progress: Progress = silent, clock: Clock = tim
             raise InputError("that needs rows and a tokenizer")
         shape = shape_of(copy_of(planned, None))
         pace = _pace(planned, shape, clock)
-    except (TunesmithError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except (
+        TunesmithError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        KeyError,
+    ) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         note = f"blocks of this model could not be timed by themselves ({reason}): the predicted time is a rough one"
         return planned.with_plan(plan.model_copy(update={"notes": [*plan.notes, note]}))
     sizes = 1 if given.heaviest is None else given.heaviest(plan.micro_batch).sizes
-    timed = replace(timed_job(planned.recipe, planned.hardware, given.judged, plan.workload, plan), sizes=sizes)
+    timed = timed_job(planned.recipe, planned.hardware, given.judged, plan.workload, plan)
+    saved = 4 * plan.parameters.trainable + plan.memory.optimizer
+    timed = replace(timed, sizes=sizes, saved_bytes=saved * _checkpoints(plan))
     found = predict_duration(planned.recipe, shape, plan.parameters, timed, pace)
     return planned.with_plan(plan.model_copy(update={"time": found}))
 
@@ -109,6 +125,7 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
         writing=writing,
         unpacking=_unpacking(planned, shape, _Clock(clock, planned)),
         fresh=few.fresh,
+        saving=_saving(Path(planned.recipe.output), _Clock(clock, planned)),
         seconds=clock() - started,
     )
 
@@ -123,14 +140,17 @@ class _Clock:
         return self.clock()
 
     def timed(self, run: Callable[[], Any], most: float) -> float:
-        """Seconds of the median of some runs after a first one, within so many seconds."""
+        """Seconds of the quickest of some runs after a first one, within so many seconds, or twice that for a third.
+
+        The first runs of a process are slow for longer than one of them: memory is new to it.
+        """
         run()
         taken, started = list[float](), self()
-        while not taken or (self() - started + min(taken) < most and len(taken) < 9):
+        while not taken or (len(taken) < 9 and self() - started + min(taken) < most * (2 if len(taken) < 3 else 1)):
             before = self()
             run()
             taken.append(self() - before)
-        return median(taken)
+        return min(taken)
 
     def first(self, run: Callable[[], Any]) -> float:
         """Seconds that a first run takes longer than a second one."""
@@ -260,6 +280,24 @@ def _fill(weight: Tensor, generator: torch.Generator) -> None:
     for at in range(LARGE, len(flat), LARGE):
         piece = flat[at : at + LARGE]
         piece.copy_(first[: len(piece)])
+
+
+def _checkpoints(plan: Plan) -> int:
+    """How many a run writes: at its intervals, at validations, which are mostly the best so far, and at its end."""
+    every = [interval for interval in (plan.checkpoint_every, plan.evaluate_every) if interval is not None]
+    return -(-plan.steps // min(every, default=plan.steps))
+
+
+def _saving(output: Path, clock: _Clock) -> float:
+    """Seconds in which a byte of a checkpoint is copied, written, synced and hashed where the run will be."""
+    beside = next(path for path in output.absolute().parents if path.is_dir())
+    tensor = torch.zeros(SAVED // 4)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".timed-") as directory:
+        path, started = Path(directory) / "tensors", clock()
+        save_file({"zeros": tensor.clone()}, path)  # once: blocks of the disk that were written before are quicker
+        sync_file(path)
+        file_sha256(path)
+        return (clock() - started) / SAVED
 
 
 def _unpacking(planned: Planned, shape: Shape, clock: _Clock) -> float:

@@ -28,6 +28,7 @@ class Timed:
         general_tokens: of the general text that both read.
         micro_batches: of a step, over all processes.
         sizes: how many numbers of tokens micro-batches have.
+        saved_bytes: of all checkpoints.
     """
 
     workload: Workload
@@ -42,6 +43,7 @@ class Timed:
     general_tokens: int = 0
     micro_batches: int = 1
     sizes: int = 1
+    saved_bytes: float = 0.0
 
     @property
     def row(self) -> float:
@@ -71,6 +73,7 @@ class Pace:
         writing: seconds of a pass that adds one token to each of ``evaluate.batch_size`` answers.
         unpacking: seconds more that quantized weights take in every micro-batch.
         fresh: seconds more of the first micro-batch with a number of tokens, for which kernels are made.
+        saving: seconds in which a byte of a checkpoint is written.
         seconds: that the measurement took.
     """
 
@@ -81,6 +84,7 @@ class Pace:
     writing: Span | None
     unpacking: float
     fresh: float
+    saving: float
     seconds: float
 
 
@@ -134,7 +138,7 @@ def _by_pace(recipe: Recipe, shape: Shape, given: Timed, pace: Pace, flops: floa
     learning = pace.learning.of(shape.layers) / pace.tokens * tokens
     learning += given.steps * given.micro_batches * pace.unpacking
     training = learning / given.hardware.processes + given.steps * pace.updating.of(shape.layers)
-    training += given.sizes * pace.fresh
+    training += given.sizes * pace.fresh + given.saved_bytes * pace.saving
     evaluating = 0.0
     if recipe.evaluate != "off" and given.judged_rows:
         reading = pace.reading.of(shape.layers) / pace.tokens
