@@ -1,8 +1,9 @@
 """How fast a new head should learn beside adapters: banking77 with several factors on its learning rate.
 
-    python bench/head_rate.py DATA --encoder DIRECTORY [--steps 120]
+    python bench/head_rate.py DATA --encoder DIRECTORY [--steps 120] [--kinds full --rate 3e-4 --factors 10 100]
 
-DATA holds `cls_banking77`. Prints accuracy and validation loss for LoRA and bottleneck adapters with each factor.
+DATA holds `cls_banking77`. Prints accuracy and validation loss for LoRA and bottleneck adapters, or the methods named,
+with each factor.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--kinds", nargs="+", default=["lora", "adapter"])
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of everything else")
+    parser.add_argument("--factors", nargs="+", type=float, default=FACTORS)
     given = parser.parse_args()
     files = given.data / "cls_banking77"
     with tempfile.TemporaryDirectory() as directory:
-        for kind in ("lora", "adapter"):
-            for factor in FACTORS:
+        for kind in given.kinds:
+            for factor in given.factors:
                 run = finetune(Recipe.model_validate(_recipe(given, files, kind, factor, Path(directory))))
                 report = json.loads((run.path / "report.json").read_text())
                 found = report["metrics"][0]["tuned"], report["curves"]["validation"][-1][1]
@@ -47,7 +51,7 @@ def _recipe(given: argparse.Namespace, files: Path, kind: str, factor: float, di
         },
         "objective": {"kind": "classify", "head_rate": factor},
         "method": kind,
-        "train": {"steps": given.steps, "batch_size": 32, "learning_rate": 1e-3},
+        "train": {"steps": given.steps, "batch_size": 32, "learning_rate": given.rate},
         "evaluate": {"rows": 1000, "samples": 0},
         "output": str(directory / f"{kind}-{factor:g}"),
     }
