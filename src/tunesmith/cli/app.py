@@ -92,7 +92,9 @@ def evaluate(
         list[str] | None, typer.Option("--data", help="Rows to judge on; may be given several times.")
     ] = None,
     metrics: Annotated[list[str] | None, typer.Option("--metric", help="May be given several times.")] = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="At most this many rows of each file.")] = 200,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, help="At most this many rows of each file, drawn from all of it.")
+    ] = 200,
     benchmarks: Annotated[
         str | None, typer.Option("--benchmarks", help="lm-eval's names, for example hellaswag,mmlu,arc_easy.")
     ] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
@@ -92,6 +93,12 @@ class Judging:
     generates: bool = True
     likelihoods: bool = True
     confident: bool = False
+
+
+def chosen_rows(rows: Sequence[Rendered], count: int, seed: int) -> list[Rendered]:
+    """At most ``count`` rows, drawn with the seed, in their order."""
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
+    return [rows[at] for at in chosen]
 
 
 def judge(

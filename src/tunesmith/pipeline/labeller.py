@@ -18,7 +18,7 @@ from tunesmith.data.render_labelled import LabelRenderer
 from tunesmith.data.render_pairs import PairRenderer, RewardRenderer, holds_pairs, over_last_answers
 from tunesmith.data.row import Row
 from tunesmith.data.spec import DataSpec
-from tunesmith.evaluation.answers import Judged
+from tunesmith.evaluation.answers import Judged, chosen_rows
 from tunesmith.evaluation.labels import judge_labels, outputs_of_rows
 from tunesmith.models.forward import packing_obstacle
 from tunesmith.models.measure import position_limit
@@ -115,7 +115,7 @@ class Labeller:
             progress=progress,
         )
         refuse_wrong_labels(prepared.train, objective, "given")
-        rows = labelled(prepared.train, objective)[: spec.rows]
+        rows = chosen_rows(labelled(prepared.train, objective), spec.rows, 0)
         metrics = list(objective.metrics) if spec.metrics == "auto" else list(spec.metric_names)
         own = OwnMetrics.of(spec.own_metrics)
         judged = judge_labels(self.model, objective, rows, packed=self._packs(), progress=progress)

@@ -22,7 +22,7 @@ from tunesmith.data.rows import open_rows
 from tunesmith.data.sources import held_out_spec, readings
 from tunesmith.data.spec import DataSpec
 from tunesmith.engine.generate import Generation, Sampling, generate
-from tunesmith.evaluation.answers import Judged, Judging, judge
+from tunesmith.evaluation.answers import Judged, Judging, chosen_rows, judge
 from tunesmith.evaluation.compare import (
     LIKELIHOODS,
     choose_metrics,
@@ -308,7 +308,7 @@ def judged_rows(
         asked = [PREFERENCE_ACCURACY, MARGIN] if asked == "auto" else asked
     else:
         found = prepared_rows(speaker, data, progress)
-    rows = found.train[: spec.rows]
+    rows = chosen_rows(found.train, spec.rows, 0)
     references = [row.row.references[0] for row in rows if row.row.messages]
     metrics, _ = choose_metrics(asked, references, [*own.of_row])
     longest = max((len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids), default=0)
@@ -339,7 +339,8 @@ def judged_documents(
         raise InputError(f"{wrong[0]} needs answers, and documents have none", where="--metric", fix="use perplexity")
     packed = packing_obstacle(speaker.model) is None
     how = Judging(0, spec.batch_size, frozenset(), packed, generates=False)
-    return judge(speaker.model, speaker.tokenizer, found.validation[: spec.rows], how, progress), metrics
+    blocks = chosen_rows(found.validation, spec.rows, 0)
+    return judge(speaker.model, speaker.tokenizer, blocks, how, progress), metrics
 
 
 def scores(judged: Sequence[Judged], metrics: Sequence[str], spec: EvaluateSpec) -> list[dict[str, Any]]:

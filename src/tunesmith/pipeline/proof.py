@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -13,8 +12,8 @@ from torch import nn
 
 from tunesmith.base import InputError, Progress, silent
 from tunesmith.data.contamination import told as told_contamination
-from tunesmith.data.render import Rendered, Renderer
-from tunesmith.evaluation.answers import Evaluation, Judged, Judging, judge, row_nlls
+from tunesmith.data.render import Renderer
+from tunesmith.evaluation.answers import Evaluation, Judged, Judging, chosen_rows, judge, row_nlls
 from tunesmith.evaluation.compare import LIKELIHOODS, best_and_worst, compare_forgetting, compare_metrics, judgement
 from tunesmith.evaluation.forgetting import GeneralText, general_passages
 from tunesmith.evaluation.labels import judge_constant, judge_labels
@@ -34,12 +33,6 @@ from tunesmith.pipeline.rewards import judge_and_score
 from tunesmith.recipe import EvaluateSpec
 from tunesmith.recipe_file import recipe_yaml
 from tunesmith.run import BASE_EVALUATION, PAGE, PROMPTED_EVALUATION, TUNED_EVALUATION, Run
-
-
-def chosen_rows(rows: Sequence[Rendered], count: int, seed: int) -> list[Rendered]:
-    """At most ``count`` rows, drawn with the seed, in their order."""
-    chosen = sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
-    return [rows[at] for at in chosen]
 
 
 class Proof:

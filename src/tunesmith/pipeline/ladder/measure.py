@@ -11,6 +11,7 @@ from typing import Any
 from tunesmith.base import InputError, Interrupted
 from tunesmith.data.render import Rendered, Renderer
 from tunesmith.data.row import Row
+from tunesmith.evaluation.answers import chosen_rows
 from tunesmith.evaluation.compare import LIKELIHOODS, better_way
 from tunesmith.files import write_json, write_text
 from tunesmith.pages.ladder import ladder_page
@@ -22,7 +23,6 @@ from tunesmith.pipeline.ladder.job import Job
 from tunesmith.pipeline.ladder.models import base_speaker, refuse_seen_rows, tuned_run, tuned_speaker
 from tunesmith.pipeline.ladder.scores import TUNED, Scoring, decided
 from tunesmith.pipeline.planning import Planned, plan_job
-from tunesmith.pipeline.proof import chosen_rows
 from tunesmith.pipeline.retrieving import Indexes
 from tunesmith.pipeline.work import Watcher
 from tunesmith.plan.advise.cost import Prices, read_prices
