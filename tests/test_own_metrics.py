@@ -235,6 +235,16 @@ def test_the_confidence_of_an_answer_is_the_product_of_its_tokens(tiny_model: Pa
     assert rows[0].bytes == len(colour_rows(1)[0]["completion"].encode())
 
 
+def test_some_rows_of_a_sorted_file_are_drawn_from_all_of_it(tiny_model: Path, tmp_path: Path) -> None:
+    speaker = load_speaker(str(tiny_model), dtype="fp32")
+    data = DataSpec(train=str(write_jsonl(tmp_path / "rows.jsonl", colour_rows(40))))
+    spec = EvaluateSpec(metrics=["perplexity"], rows=8)
+    judged, _ = judged_rows(speaker, data, spec)
+    lines = [int(row.source.rsplit(":", 1)[1]) for row in judged]
+    assert len(lines) == 8 and lines == sorted(lines) and max(lines) > 20
+    assert [row.source for row in judged_rows(speaker, data, spec)[0]] == [row.source for row in judged]
+
+
 def test_calibration_error_by_hand() -> None:
     # 0.95 three times, two right: |2 / 3 - 0.95|; 0.55 once, wrong
     found = confidence_rows([0.95, 0.95, 0.95, 0.55], [1, 1, 0, 0])
