@@ -53,7 +53,10 @@ ADAPTERS: dict[str, tuple[dict[str, Any], float]] = {
     "peft, loha": ({"kind": "peft", "type": "loha", "r": 8, "target_modules": "all-linear"}, 1e-3),
 }
 """Settings of each method, and the middle of its three learning rates."""
-VARIANTS = ("full, biases and norms", "lora, rslora", "lora, LoRA+", "adapter, pfeiffer", "adapter, parallel")
+VARIANTS = (
+    *("full, biases and norms", "lora, rslora", "lora, LoRA+", "lora, dora", "lora, pissa"),
+    *("adapter, pfeiffer", "adapter, parallel"),
+)
 FACTORS = (0.3, 1.0, 3.0)
 FURTHER = 2
 
@@ -114,7 +117,7 @@ def tasks(data: Path, encoder: str) -> dict[str, Task]:
             },
             "rougeL",
             rates_of="sql",
-            left_out=dict.fromkeys(VARIANTS, "a variant; on SQL only"),
+            left_out=dict.fromkeys(VARIANTS, "a variant"),
         ),
         "banking77": Task(
             {
