@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -35,6 +35,7 @@ class Reading:
         packed: whether rows are laid end to end for this model.
         label: what the progress is called.
         example: the row as the model reads it, from its place and itself; its targets are those of the row, in order.
+        only: places of the rows that will be asked for, ascending; None for all.
     """
 
     model: Callable[[], nn.Module]
@@ -43,6 +44,7 @@ class Reading:
     label: str
     progress: Progress
     example: Callable[[int, Rendered], Example] = lambda at, item: item.example
+    only: Sequence[int] | None = None
 
 
 def kept_by_target(made_from: dict[str, Any], rows: RenderedRows, reading: Reading) -> RenderedRows:
@@ -54,7 +56,8 @@ def kept_by_target(made_from: dict[str, Any], rows: RenderedRows, reading: Readi
     Raises:
         InputError: when they cannot be kept on disk.
     """
-    return rows.adding(_stored(cached({**made_from, **identity_of(rows)}, _Build(rows, reading))))
+    which = {} if reading.only is None else {"only": sha256(np.asarray(reading.only, "<i8").tobytes()).hexdigest()}
+    return rows.adding(_stored(cached({**made_from, **identity_of(rows), **which}, _Build(rows, reading))))
 
 
 def identity_of(rows: RenderedRows) -> dict[str, Any]:
@@ -87,12 +90,14 @@ class _Build:
         device, training = next(model.parameters()).device, model.training
         layout: Any = "packed" if reading.packed(model) else "padded"
         longer = len(reading.example(0, rows[0])) - int(rows.lengths[0])
+        chosen = range(len(rows)) if reading.only is None else reading.only
         done = 0
         model.eval()
         try:
             with torch.no_grad():
-                for group in groups_of_rows((rows.lengths + longer).tolist()):
-                    reading.progress(reading.label, done, len(rows))
+                for places in groups_of_rows([int(rows.lengths[at]) + longer for at in chosen]):
+                    group = [chosen[place] for place in places]
+                    reading.progress(reading.label, done, len(chosen))
                     examples = [_plain(reading.example(at, rows[at])) for at in group]
                     found = reading.tensors(model, pack(examples, layout).to(device))
                     for name, tensor in found.items():
@@ -103,7 +108,8 @@ class _Build:
         for file in self.files.values():
             file.flush()
         shapes = {name: [*self.dtypes[name], int(file.shape[1])] for name, file in self.files.items()}
-        write_json(directory / _SHAPES, {"tensors": shapes, "ends": self.ends.tolist()})
+        only = None if reading.only is None else list(reading.only)
+        write_json(directory / _SHAPES, {"tensors": shapes, "ends": self.ends.tolist(), "only": only})
 
     def _write(self, directory: Path, name: str, tensor: Tensor, group: list[int]) -> None:
         values = tensor.view(torch.uint8).reshape(len(tensor), -1).numpy()  # [targets, bytes]
@@ -136,7 +142,11 @@ def _stored(directory: Path) -> Callable[[int, Rendered], dict[str, Tensor]]:
         for name, (dtype, width, size) in found["tensors"].items()
     }
 
+    only = None if found.get("only") is None else frozenset(found["only"])
+
     def read(at: int, item: Rendered) -> dict[str, Tensor]:
+        if only is not None and at not in only:
+            raise IndexError(f"row {at} was not read: the plan's steps do not come to it")
         start, end = ends[at], ends[at + 1]
         tensors = {}
         for name, (file, dtype, width, size) in files.items():

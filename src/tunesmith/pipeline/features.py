@@ -46,9 +46,19 @@ def with_features(planned: Planned, model: nn.Module, progress: Progress) -> Pla
         rows: RenderedRows = getattr(prepared, name)
         if not len(rows) or (name == "test" and planned.judges is None):
             continue  # text is written token by token, through the trunk
-        parts[name] = kept_by_target({FEATURES: made_from}, rows, reading)
+        only = _visited(planned) if name == "train" else None
+        parts[name] = kept_by_target({FEATURES: made_from}, rows, replace(reading, only=only))
     use_default_attention(model)
     return replace(planned, prepared=replace(prepared, **parts))
+
+
+def _visited(planned: Planned) -> list[int] | None:
+    """Training rows that the steps of the plan come to; None for all, which a solver reads at once."""
+    assert planned.prepared is not None
+    visits = planned.plan.steps * planned.recipe.train.batch_size
+    if planned.judges is not None or visits >= planned.prepared.order.epoch_rows:
+        return None
+    return sorted(set(planned.prepared.order.rows(0, visits)))
 
 
 def _said(planned: Planned) -> dict[str, Any]:
