@@ -284,8 +284,8 @@ SURPRISES = """## What surprised, and why some rows are worse than their papers
 - **A base in 4 bits takes more memory than bf16 at this size.** A model of 135 M has a fifth of its weights in the
   embedding, which stays as it is, its 16-bit file stays mapped, and bitsandbytes is imported too. What loading
   takes is in [bases in 4 bits](quantized-bases.md).
-- **What does not matter on SQL matters on summaries, and the other way round.** At the same rates nearly nothing is
-  forgotten there, for summaries are general text; the base already writes them, and every method gains about as much.
+- **Summaries: at the same rates much less is forgotten**, for they are general text, which the base already writes; and
+  most methods gain about as much.
 - **DoRA and LoHa run in PEFT's layers** and take 1.6 to 2.1 times the memory and the time of LoRA here, for scores
   within its interval. So is LoRA+.
 """
