@@ -297,3 +297,20 @@ def test_penalty_on_what_is_replayed_in_a_run(tiny_model: Path, rows_file: Path,
         run = finetune(recipe(tiny_model, rows_file, tmp_path / f"run-{kl}", data=data, train=train))
         losses.append([event["loss"] for event in run.events() if event["event"] == "step"])
     assert losses[0][0] == pytest.approx(losses[1][0]) and losses[0][3:] != losses[1][3:]
+
+
+def test_a_frozen_trunk_reads_only_the_rows_that_the_steps_come_to(tiny_model: Path, tmp_path: Path) -> None:
+    from tunesmith.pipeline.features import with_features
+    from tunesmith.pipeline.loaded import load
+    from tunesmith.pipeline.planning import plan_job
+
+    rows = write_jsonl(tmp_path / "rows.jsonl", colour_rows(60))
+    job = recipe(tiny_model, rows, tmp_path / "run", method={"kind": "head"}, train={"steps": 3, "batch_size": 2})
+    planned, said = plan_job(job), set()
+    model = load(str(tiny_model), dtype="fp32")
+    found = with_features(planned, model, lambda label, done, total: said.add(total)).prepared
+    assert found is not None and 6 in said
+    visited = found.order.rows(0, 6)
+    assert all("features" in found.train[at].example.tensors for at in visited)
+    with pytest.raises(IndexError, match="do not come to it"):
+        found.train[next(at for at in range(len(found.train)) if at not in visited)]
