@@ -284,6 +284,8 @@ SURPRISES = """## What surprised, and why some rows are worse than their papers
 - **A base in 4 bits takes more memory than bf16 at this size.** A model of 135 M has a fifth of its weights in the
   embedding, which stays as it is, its 16-bit file stays mapped, and bitsandbytes is imported too. What loading
   takes is in [bases in 4 bits](quantized-bases.md).
+- **A head reads its trunk once, and read too much of it.** The features of all rows were computed where a plan of a few
+  steps comes to few of them. Found here and mended; SQL's row was timed before.
 - **Summaries: at the same rates much less is forgotten**, for they are general text, which the base already writes; and
   most methods gain about as much.
 - **DoRA and LoHa run in PEFT's layers** and take 1.6 to 2.1 times the memory and the time of LoRA here, for scores
