@@ -5,7 +5,7 @@
 DATA is a directory with `sql_wikisql_mlx`, `sum_scitldr` and `corpus_peps`. Recipes are in `bench/ladders/`, answers
 and runs go to `runs/ladder/`; what was answered or trained before is not done again, so that a killed one goes on. A
 task takes 15 to 25 minutes on one core without a GPU. `--small` asks four rows and trains three steps, to see it run.
-`--write` writes what is there of all three to docs/results/ladder.md.
+`--write` writes what is there to docs/results/ladder.md; other sections stay there as they are.
 """
 
 from __future__ import annotations
@@ -108,6 +108,14 @@ def section(task: str, report: dict[str, Any]) -> str:
     return "\n".join([*lines, "```text", *(line.rstrip() for line in ladder_lines(report)), "```", ""])
 
 
+def published(page: Path) -> dict[str, str]:
+    """The sections that a page has by task; they stay where a task is not measured anew."""
+    if not page.is_file():
+        return {}
+    parts = page.read_text(encoding="utf-8").split("\n## ")[1:]
+    return {task: f"## {part}" for task, title in TASKS.items() for part in parts if part.startswith(title)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -121,7 +129,8 @@ def main() -> None:
         measure(task, given.data, root, given.small)
     found = {task: root / task / "ladder.json" for task in TASKS}
     reports = {task: json.loads(path.read_text()) for task, path in found.items() if path.is_file()}
-    text = "\n".join([HEAD, *(section(task, report) for task, report in reports.items())])
+    sections = published(given.out) | {task: section(task, report) for task, report in reports.items()}
+    text = "\n".join([HEAD, *(sections[task] for task in TASKS if task in sections)])
     if given.write:
         write_text(given.out, text)
         print(given.out)
