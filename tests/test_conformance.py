@@ -128,8 +128,11 @@ def trained(name: str, steps: int = 3, **overrides: Any) -> nn.Module:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in STARTS_ELSEWHERE])
 def test_it_starts_where_the_base_is(name: str) -> None:
-    near = 1e-2 if name in BOTTLENECKS else 2e-5  # near identity, as their paper has it
-    assert torch.allclose(logits(adapted(name)), logits(base_of(name)), atol=near)
+    expected = logits(base_of(name))
+    # Bottlenecks: near identity, as their paper has it. The others to rounding, which grows with the logits: what an
+    # initialisation takes off the base and adds again is several times the base, and processors add in their own order.
+    near = 1e-2 if name in BOTTLENECKS else 2e-5 * float(expected.abs().max())
+    assert torch.allclose(logits(adapted(name)), expected, rtol=0.0, atol=near)
 
 
 @every_method

@@ -100,7 +100,7 @@ def test_recomputing_activations_changes_nothing(method: Any, objective: Trainin
     model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: entered.append(1))
     found, _ = gradients(model, objective, batches)
     assert len(entered) == 2 * len(batches)
-    assert_same(found, expected)
+    assert_same(found, expected, 3e-5)  # a hooked block runs as its library wrote it: another order of additions
 
 
 @every_method
