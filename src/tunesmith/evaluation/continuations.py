@@ -12,6 +12,7 @@ from tunesmith.base import Progress
 from tunesmith.batch import Example, pack
 from tunesmith.evaluation.prefix_tree import Sequences, Tree, laid_out
 from tunesmith.models.forward import next_token_ranks, packing_obstacle, use_attention
+from tunesmith.models.freed_memory import keeping_freed_memory
 
 TOKENS_AT_ONCE = 4096
 
@@ -65,7 +66,7 @@ def likelihoods(model: nn.Module, asked: Sequence[Continuation], progress: Progr
     model.eval()
     done = 0
     try:
-        with torch.no_grad():
+        with torch.no_grad(), keeping_freed_memory():
             for group in Sequences(inputs).groups(most):
                 progress("scoring answers", done, len(asked))
                 chosen = [inputs[number] for number in group]

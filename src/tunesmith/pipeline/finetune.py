@@ -18,6 +18,7 @@ from tunesmith.evaluation.benchmark_names import refuse_unknown
 from tunesmith.models.decoder import decoder_of
 from tunesmith.models.embeddings import teach_tokens
 from tunesmith.models.forward import packing_obstacle
+from tunesmith.models.freed_memory import give_back_freed, keep_memory_small
 from tunesmith.models.load import Loading, load_judge, load_model, weights_directory
 from tunesmith.models.streamed import load_streamed
 from tunesmith.pipeline.budgeting import refuse_beyond_budget
@@ -36,7 +37,7 @@ from tunesmith.pipeline.sinks import check_sinks, open_sinks
 from tunesmith.pipeline.starting import with_merged_start
 from tunesmith.pipeline.stopping import Stopping
 from tunesmith.pipeline.training import BLOCKS, train_model
-from tunesmith.pipeline.usage import PeakMemory, Stopwatch, give_back_freed, keep_memory_small, process_peak_bytes
+from tunesmith.pipeline.usage import PeakMemory, Stopwatch, process_peak_bytes
 from tunesmith.pipeline.work import Watcher, Work
 from tunesmith.plan.hardware import DTYPES
 from tunesmith.recipe import Recipe

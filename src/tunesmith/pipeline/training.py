@@ -14,6 +14,7 @@ from tunesmith.methods import trainable_parameters
 from tunesmith.methods.token_rows import trained_token_ids
 from tunesmith.models.decoder import decoder_of
 from tunesmith.models.embeddings import untrained_tokens
+from tunesmith.models.freed_memory import keep_memory_small
 from tunesmith.models.sharding import is_sharded, made_whole, shard
 from tunesmith.models.task_head import head_modules
 from tunesmith.objectives import Policy, StepObjective
@@ -24,7 +25,7 @@ from tunesmith.pipeline.environment import code_sha256
 from tunesmith.pipeline.planning import Planned
 from tunesmith.pipeline.policy import Kept, reference_of, served_answers, total_prompts, with_value_head
 from tunesmith.pipeline.resuming import record_changes
-from tunesmith.pipeline.usage import Stopwatch, keep_memory_small
+from tunesmith.pipeline.usage import Stopwatch
 from tunesmith.pipeline.validating import validation
 from tunesmith.pipeline.work import Work
 from tunesmith.plan.hardware import DTYPES

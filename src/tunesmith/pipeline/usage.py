@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import threading
 import time
@@ -12,11 +11,6 @@ from types import TracebackType
 
 import psutil
 import torch
-
-from tunesmith.files import let_go_of_pages
-
-OWN_PAGES = 32 * 1024
-"""Bytes from which a piece of memory gets pages of its own under a memory budget."""
 
 
 class PeakMemory:
@@ -68,44 +62,6 @@ def process_peak_bytes() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def give_back_code() -> None:
-    """Lets go of pages of libraries' code that were needed once, such as at their import (Linux).
-
-    They count as the process's memory while they are mapped, torch's alone 150 MB. Those that are needed again are
-    mapped again from the system's own copy of the file.
-    """
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
-            place, rights, *_ = line.split()
-            if rights == "r-xp" and ".so" in line:
-                start, end = (int(side, 16) for side in place.split("-"))
-                let_go_of_pages(start, end - start)
-
-
-def give_back_freed() -> None:
-    """Gives what has been freed back to the operating system, where the C library can be told so (glibc).
-
-    What one phase of a job leaves behind is in pieces that do not fit the next one. After every step it would cost too
-    much time, because each page is new to the process again.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def keep_memory_small() -> None:
-    """Lets memory go back to the operating system when it is freed, where the C library can be told so (glibc).
-
-    Otherwise it keeps freed pieces of up to 32 MB for itself. Costs time: each large piece is new to the process.
-    """
-    threshold, arenas = -3, -8  # M_MMAP_THRESHOLD, M_ARENA_MAX of malloc.h
-    with suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(threshold, OWN_PAGES)
-        library.mallopt(arenas, 1)
-    give_back_freed()
-    give_back_code()
 
 
 class Stopwatch:
