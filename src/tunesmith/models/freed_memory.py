@@ -18,6 +18,9 @@ NEVER = -1
 # What the C library goes up to by itself once pieces of that size have been freed, and how many pieces it maps.
 USUAL_TRIM, USUAL_MMAP, USUAL_PIECES = 64 * 1024**2, 32 * 1024**2, 65536
 
+NO_GLIBC = OSError, AttributeError, TypeError
+"""How other systems say that they do not have its functions; Windows takes no nameless library."""
+
 _small = False
 
 
@@ -41,7 +44,7 @@ def give_back_freed() -> None:
     What one phase of a job leaves behind is in pieces that do not fit the next one. After every step it would cost too
     much time, because each page is new to the process again.
     """
-    with suppress(OSError, AttributeError):
+    with suppress(*NO_GLIBC):
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -77,7 +80,7 @@ def keeping_freed_memory() -> Iterator[None]:
 
 
 def _set(settings: dict[int, int]) -> None:
-    with suppress(OSError, AttributeError):
+    with suppress(*NO_GLIBC):
         library = ctypes.CDLL(None)
         for name, value in settings.items():
             library.mallopt(name, value)
