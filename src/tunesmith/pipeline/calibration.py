@@ -52,8 +52,8 @@ LOOKED_AT = 8
 """Steps among whose micro-batches a usual one is looked for."""
 WRITTEN = 6
 """Tokens of the answers that are timed."""
-SAVED = 2**26
-"""Bytes that are written to time a checkpoint."""
+SAVED, MOST_SAVED = 2**26, 2**29
+"""Bytes that are written to time a checkpoint: at least, and at most."""
 LARGE = 2**25
 Clock = Callable[[], float]
 
@@ -88,8 +88,7 @@ def calibrated(planned: Planned, progress: Progress = silent, clock: Clock = tim
         return planned.with_plan(plan.model_copy(update={"notes": [*plan.notes, note]}))
     sizes = 1 if given.heaviest is None else given.heaviest(plan.micro_batch).sizes
     timed = timed_job(planned.recipe, planned.hardware, given.judged, plan.workload, plan)
-    saved = 4 * plan.parameters.trainable + plan.memory.optimizer
-    timed = replace(timed, sizes=sizes, saved_bytes=saved * _checkpoints(plan))
+    timed = replace(timed, sizes=sizes, saved_bytes=_checkpoint_bytes(plan) * _checkpoints(plan) + _trained_bytes(plan))
     found = predict_duration(planned.recipe, shape, plan.parameters, timed, pace)
     return planned.with_plan(plan.model_copy(update={"time": found}))
 
@@ -122,10 +121,11 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
         learning=span(few.learning, more.learning),
         reading=span(few.reading, more.reading),
         updating=span(few.updating, more.updating),
+        starting=span(few.starting, more.starting),
         writing=writing,
         unpacking=_unpacking(planned, shape, _Clock(clock, planned)),
         fresh=few.fresh,
-        saving=_saving(Path(planned.recipe.output), _Clock(clock, planned)),
+        saving=_saving(Path(planned.recipe.output), _timed_bytes(plan), _Clock(clock, planned)),
         seconds=clock() - started,
     )
 
@@ -160,12 +160,14 @@ class _Clock:
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds of one copy; ``writing`` of a pass, ``fresh`` more of a first pass of some size."""
+    """Seconds of one copy; ``writing`` of a pass, ``fresh`` more of a first pass of some size, ``starting`` more of the
+    first update."""
 
     learning: float
     fresh: float
     reading: float
     updating: float
+    starting: float
     writing: float | None
 
 
@@ -183,7 +185,11 @@ def _times(planned: Planned, blocks: int, batches: tuple[Batch, ...], clock: _Cl
     parameters = list(trainable_parameters(model).values())
     share = SECONDS / 2
 
+    accumulates = plan.micro_batch * planned.hardware.processes < planned.recipe.train.batch_size
+
     def learn(rows: Batch = batch) -> None:
+        if not accumulates:  # then every pass makes its gradients anew, in memory that is new to the process
+            optimizer.zero_grad(set_to_none=True)
         with precision.arithmetic():
             loss = torch.stack(list(objective.loss(model, rows).values())).sum()
         precision.backward(loss)
@@ -199,11 +205,15 @@ def _times(planned: Planned, blocks: int, batches: tuple[Batch, ...], clock: _Cl
     model.train()
     learning = clock.timed(learn, 0.5 * share)
     fresh = sum(clock.first(partial(learn, other)) for other in others) / max(1, len(others))
+    started = clock()
+    update()
+    starting = clock() - started
     updating = clock.timed(update, 0.05 * share)
     optimizer.zero_grad(set_to_none=True)
     model.eval()
     reading = clock.timed(read, 0.15 * share)
-    return _Times(learning, fresh, reading, updating, _writing(planned, model, batch, clock, 0.3 * share))
+    writing = _writing(planned, model, batch, clock, 0.3 * share)
+    return _Times(learning, fresh, reading, updating, max(0.0, starting - updating), writing)
 
 
 def _writing(planned: Planned, model: nn.Module, batch: Batch, clock: _Clock, most: float) -> float | None:
@@ -288,16 +298,30 @@ def _checkpoints(plan: Plan) -> int:
     return -(-plan.steps // min(every, default=plan.steps))
 
 
-def _saving(output: Path, clock: _Clock) -> float:
+def _trained_bytes(plan: Plan) -> float:
+    return 4.0 * plan.parameters.trainable
+
+
+def _checkpoint_bytes(plan: Plan) -> float:
+    return _trained_bytes(plan) + plan.memory.optimizer
+
+
+def _timed_bytes(plan: Plan) -> int:
+    """How much to write: a small file does not show what a large one costs, which passes by the processor's cache and
+    fills memory that waits to be written."""
+    return int(min(max(_checkpoint_bytes(plan) / 3, SAVED), MOST_SAVED))
+
+
+def _saving(output: Path, size: int, clock: _Clock) -> float:
     """Seconds in which a byte of a checkpoint is copied, written, synced and hashed where the run will be."""
     beside = next(path for path in output.absolute().parents if path.is_dir())
-    tensor = torch.zeros(SAVED // 4)
+    tensor = torch.zeros(size // 4)
     with tempfile.TemporaryDirectory(dir=beside, prefix=".timed-") as directory:
         path, started = Path(directory) / "tensors", clock()
         save_file({"zeros": tensor.clone()}, path)  # once: blocks of the disk that were written before are quicker
         sync_file(path)
         file_sha256(path)
-        return (clock() - started) / SAVED
+        return (clock() - started) / size
 
 
 def _unpacking(planned: Planned, shape: Shape, clock: _Clock) -> float:

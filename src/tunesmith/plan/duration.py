@@ -28,7 +28,7 @@ class Timed:
         general_tokens: of the general text that both read.
         micro_batches: of a step, over all processes.
         sizes: how many numbers of tokens micro-batches have.
-        saved_bytes: of all checkpoints.
+        saved_bytes: of all checkpoints, and of the result.
     """
 
     workload: Workload
@@ -70,6 +70,7 @@ class Pace:
         learning: seconds of its forward and backward pass.
         reading: seconds of its forward pass without gradients.
         updating: seconds of clipping and one update of the weights.
+        starting: seconds more of the first update, which makes the optimizer's states.
         writing: seconds of a pass that adds one token to each of ``evaluate.batch_size`` answers.
         unpacking: seconds more that quantized weights take in every micro-batch.
         fresh: seconds more of the first micro-batch with a number of tokens, for which kernels are made.
@@ -81,6 +82,7 @@ class Pace:
     learning: Span
     reading: Span
     updating: Span
+    starting: Span
     writing: Span | None
     unpacking: float
     fresh: float
@@ -138,7 +140,7 @@ def _by_pace(recipe: Recipe, shape: Shape, given: Timed, pace: Pace, flops: floa
     learning = pace.learning.of(shape.layers) / pace.tokens * tokens
     learning += given.steps * given.micro_batches * pace.unpacking
     training = learning / given.hardware.processes + given.steps * pace.updating.of(shape.layers)
-    training += given.sizes * pace.fresh + given.saved_bytes * pace.saving
+    training += given.sizes * pace.fresh + pace.starting.of(shape.layers) + given.saved_bytes * pace.saving
     evaluating = 0.0
     if recipe.evaluate != "off" and given.judged_rows:
         reading = pace.reading.of(shape.layers) / pace.tokens
