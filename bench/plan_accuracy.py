@@ -106,6 +106,7 @@ def make_inputs(place: Path) -> None:
 
 def planned(path: Path) -> dict[str, Any]:
     """What the plan of a recipe says, made in a process of its own."""
+    os.sync()  # what the last job wrote would otherwise be on its way to the disk while writing is timed
     command = [sys.executable, "-m", "tunesmith", "plan", str(path), "--calibrate", "--json"]
     plan = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     return {
