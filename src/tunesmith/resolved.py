@@ -79,6 +79,8 @@ class Duration(Spec):
     """Rate that this machine reaches on such work."""
     source: str = "a large matrix product, timed for a moment"
     """What the rate was taken from."""
+    measured_in_seconds: float = 0.0
+    """How long the blocks were timed for; nothing where they were not."""
 
 
 class Workload(Spec):

@@ -7,39 +7,33 @@ do not change the time. A prediction alone depends on it, never a decision.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from statistics import median
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tunesmith.base import InputError, Progress, TunesmithError, silent
 from tunesmith.batch import Batch, pack
-from tunesmith.engine.generate import Sampling, generate
 from tunesmith.files import file_sha256, sync_file
-from tunesmith.methods import trainable_parameters
 from tunesmith.models.attention import use_default_attention
 from tunesmith.models.measure import Shape, shape_of
 from tunesmith.models.projection import rounded_up
 from tunesmith.models.quantized import FOUR_BIT, PackedWeight, settled_quantization
-from tunesmith.models.task_head import model_class
-from tunesmith.objectives import Supervised, TaskObjective
 from tunesmith.pipeline.planning import Planned
+from tunesmith.pipeline.shortened import Shortened, copy_of
 from tunesmith.plan.duration import Pace, Span, predict_duration
 from tunesmith.plan.hardware import DTYPES, wait_for
 from tunesmith.plan.resolve import timed_job
 from tunesmith.resolved import Plan
 from tunesmith.train.batches import StepBatches
-from tunesmith.train.optim import build_optimizer
-from tunesmith.train.parallel import clip_gradients
-from tunesmith.train.precision import Precision
 
 BLOCKS = (1, 3)
 SECONDS = 4.0
@@ -50,11 +44,10 @@ MOST_MEMORY = 0.25
 """Share of the machine's memory that copies may take."""
 LOOKED_AT = 8
 """Steps among whose micro-batches a usual one is looked for."""
-WRITTEN = 6
+WRITTEN = 12
 """Tokens of the answers that are timed."""
 SAVED, MOST_SAVED = 2**26, 2**29
 """Bytes that are written to time a checkpoint: at least, and at most."""
-LARGE = 2**25
 Clock = Callable[[], float]
 
 
@@ -102,32 +95,59 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
     started, plan = clock(), planned.plan
     width = 4 if plan.frozen_dtype == "fp32" else 2
     needed = (width + 12 * planned.recipe.method.trains_all) * (
-        shape.head_weights * (1 if shape.head_tied else 2) + BLOCKS[1] * shape.linear_weights / max(1, shape.layers)
+        len(BLOCKS) * shape.head_weights * (1 if shape.head_tied else 2)
+        + sum(BLOCKS) * shape.linear_weights / max(1, shape.layers)
     )
     if needed > MOST_MEMORY * planned.hardware.memory_bytes:
-        raise InputError(f"even {BLOCKS[1]} of them take {needed / 2**30:.1f} GiB")
+        raise InputError(f"even {sum(BLOCKS)} of them take {needed / 2**30:.1f} GiB")
     batches = tuple(batch.to(planned.hardware.device) for batch in _usual_batches(planned, plan))
     batch = batches[0]
-    few, more = (_times(planned, blocks, batches, _Clock(clock, planned)) for blocks in BLOCKS)
-    gap = BLOCKS[1] - BLOCKS[0]
+    timed = _Clock(clock, planned)
+    copies = [Shortened(planned, blocks, batch) for blocks in BLOCKS]
+    share = SECONDS / 2
 
-    def span(one: float, three: float) -> Span:
-        block = max(0.0, (three - one) / gap)
-        return Span(block, max(0.0, one - BLOCKS[0] * block))
+    def spanned(runs: Sequence[Callable[[], Any]], most: float) -> Span:
+        return _span(*timed.in_turn(runs, most))
 
-    writing = None if few.writing is None or more.writing is None else span(few.writing, more.writing)
+    for one in copies:
+        one.model.train()
+    learning = spanned([one.learn for one in copies], 0.9 * share)
+    others = batches[1:]
+    fresh = sum(timed.first(partial(copies[0].learn, other)) for other in others) / max(1, len(others))
+    starting = _span(*([timed.once(one.update)] for one in copies))
+    updating = spanned([one.update for one in copies], 0.1 * share)
+    for one in copies:
+        one.optimizer.zero_grad(set_to_none=True)
+        one.model.eval()
+    reading = spanned([one.read for one in copies], 0.3 * share)
     return Pace(
         tokens=batch.tokens,
-        learning=span(few.learning, more.learning),
-        reading=span(few.reading, more.reading),
-        updating=span(few.updating, more.updating),
-        starting=span(few.starting, more.starting),
-        writing=writing,
-        unpacking=_unpacking(planned, shape, _Clock(clock, planned)),
-        fresh=few.fresh,
-        saving=_saving(Path(planned.recipe.output), _timed_bytes(plan), _Clock(clock, planned)),
+        learning=learning,
+        reading=reading,
+        updating=updating,
+        starting=Span(*(max(0.0, first - other) for first, other in zip(starting, updating, strict=True))),
+        writing=_writing(copies, timed, 0.6 * share),
+        unpacking=_unpacking(planned, shape, timed),
+        fresh=fresh,
+        saving=_saving(Path(planned.recipe.output), _timed_bytes(plan), timed),
         seconds=clock() - started,
     )
+
+
+def _writing(copies: Sequence[Shortened], clock: _Clock, most: float) -> Span | None:
+    """Seconds of one pass that adds a token to each answer of a batch; None where nothing is answered."""
+    if not copies[0].rows_answered:
+        return None
+    runs = []
+    for one in copies:
+        use_default_attention(one.model)
+        runs += [partial(one.write, 1), partial(one.write, 1 + WRITTEN)]
+    short, longer, more_short, more_longer = clock.in_turn(runs, most)
+    few, more = (
+        [(long - start) / WRITTEN for start, long in zip(*pair, strict=True)]
+        for pair in ((short, longer), (more_short, more_longer))
+    )
+    return _span(few, more)
 
 
 @dataclass(frozen=True)
@@ -139,18 +159,28 @@ class _Clock:
         wait_for(self.planned.hardware.device)
         return self.clock()
 
-    def timed(self, run: Callable[[], Any], most: float) -> float:
-        """Seconds of the quickest of some runs after a first one, within so many seconds, or twice that for a third.
+    def in_turn(self, runs: Sequence[Callable[[], Any]], most: float) -> list[list[float]]:
+        """Seconds of each run in some turns, which take about so many seconds together, or twice that for a third.
 
-        The first runs of a process are slow for longer than one of them: memory is new to it.
+        A machine that others use too is faster at one moment than at the next: runs that are compared take turns. The
+        first turns of a process are slow: memory is new to it, and the first one is not counted.
         """
-        run()
-        taken, started = list[float](), self()
-        while not taken or (len(taken) < 9 and self() - started + min(taken) < most * (2 if len(taken) < 3 else 1)):
-            before = self()
+        for run in runs:
             run()
-            taken.append(self() - before)
-        return min(taken)
+        turns, started = list[list[float]](), self()
+        while len(turns) < 2 or (len(turns) < 15 and self() - started < most * (2 if len(turns) < 3 else 1)):
+            turn = []
+            for run in runs:
+                before = self()
+                run()
+                turn.append(self() - before)
+            turns.append(turn)
+        return [list(taken) for taken in zip(*turns, strict=True)]
+
+    def once(self, run: Callable[[], Any]) -> float:
+        started = self()
+        run()
+        return self() - started
 
     def first(self, run: Callable[[], Any]) -> float:
         """Seconds that a first run takes longer than a second one."""
@@ -158,84 +188,11 @@ class _Clock:
         return max(0.0, 2 * times[1] - times[0] - times[2])
 
 
-@dataclass(frozen=True)
-class _Times:
-    """Seconds of one copy; ``writing`` of a pass, ``fresh`` more of a first pass of some size, ``starting`` more of the
-    first update."""
-
-    learning: float
-    fresh: float
-    reading: float
-    updating: float
-    starting: float
-    writing: float | None
-
-
-def _times(planned: Planned, blocks: int, batches: tuple[Batch, ...], clock: _Clock) -> _Times:
-    batch, others = batches[0], batches[1:]
-    plan, method = planned.plan, planned.recipe.method
-    model = copy_of(planned, blocks)
-    method.adapt(model)
-    if plan.gradient_checkpointing:
-        cast(Any, model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    casts = method.needs_autocast or plan.dtype != plan.frozen_dtype
-    precision = Precision(DTYPES[plan.dtype], planned.hardware.device, autocast=casts)
-    optimizer = build_optimizer(model, planned.recipe.train.model_copy(update={"groups": []}), plan.learning_rate)
-    objective = planned.objective if isinstance(planned.objective, TaskObjective) else Supervised()
-    parameters = list(trainable_parameters(model).values())
-    share = SECONDS / 2
-
-    accumulates = plan.micro_batch * planned.hardware.processes < planned.recipe.train.batch_size
-
-    def learn(rows: Batch = batch) -> None:
-        if not accumulates:  # then every pass makes its gradients anew, in memory that is new to the process
-            optimizer.zero_grad(set_to_none=True)
-        with precision.arithmetic():
-            loss = torch.stack(list(objective.loss(model, rows).values())).sum()
-        precision.backward(loss)
-
-    def read() -> None:
-        with torch.no_grad():
-            objective.target_logps(model, batch)
-
-    def update() -> None:
-        clip_gradients(parameters, 1.0)
-        optimizer.step()
-
-    model.train()
-    learning = clock.timed(learn, 0.5 * share)
-    fresh = sum(clock.first(partial(learn, other)) for other in others) / max(1, len(others))
-    started = clock()
-    update()
-    starting = clock() - started
-    updating = clock.timed(update, 0.05 * share)
-    optimizer.zero_grad(set_to_none=True)
-    model.eval()
-    reading = clock.timed(read, 0.15 * share)
-    writing = _writing(planned, model, batch, clock, 0.3 * share)
-    return _Times(learning, fresh, reading, updating, max(0.0, starting - updating), writing)
-
-
-def _writing(planned: Planned, model: nn.Module, batch: Batch, clock: _Clock, most: float) -> float | None:
-    """Seconds of one pass that adds a token to each answer of a batch."""
-    recipe, plan = planned.recipe, planned.plan
-    judged = None if planned.given is None else planned.given.judged
-    if recipe.evaluate == "off" or judged is None or not judged.writes or planned.judges is not None:
-        return None
-    rows = min(recipe.evaluate.batch_size, judged.rows)
-    length = max(1, plan.workload.tokens // max(1, plan.workload.rows))
-    ids = batch.token_ids.repeat(-(-length * rows // max(1, batch.tokens)) + 1)
-    prompts = [ids[at * length : (at + 1) * length].tolist() for at in range(rows)]
-
-    def seconds(tokens: int) -> float:
-        def write() -> None:
-            sampling = Sampling(tokens, 1.0)  # drawn at random: no guess of the next tokens comes true
-            generate(model, prompts, sampling, stop_ids={-1}, batch_size=rows, progress=silent)
-
-        return clock.timed(write, most / 2)
-
-    use_default_attention(model)
-    return max(0.0, seconds(1 + WRITTEN) - seconds(1)) / WRITTEN if rows else None
+def _span(few: Sequence[float], more: Sequence[float]) -> Span:
+    """What a block takes and what the rest, from seconds of copies with few and with more blocks that took turns."""
+    gaps = [longer - shorter for shorter, longer in zip(few, more, strict=True)]
+    block = max(0.0, median(gaps) / (BLOCKS[1] - BLOCKS[0]))
+    return Span(block, max(0.0, median(few) - BLOCKS[0] * block))
 
 
 def _usual_batches(planned: Planned, plan: Plan) -> list[Batch]:
@@ -249,47 +206,6 @@ def _usual_batches(planned: Planned, plan: Plan) -> list[Batch]:
     chosen = [groups[int(place * len(groups))] for place in (1 / 2, 1 / 4)]
     found = [pack([prepared.train[at].example for at in group], layout) for group in chosen]
     return found[: len({rounded_up(batch.tokens) for batch in found})]
-
-
-def copy_of(planned: Planned, blocks: int | None) -> nn.Module:
-    """The model with so many blocks and made-up weights; None is the whole of it, without any."""
-    from transformers.initialization import no_init_weights
-
-    config = copy.deepcopy(planned.config)
-    head = None if planned.judges is None else planned.judges.task_head()
-    if head is not None:
-        config.update(head.settings())
-    if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")
-    text = config.get_text_config()
-    if blocks is not None:
-        text.num_hidden_layers = blocks
-        if getattr(text, "layer_types", None):
-            text.layer_types = list(text.layer_types)[:blocks]
-    device = torch.device("meta") if blocks is None else planned.hardware.device
-    with torch.device(device), no_init_weights():
-        model = model_class(head).from_config(config, dtype=DTYPES[planned.plan.frozen_dtype])
-    cast(Any, model).tie_weights()  # which transformers leaves out together with the first values
-    if blocks is None:
-        return model
-    with torch.no_grad():
-        generator = torch.Generator(device).manual_seed(0)
-        for weight in model.parameters():
-            _fill(weight, generator)
-    return model.eval()
-
-
-def _fill(weight: Tensor, generator: torch.Generator) -> None:
-    """Small numbers, the same again and again in a large table: neither their value nor their kind costs time."""
-    if weight.dim() < 2:
-        weight.fill_(1.0)
-        return
-    flat = weight.view(-1)
-    first = flat[:LARGE]
-    first.uniform_(-0.03, 0.03, generator=generator)
-    for at in range(LARGE, len(flat), LARGE):
-        piece = flat[at : at + LARGE]
-        piece.copy_(first[: len(piece)])
 
 
 def _checkpoints(plan: Plan) -> int:
@@ -337,7 +253,7 @@ def _unpacking(planned: Planned, shape: Shape, clock: _Clock) -> float:
     data, state = quantize_4bit(weight.to(dtype), quant_type=held.kind, compress_statistics=held.double)
     packed = PackedWeight(_Stored(data, state))
     passes = 3 if plan.gradient_checkpointing else 2
-    return passes * shape.linear_weights / weight.numel() * clock.timed(lambda: packed.to(dtype), 0.1)
+    return passes * shape.linear_weights / weight.numel() * median(clock.in_turn([lambda: packed.to(dtype)], 0.1)[0])
 
 
 @dataclass(frozen=True)

@@ -56,9 +56,8 @@ def _judged_by(recipe: Recipe, prepared: Prepared, objective: TrainingObjective)
             where="evaluate.metrics",
             fix="use perplexity, or split the rows with data.answer_after",
         )
-    answers = [len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids]
-    average = sum(answers) / max(1, len(answers))
-    return Judged(metrics, why, count, max(answers, default=0), answer=average)
+    answers = tuple(len(row.example) - len(row.prompt_ids) for row in rows if row.prompt_ids)
+    return Judged(metrics, why, count, max(answers, default=0), answers=answers)
 
 
 def asked_metrics(recipe: Recipe) -> list[str] | str:

@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from tunesmith.base import InputError
-from tunesmith.evaluation.compare import LIKELIHOODS
 from tunesmith.models.measure import Shape
 from tunesmith.models.streamed import StreamedModel, streaming_obstacle
 from tunesmith.objectives import Policy
@@ -76,7 +75,7 @@ class Fit:
                 if recipe.evaluate.forgetting != "off"
                 else math.ceil(judged.rows * (judged.row or self.average))
             )
-            writes = judged.writes and any(name not in LIKELIHOODS for name in judged.metrics)
+            writes = judged.generates
             batch = min(recipe.evaluate.batch_size, judged.rows)
         drawing = recipe.objective if isinstance(recipe.objective, Policy) else None
         return Load(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tunesmith.evaluation.compare import LIKELIHOODS
 from tunesmith.resolved import Workload
 
 
@@ -15,7 +16,7 @@ class Judged:
 
     Attributes:
         limit: new tokens of an answer that the objective itself allows; None where references say it.
-        answer: tokens of a reference answer on average.
+        answers: tokens of each reference answer.
         row: tokens of a held-out row on average, and ``longest`` of the longest; 0 where rows are like those that are
             trained on.
     """
@@ -26,9 +27,14 @@ class Judged:
     longest_answer: int
     writes: bool = True
     limit: int | None = None
-    answer: float = 0.0
+    answers: tuple[int, ...] = ()
     row: float = 0.0
     longest: int = 0
+
+    @property
+    def generates(self) -> bool:
+        """Whether held-out rows are answered, and not only read."""
+        return self.writes and any(name not in LIKELIHOODS for name in self.metrics)
 
 
 class Largest(NamedTuple):

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from tunesmith.base import InputError
-from tunesmith.evaluation.compare import LIKELIHOODS
 from tunesmith.methods import Lora, trainable_parameters
 from tunesmith.methods.token_rows import trained_token_ids
 from tunesmith.models.embeddings import added_tokens
@@ -236,11 +235,16 @@ def timed_job(recipe: Recipe, hardware: Hardware, judged: Judged, workload: Work
         plan.max_new_tokens,
         judged.rows,
         judged.row or workload.tokens / max(1, workload.rows),
-        writes=judged.writes and any(name not in LIKELIHOODS for name in judged.metrics),
-        answer=judged.answer,
+        writes=judged.generates,
+        answer=_usual_answer(judged, plan.max_new_tokens),
         general_tokens=GENERAL_TOKENS * 4 if general else 0,
         micro_batches=-(-recipe.train.batch_size // plan.micro_batch),
     )
+
+
+def _usual_answer(judged: Judged, limit: int) -> float:
+    """Tokens of a reference answer on average, as far as the limit; the limit where there are no references."""
+    return sum(min(length, limit) for length in judged.answers or (limit,)) / max(1, len(judged.answers))
 
 
 def steps_of(recipe: Recipe, workload: Workload) -> int:
