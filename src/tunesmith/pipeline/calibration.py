@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tunesmith.base import InputError, Progress, TunesmithError, silent
-from tunesmith.batch import Batch, pack
+from tunesmith.batch import Example, pack
 from tunesmith.files import file_sha256, sync_file
 from tunesmith.models.attention import use_default_attention
 from tunesmith.models.measure import Shape, shape_of
@@ -42,6 +42,8 @@ WORTH_TIMING = 60.0
 """Seconds that a job must seem to take before its own blocks are timed without being asked."""
 MOST_MEMORY = 0.25
 """Share of the machine's memory that copies may take."""
+READ_AT_ONCE = 1024
+"""Tokens that are read at a time, at least: rows are judged many at a time, however few they are learned from."""
 LOOKED_AT = 8
 """Steps among whose micro-batches a usual one is looked for."""
 WRITTEN = 12
@@ -100,10 +102,13 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
     )
     if needed > MOST_MEMORY * planned.hardware.memory_bytes:
         raise InputError(f"even {sum(BLOCKS)} of them take {needed / 2**30:.1f} GiB")
-    batches = tuple(batch.to(planned.hardware.device) for batch in _usual_batches(planned, plan))
-    batch = batches[0]
+    usual = _usual_rows(planned, plan)
+    layout = "packed" if plan.packing else "padded"
+    learned, *others = (pack(rows, layout).to(planned.hardware.device) for rows in usual)
+    rows = usual[0] * -(-READ_AT_ONCE // learned.tokens)  # as many as are judged at a time, not as are learned from
+    read = pack(rows, layout).to(planned.hardware.device)
     timed = _Clock(clock, planned)
-    copies = [Shortened(planned, blocks, batch) for blocks in BLOCKS]
+    copies = [Shortened(planned, blocks, learned) for blocks in BLOCKS]
     share = SECONDS / 2
 
     def spanned(runs: Sequence[Callable[[], Any]], most: float) -> Span:
@@ -112,17 +117,17 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
     for one in copies:
         one.model.train()
     learning = spanned([one.learn for one in copies], 0.9 * share)
-    others = batches[1:]
     fresh = sum(timed.first(partial(copies[0].learn, other)) for other in others) / max(1, len(others))
     starting = _span(*([timed.once(one.update)] for one in copies))
     updating = spanned([one.update for one in copies], 0.1 * share)
     for one in copies:
         one.optimizer.zero_grad(set_to_none=True)
         one.model.eval()
-    reading = spanned([one.read for one in copies], 0.3 * share)
+    reading = spanned([partial(one.read, read) for one in copies], 0.3 * share)
     return Pace(
-        tokens=batch.tokens,
+        tokens=learned.tokens,
         learning=learning,
+        read_tokens=read.tokens,
         reading=reading,
         updating=updating,
         starting=Span(*(max(0.0, first - other) for first, other in zip(starting, updating, strict=True))),
@@ -195,17 +200,16 @@ def _span(few: Sequence[float], more: Sequence[float]) -> Span:
     return Span(block, max(0.0, median(few) - BLOCKS[0] * block))
 
 
-def _usual_batches(planned: Planned, plan: Plan) -> list[Batch]:
+def _usual_rows(planned: Planned, plan: Plan) -> list[list[Example]]:
     """A micro-batch of the job with about as many tokens as most, and another of another size if there is one."""
     prepared = planned.prepared
     assert prepared is not None
     batches = StepBatches.of_job(planned.recipe, plan, prepared.train, prepared.order)
     groups = [group for step in range(1, min(plan.steps, LOOKED_AT) + 1) for group in batches.groups(step)]
     groups.sort(key=lambda group: int(prepared.train.lengths[group].sum()))
-    layout = "packed" if plan.packing else "padded"
     chosen = [groups[int(place * len(groups))] for place in (1 / 2, 1 / 4)]
-    found = [pack([prepared.train[at].example for at in group], layout) for group in chosen]
-    return found[: len({rounded_up(batch.tokens) for batch in found})]
+    found = [[prepared.train[at].example for at in group] for group in chosen]
+    return found[: len({rounded_up(sum(map(len, rows))) for rows in found})]
 
 
 def _checkpoints(plan: Plan) -> int:

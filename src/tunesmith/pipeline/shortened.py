@@ -66,9 +66,9 @@ class Shortened:
         clip_gradients(self.parameters, 1.0)
         self.optimizer.step()
 
-    def read(self) -> None:
+    def read(self, rows: Batch) -> None:
         with torch.no_grad():
-            self.objective.target_logps(self.model, self.batch)
+            self.objective.target_logps(self.model, rows)
 
     def write(self, tokens: int) -> None:
         """Answers of so many tokens to a batch of prompts."""

@@ -68,7 +68,8 @@ class Pace:
     Attributes:
         tokens: of the micro-batch that was timed.
         learning: seconds of its forward and backward pass.
-        reading: seconds of its forward pass without gradients.
+        read_tokens: of the rows that were read.
+        reading: seconds of their forward pass without gradients.
         updating: seconds of clipping and one update of the weights.
         starting: seconds more of the first update, which makes the optimizer's states.
         writing: seconds of a pass that adds one token to each of ``evaluate.batch_size`` answers.
@@ -80,6 +81,7 @@ class Pace:
 
     tokens: int
     learning: Span
+    read_tokens: int
     reading: Span
     updating: Span
     starting: Span
@@ -143,7 +145,7 @@ def _by_pace(recipe: Recipe, shape: Shape, given: Timed, pace: Pace, flops: floa
     training += given.sizes * pace.fresh + pace.starting.of(shape.layers) + given.saved_bytes * pace.saving
     evaluating = 0.0
     if recipe.evaluate != "off" and given.judged_rows:
-        reading = pace.reading.of(shape.layers) / pace.tokens
+        reading = pace.reading.of(shape.layers) / pace.read_tokens
         evaluating = 2 * (given.judged_rows * given.judged_row + given.general_tokens) * reading
         if given.writes and pace.writing is not None:
             # The tuned model has learned when to end. The base goes on to the limit on some data and answers as briefly

@@ -31,11 +31,11 @@ OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2 * (1 + 4 / 256), "paged-adamw-8
 MIB = 2**20
 AT_ONCE = 4096
 """Tokens that are scored, or read of prompts, at a time."""
-RUNTIME_BYTES = 520 * MIB
+RUNTIME_BYTES = 510 * MIB
 """Resident memory of the interpreter with torch, transformers and datasets imported (330 MiB of it code and data of
 their libraries) and the rows read. The same jobs took 50 MiB more on one machine than on another."""
 KERNEL_BYTES = 40 * MIB
-SIZE_BYTES = 22 * MIB
+SIZE_BYTES = 20 * MIB
 GENERAL_PATH = 1 / 3
 """Share of these kernels where low-rank updates are no products of their own: BERT-like models."""
 MOST_SIZES, MOST_ANSWERS = 24, 64
@@ -46,14 +46,14 @@ size, every further size, and for reading and answering held-out rows once; each
 time adds more."""
 QUANTIZING_BYTES = 20 * MIB
 """Resident memory of bitsandbytes when it is imported."""
-SLACK_KEPT = {"cpu": 0.3, "mps": 0.1}
+SLACK_KEPT = {"cpu": 0.25, "mps": 0.1}
 SLACK_PASSED = {"cpu": 0.2}
 """Shares of the activations that the allocator holds besides: of those that are kept, and of all that come to be in a
 pass, kept or computed again. On a CPU glibc keeps freed pieces below 32 MB, and rows of other lengths do not fit into
 the holes of those before: measured were 20 to 50 % without checkpointing. On CUDA what is counted is what tensors hold,
 and `USABLE_MEMORY` leaves room for the rest."""
 
-HOLES, FEW_PASSES, MOST_HOLES = 0.2, 8, 0.8
+HOLES, FEW_PASSES, MOST_HOLES = 0.15, 8, 0.8
 """What more is held with each doubling of the micro-batches, where these differ: pieces of another size lie between
 those that are kept, and glibc comes to hold far more than was ever in use at a time."""
 
