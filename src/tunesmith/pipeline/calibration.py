@@ -42,8 +42,9 @@ WORTH_TIMING = 60.0
 """Seconds that a job must seem to take before its own blocks are timed without being asked."""
 MOST_MEMORY = 0.25
 """Share of the machine's memory that copies may take."""
-READ_AT_ONCE = 1024
-"""Tokens that are read at a time, at least: rows are judged many at a time, however few they are learned from."""
+AT_ONCE = 1024
+"""Tokens of a timed pass, about: small micro-batches are learned from one after another, so that their sizes differ
+as in the job, and rows are judged many at a time, however few they are learned from."""
 LOOKED_AT = 8
 """Steps among whose micro-batches a usual one is looked for."""
 WRITTEN = 12
@@ -100,13 +101,14 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
         len(BLOCKS) * shape.head_weights * (1 if shape.head_tied else 2)
         + sum(BLOCKS) * shape.linear_weights / max(1, shape.layers)
     )
-    if needed > MOST_MEMORY * planned.hardware.memory_bytes:
-        raise InputError(f"even {sum(BLOCKS)} of them take {needed / 2**30:.1f} GiB")
-    usual = _usual_rows(planned, plan)
-    layout = "packed" if plan.packing else "padded"
-    learned, *others = (pack(rows, layout).to(planned.hardware.device) for rows in usual)
-    rows = usual[0] * -(-READ_AT_ONCE // learned.tokens)  # as many as are judged at a time, not as are learned from
-    read = pack(rows, layout).to(planned.hardware.device)
+    job = plan.memory.peak_bytes - plan.memory.runtime
+    if needed > min(job, MOST_MEMORY * planned.hardware.memory_bytes):
+        raise InputError(f"copies with {sum(BLOCKS)} of them would take {needed / 2**30:.1f} GiB")
+    layout, device = "packed" if plan.packing else "padded", planned.hardware.device
+    usual, other = _usual_groups(planned, plan)
+    learned = [pack(rows, layout).to(device) for rows in usual]
+    rows = [row for group in usual for row in group]
+    read = pack(rows * -(-AT_ONCE // sum(map(len, rows))), layout).to(device)
     timed = _Clock(clock, planned)
     copies = [Shortened(planned, blocks, learned) for blocks in BLOCKS]
     share = SECONDS / 2
@@ -117,7 +119,8 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
     for one in copies:
         one.model.train()
     learning = spanned([one.learn for one in copies], 0.9 * share)
-    fresh = sum(timed.first(partial(copies[0].learn, other)) for other in others) / max(1, len(others))
+    further = pack(other, layout).to(device) if other else None
+    fresh = 0.0 if further is None else timed.first(partial(copies[0].learn, [further]))
     starting = _span(*([timed.once(one.update)] for one in copies))
     updating = spanned([one.update for one in copies], 0.1 * share)
     for one in copies:
@@ -125,7 +128,7 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
         one.model.eval()
     reading = spanned([partial(one.read, read) for one in copies], 0.3 * share)
     return Pace(
-        tokens=learned.tokens,
+        tokens=sum(batch.tokens for batch in learned),
         learning=learning,
         read_tokens=read.tokens,
         reading=reading,
@@ -200,16 +203,24 @@ def _span(few: Sequence[float], more: Sequence[float]) -> Span:
     return Span(block, max(0.0, median(few) - BLOCKS[0] * block))
 
 
-def _usual_rows(planned: Planned, plan: Plan) -> list[list[Example]]:
-    """A micro-batch of the job with about as many tokens as most, and another of another size if there is one."""
+def _usual_groups(planned: Planned, plan: Plan) -> tuple[list[list[Example]], list[Example]]:
+    """Rows of micro-batches of the job, from small to large and with about `AT_ONCE` tokens, or a usual one; and of
+    one whose number of tokens is another, or none."""
     prepared = planned.prepared
     assert prepared is not None
     batches = StepBatches.of_job(planned.recipe, plan, prepared.train, prepared.order)
     groups = [group for step in range(1, min(plan.steps, LOOKED_AT) + 1) for group in batches.groups(step)]
-    groups.sort(key=lambda group: int(prepared.train.lengths[group].sum()))
-    chosen = [groups[int(place * len(groups))] for place in (1 / 2, 1 / 4)]
-    found = [[prepared.train[at].example for at in group] for group in chosen]
-    return found[: len({rounded_up(sum(map(len, rows))) for rows in found})]
+
+    def tokens(group: Sequence[int]) -> int:
+        return int(prepared.train.lengths[list(group)].sum())
+
+    groups.sort(key=tokens)
+    count = min(len(groups), max(1, AT_ONCE // tokens(groups[len(groups) // 2])))
+    chosen = [groups[int((at + 0.5) / count * len(groups))] for at in range(count)]
+    known = {rounded_up(tokens(group)) for group in chosen}
+    others = [group for group in groups if rounded_up(tokens(group)) not in known]
+    found = [[prepared.train[at].example for at in group] for group in (*chosen, *others[:1])]
+    return found[:count], next(iter(found[count:]), [])
 
 
 def _checkpoints(plan: Plan) -> int:

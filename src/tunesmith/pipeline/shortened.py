@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -32,12 +33,12 @@ class Shortened:
 
     Args:
         blocks: how many the copy has.
-        batch: a micro-batch of the job.
+        batches: micro-batches of the job.
     """
 
-    def __init__(self, planned: Planned, blocks: int, batch: Batch) -> None:
+    def __init__(self, planned: Planned, blocks: int, batches: Sequence[Batch]) -> None:
         recipe, plan = planned.recipe, planned.plan
-        self.batch = batch
+        self.batches = batches
         self.model = copy_of(planned, blocks)
         recipe.method.adapt(self.model)
         if plan.gradient_checkpointing:
@@ -51,16 +52,17 @@ class Shortened:
         self.accumulates = plan.micro_batch * planned.hardware.processes < recipe.train.batch_size
         self.rows_answered = _rows_answered(planned)
         length = max(1, plan.workload.tokens // max(1, plan.workload.rows))
-        ids = batch.token_ids.repeat(-(-length * self.rows_answered // max(1, batch.tokens)) + 1)
+        ids = batches[0].token_ids.repeat(-(-length * self.rows_answered // max(1, batches[0].tokens)) + 1)
         self.prompts = [ids[at * length : (at + 1) * length].tolist() for at in range(self.rows_answered)]
 
-    def learn(self, rows: Batch | None = None) -> None:
-        """A forward and a backward pass."""
-        if not self.accumulates:  # then every pass makes its gradients anew, in memory that is new to the process
-            self.optimizer.zero_grad(set_to_none=True)
-        with self.precision.arithmetic():
-            loss = torch.stack(list(self.objective.loss(self.model, rows or self.batch).values())).sum()
-        self.precision.backward(loss)
+    def learn(self, batches: Sequence[Batch] | None = None) -> None:
+        """A forward and a backward pass over each micro-batch."""
+        for batch in batches or self.batches:
+            if not self.accumulates:  # then every pass makes its gradients anew, in memory that is new to the process
+                self.optimizer.zero_grad(set_to_none=True)
+            with self.precision.arithmetic():
+                loss = torch.stack(list(self.objective.loss(self.model, batch).values())).sum()
+            self.precision.backward(loss)
 
     def update(self) -> None:
         clip_gradients(self.parameters, 1.0)

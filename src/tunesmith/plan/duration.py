@@ -66,8 +66,8 @@ class Pace:
     """What was measured on this machine with blocks of the job's own shape.
 
     Attributes:
-        tokens: of the micro-batch that was timed.
-        learning: seconds of its forward and backward pass.
+        tokens: of the micro-batches that were timed.
+        learning: seconds of their forward and backward passes.
         read_tokens: of the rows that were read.
         reading: seconds of their forward pass without gradients.
         updating: seconds of clipping and one update of the weights.
