@@ -177,12 +177,7 @@ class _Clock:
             run()
         turns, started = list[list[float]](), self()
         while len(turns) < 2 or (len(turns) < 15 and self() - started < most * (2 if len(turns) < 3 else 1)):
-            turn = []
-            for run in runs:
-                before = self()
-                run()
-                turn.append(self() - before)
-            turns.append(turn)
+            turns.append([self.once(run) for run in runs])
         return [list(taken) for taken in zip(*turns, strict=True)]
 
     def once(self, run: Callable[[], Any]) -> float:
@@ -192,8 +187,7 @@ class _Clock:
 
     def first(self, run: Callable[[], Any]) -> float:
         """Seconds that a first run takes longer than a second one."""
-        times = [self(), *((run(), self())[1] for _ in range(2))]
-        return max(0.0, 2 * times[1] - times[0] - times[2])
+        return max(0.0, self.once(run) - self.once(run))
 
 
 def _span(few: Sequence[float], more: Sequence[float]) -> Span:

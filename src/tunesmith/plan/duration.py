@@ -149,7 +149,7 @@ def _by_pace(recipe: Recipe, shape: Shape, given: Timed, pace: Pace, flops: floa
         evaluating = 2 * (given.judged_rows * given.judged_row + given.general_tokens) * reading
         if given.writes and pace.writing is not None:
             # The tuned model has learned when to end. The base goes on to the limit on some data and answers as briefly
-            # as the references on others (48 of 48 tokens on summaries, 34 of 64 on SQL): it is put in between.
+            # as the references on others: it is put in between.
             passes = (given.max_new_tokens + given.answer) / 2 + given.answer
             evaluating += _answered(recipe, given) / recipe.evaluate.batch_size * passes * pace.writing.of(shape.layers)
             evaluating += 2 * _answered(recipe, given) * given.judged_row * reading
