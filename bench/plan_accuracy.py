@@ -1,13 +1,15 @@
 """What `tunesmith plan` predicts beside what a job then needs: peak memory and time, each job in a fresh process.
 
-    python bench/plan_accuracy.py [--write docs/results/plan-accuracy.md] [--only NAME,NAME] [--work DIRECTORY]
+    python bench/plan_accuracy.py --repeat 3 [--write docs/results/plan-accuracy.md] [--only NAME] [--work DIRECTORY]
 
 Fifteen jobs: full, LoRA and QLoRA, with and without checkpointing, short and long rows, one to sixteen rows at a time,
-fp32 and bf16, and a random Llama of 60 M parameters that no constant was fitted on. The plan is made by
-`tunesmith plan --calibrate`, the job is done by `tunesmith train`; peaks are the operating system's own count for the
-whole process. Results are kept in DIRECTORY, so that an interrupted run goes on where it was; `--plans` makes the plans
-anew for jobs that were done before. About twenty minutes on two idle cores; nothing else should run, for times are
-compared.
+fp32 and bf16, and a random Llama of 60 M parameters that no constant was fitted on. The plan is made by `tunesmith
+plan --calibrate`, the job is done by `tunesmith train`; peaks are the operating system's own count for the whole
+process. With `--repeat`, every job is planned and done so many times, in rounds over all of them, and medians stand in
+the table: a machine that others use too is faster at one minute than at the next, which a single plan before a single
+job cannot tell from a wrong plan. Results are kept in DIRECTORY, so that an interrupted run goes on where it was;
+`--plans` makes the plans anew for jobs that were done before. About twenty minutes a round on two idle cores; nothing
+else should run, for times are compared.
 """
 
 from __future__ import annotations
@@ -15,9 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -123,13 +129,15 @@ def measured(name: str, place: Path, steps: int) -> dict[str, Any]:
     """Plans and does a job, each in a process of its own."""
     path = place / f"{_short(name)}.yaml"
     path.write_text(yaml.safe_dump(recipe_of(name, place, steps)), encoding="utf-8")
-    plan = planned(path)
+    plan, output = planned(path), place / "runs" / _short(name)
+    if output.is_dir():
+        shutil.rmtree(output)
     command = [sys.executable, "-m", "tunesmith", "train", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status not in (0, 3 << 8):
         raise SystemExit(f"{path} failed: tunesmith train {path}")
-    report = json.loads((place / "runs" / _short(name) / "report.json").read_text())
+    report = json.loads((output / "report.json").read_text())
     return {
         "name": name,
         "peak": usage.ru_maxrss * 1024,
@@ -139,53 +147,93 @@ def measured(name: str, place: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def page(found: list[dict[str, Any]], steps: int) -> str:
-    def off(one: dict[str, Any], name: str) -> float:
-        return one[f"predicted_{name}"] / max(1e-9, one[name]) - 1
+def page(found: dict[str, list[dict[str, Any]]], steps: int, command: str) -> str:
+    """The table: a row for each job, by the medians of the times that it was planned and done.
 
-    def whole(one: dict[str, Any]) -> float:
-        planned = one["predicted_train"] + one["predicted_evaluate"]
-        return planned / max(1e-9, one["train"] + one["evaluate"]) - 1
-
+    Args:
+        found: what each job's rounds predicted and measured.
+        command: what makes the table.
+    """
+    rounds = max(map(len, found.values()))
     lines = [
         "# Plans beside what jobs needed",
         "",
-        f"`python bench/plan_accuracy.py`: {steps} steps each where the job says nothing else, SmolLM2-135M and, at "
-        f"the end, a random Llama of 60 M parameters, {os.cpu_count()} cores. Peaks are of the whole "
-        "process, as the operating system counts them; "
-        "times are of training and of judging, predicted after the calibration of `plan --calibrate`. MB are 10^6 "
-        "bytes.",
+        f"`{command}`: {steps} steps each where the job says nothing else, SmolLM2-135M and, at "
+        f"the end, a random Llama of 60 M parameters, {os.cpu_count()} cores. Every job was planned and done "
+        f"{rounds} times, in rounds over all jobs; medians, and in brackets the least and the most. Peaks are of the "
+        "whole process, as the operating system counts them; times are of training and of judging, predicted after the "
+        "calibration of `plan --calibrate`. MB are 10^6 bytes.",
         "",
         "| job | peak MB | predicted | off | in phase | training s | predicted | off | judging s | predicted | "
         "both off | calibration s |",
         "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for one in found:
-        megabytes = f"{one['peak'] / 1e6:,.0f} | {one['predicted_peak'] / 1e6:,.0f}"
+    for name, ones in found.items():
+        memory, train, evaluate = _peak(ones), _times(ones, "train"), _times(ones, "evaluate")
         lines.append(
-            f"| {one['name']} | {megabytes} | {off(one, 'peak'):+.1%} "
-            f"| {one['phase']} | {one['train']:.1f} | {one['predicted_train']:.1f} | {off(one, 'train'):+.1%} "
-            f"| {one['evaluate']:.1f} | {one['predicted_evaluate']:.1f} "
-            f"| {whole(one):+.1%} | {one['calibration']:.1f} |"
+            f"| {name} | {_spread(memory[0], 1e6)} | {_spread(memory[1], 1e6)} | {_off(*memory):+.1%} "
+            f"| {ones[0]['phase']} | {_spread(train[0])} | {_spread(train[1])} | {_off(*train):+.1%} "
+            f"| {_spread(evaluate[0])} | {_spread(evaluate[1])} | {_off(*_both(ones)):+.1%} "
+            f"| {median(one['calibration'] for one in ones):.1f} |"
         )
-    memory = sum(abs(off(one, "peak")) <= MEMORY_BOUND for one in found)
-    time = sum(abs(off(one, "train")) <= TIME_BOUND for one in found)
-    both = sum(abs(whole(one)) <= TIME_BOUND for one in found)
+    jobs = list(found.values())
     lines += [
         "",
-        f"Memory within {MEMORY_BOUND:.0%}: {memory} of {len(found)}; time of training within {TIME_BOUND:.0%}: "
-        f"{time} of {len(found)}, of training and judging together {both}. The first step of a job makes the library's "
-        "kernels, and so does every number of tokens that "
-        "is new to it, which short jobs feel most.",
-        "",
+        f"By medians of {len(jobs)} jobs: memory within {MEMORY_BOUND:.0%}: {_within(jobs, _peak, MEMORY_BOUND)}; "
+        f"time of training within {TIME_BOUND:.0%}: {_within(jobs, partial(_times, part='train'), TIME_BOUND)}, of "
+        f"training and judging together {_within(jobs, _both, TIME_BOUND)}.",
     ]
-    return "\n".join(lines)
+    if rounds > 1:
+        alone = [[one] for ones in jobs for one in ones]
+        lines += [
+            "",
+            f"Of {len(alone)} single plans beside the single job that followed: memory "
+            f"{_within(alone, _peak, MEMORY_BOUND)}; training "
+            f"{_within(alone, partial(_times, part='train'), TIME_BOUND)}, together "
+            f"{_within(alone, _both, TIME_BOUND)}. One and the same job took up to "
+            f"{max(max(took) / min(took) for took, _ in map(partial(_times, part='train'), jobs)) - 1:.0%} longer to "
+            "train in one round than in another.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+Pair = tuple[list[float], list[float]]
+"""What was measured, and what was predicted, in each round."""
+
+
+def _peak(ones: list[dict[str, Any]]) -> Pair:
+    return [one["peak"] for one in ones], [one["predicted_peak"] for one in ones]
+
+
+def _times(ones: list[dict[str, Any]], part: str) -> Pair:
+    return [one[part] for one in ones], [one[f"predicted_{part}"] for one in ones]
+
+
+def _both(ones: list[dict[str, Any]]) -> Pair:
+    parts = _times(ones, "train"), _times(ones, "evaluate")
+    took, predicted = ([a + b for a, b in zip(*sides, strict=True)] for sides in zip(*parts, strict=True))
+    return took, predicted
+
+
+def _off(took: list[float], predicted: list[float]) -> float:
+    return median(predicted) / max(1e-9, median(took)) - 1
+
+
+def _within(jobs: list[list[dict[str, Any]]], pair: Callable[[list[dict[str, Any]]], Pair], bound: float) -> int:
+    return sum(abs(_off(*pair(ones))) <= bound for ones in jobs)
+
+
+def _spread(values: list[float], unit: float = 1.0) -> str:
+    shown = "{:,.0f}" if unit > 1 else "{:.1f}"
+    middle, least, most = (shown.format(value / unit) for value in (median(values), min(values), max(values)))
+    return middle if least == most else f"{middle} ({least} to {most})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="names of jobs, with commas between them", default="")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=1, help="rounds in which every job is planned and done")
     parser.add_argument("--work", type=Path, default=Path("runs/plan-accuracy"))
     parser.add_argument("--plans", action="store_true", help="plan again what was done before")
     parser.add_argument("--write", type=Path)
@@ -195,17 +243,18 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     make_inputs(place)
     wanted = [name for name in JOBS if not asked.only or _short(name) in asked.only.split(",")]
-    found = []
-    for name in wanted:
-        kept = place / f"{_short(name)}.json"
-        if not kept.is_file():
-            kept.write_text(json.dumps(measured(name, place, asked.steps)), encoding="utf-8")
-        elif asked.plans:
-            again = planned(place / f"{_short(name)}.yaml")
-            kept.write_text(json.dumps({**json.loads(kept.read_text(encoding="utf-8")), **again}), encoding="utf-8")
-        found.append(json.loads(kept.read_text(encoding="utf-8")))
-        print(found[-1], flush=True)
-    text = page(found, asked.steps)
+    found = {name: list[dict[str, Any]]() for name in wanted}
+    for round_ in range(1, asked.repeat + 1):
+        for name in wanted:
+            kept = place / f"{_short(name)}-{round_}.json"
+            if not kept.is_file():
+                kept.write_text(json.dumps(measured(name, place, asked.steps)), encoding="utf-8")
+            elif asked.plans:
+                again = planned(place / f"{_short(name)}.yaml")
+                kept.write_text(json.dumps({**json.loads(kept.read_text(encoding="utf-8")), **again}), encoding="utf-8")
+            found[name].append(json.loads(kept.read_text(encoding="utf-8")))
+            print(found[name][-1], flush=True)
+    text = page(found, asked.steps, f"python bench/plan_accuracy.py --repeat {asked.repeat}")
     print(text)
     if asked.write:
         asked.write.write_text(text, encoding="utf-8")
