@@ -7,9 +7,9 @@ fetches. Both models are asked in turn for the same requests, after a warm-up on
 answer to lm-eval's requests, tokenization included, and what is counted are the tokens that went through the blocks,
 padding included: their ratio is what sharing alone can give, the head aside. `hf` is timed at each of `--batch-sizes`,
 of which the first is lm-eval's default; its best stands beside it. In fp32 the scores of every item must be equal; in
-bf16 both round, and differ by that. MMLU has five worked examples, as Hendrycks et al. 2021 ask it (lm-eval's own
-default has none; `--shots 0` shows that). `--write` puts the table into docs/results/benchmarks.md. `--limit 100` takes
-about twenty minutes on two idle cores, `--limit 16` four.
+bf16 both round, and how far each then is from `hf` in fp32 stands beside it. MMLU has five worked examples, as
+Hendrycks et al. 2021 ask it (lm-eval's own default has none; `--shots 0` shows that). `--write` puts the table into
+docs/results/benchmarks.md. `--limit 100` takes about twenty minutes on two idle cores, `--limit 16` four.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import datasets
@@ -101,17 +102,27 @@ def measured(lm: Any, name: str, given: argparse.Namespace) -> tuple[dict[str, A
     return entry, found, timed.seconds
 
 
-def farthest(one: Any, other: Any, name: str) -> tuple[float, int]:
-    """The largest difference of a log-likelihood, and on how many items the scores differ."""
-    apart, different = 0.0, 0
-    for first, second in zip(one["samples"][name], other["samples"][name], strict=True):
-        pairs = zip(first["filtered_resps"], second["filtered_resps"], strict=True)
-        apart = max([apart, *(abs(a[0] - b[0]) for a, b in pairs)])
-        different += any(first[metric] != second[metric] for metric in first["metrics"])
-    return apart, different
+def differences(one: Any, other: Any, name: str) -> list[float]:
+    """How far apart the log-likelihoods of all answers are, in nats."""
+    return [
+        abs(mine[0] - yours[0])
+        for first, second in zip(one["samples"][name], other["samples"][name], strict=True)
+        for mine, yours in zip(first["filtered_resps"], second["filtered_resps"], strict=True)
+    ]
 
 
-def rows_of(name: str, dtype: str, given: argparse.Namespace) -> list[str]:
+def items_apart(one: Any, other: Any, name: str) -> int:
+    """On how many items some score differs."""
+    pairs = zip(one["samples"][name], other["samples"][name], strict=True)
+    return sum(any(first[metric] != second[metric] for metric in first["metrics"]) for first, second in pairs)
+
+
+def row_of(name: str, dtype: str, given: argparse.Namespace, exact: dict[str, Any]) -> list[str]:
+    """A row of the table.
+
+    Args:
+        exact: by task what `hf` answers in fp32, kept for the rows of narrower dtypes.
+    """
     speaker = load_speaker(given.model, dtype=dtype)
     read = Read()
     with read.by_trees():
@@ -125,7 +136,9 @@ def rows_of(name: str, dtype: str, given: argparse.Namespace) -> list[str]:
     best = min(asked, key=lambda size: asked[size][2])
     theirs, found, taken = asked[best]
     default = asked[given.batch_sizes[0]][2]
-    apart, different = farthest(found, own, name)
+    if dtype == "fp32":
+        exact[name] = found
+    rounded = [f"{mean(differences(exact[name], one, name)):.1e}" if name in exact else "" for one in (found, own)]
     return [
         name,
         str(ours["shots"]),
@@ -133,8 +146,9 @@ def rows_of(name: str, dtype: str, given: argparse.Namespace) -> list[str]:
         str(ours["n"]),
         f"{theirs['metric']} {theirs['value']:.4f}",
         f"{ours['metric']} {ours['value']:.4f}",
-        str(different),
-        f"{apart:.1e}",
+        str(items_apart(found, own, name)),
+        f"{max(differences(found, own, name)):.1e}",
+        *rounded,
         f"{default:.1f}",
         f"{taken:.1f} (batch {best})",
         f"{seconds:.1f}",
@@ -158,13 +172,15 @@ def main() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     names = ["task", "shots", "dtype", "items", "hf", "ours", "items that differ", "largest difference in nats"]
+    names += ["hf from fp32, mean nats", "ours from fp32, mean nats"]
     names += [f"hf seconds, batch {given.batch_sizes[0]}", "hf seconds, best batch", "ours seconds"]
     names += [f"ratio to batch {given.batch_sizes[0]}", "ratio to best batch"]
     names += ["ratio of tokens read, best batch"]
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    exact = dict[str, Any]()
     for name in given.tasks:
         for dtype in given.dtypes:
-            lines.append(f"| {' | '.join(rows_of(name, dtype, given))} |")
+            lines.append(f"| {' | '.join(row_of(name, dtype, given, exact))} |")
             print(lines[-1], flush=True)
     print("\n".join(lines))
     if given.write:

@@ -91,6 +91,9 @@ class FactsSpec(Spec):
         return [_places(template, ("question",), ("question",)) for template in paraphrases]
 
 
+Facts = Annotated[FactsSpec, BeforeValidator(_from_path, json_schema_input_type=FactsSpec | str)]
+
+
 class LadderSpec(Spec):
     """What is measured on the same held-out rows, from the cheapest way to the dearest."""
 
@@ -146,7 +149,7 @@ class LadderSpec(Spec):
     """Rows that are asked one at a time to measure how long an answer takes."""
     prices: str | None = None
     """A file of prices, like the one that `tunesmith advise --cost` documents."""
-    facts: Annotated[FactsSpec | None, BeforeValidator(_from_path)] = None
+    facts: Facts | None = None
     """A file of facts to probe, or `{data, paraphrases, questions}`."""
     output: str = "runs/{name}-ladder"
     """Directory of answers, runs and page. `{name}` becomes the recipe's file name."""
@@ -185,8 +188,11 @@ class LadderSpec(Spec):
         return shots or tuned or self.runs("rag-dense") or self.runs("rag-hybrid") or self.facts is not None
 
 
-class _Section(Spec):
+class LadderSection(Spec):
+    """What a recipe with a ladder has beside its own keys."""
+
     ladder: LadderSpec = LadderSpec()
+    """What `tunesmith advise --measure` asks, and how; other verbs pass it over."""
 
 
 def read_ladder(path: Path, given: Mapping[str, Any]) -> tuple[LadderSpec, Recipe]:
@@ -214,9 +220,9 @@ def read_ladder(path: Path, given: Mapping[str, Any]) -> tuple[LadderSpec, Recip
         )
     recipe = check_recipe(values, str(path), lines)
     try:
-        asked = _Section.model_validate({LADDER: {**section, **given}})
+        asked = LadderSection.model_validate({LADDER: {**section, **given}})
     except ValidationError as error:
-        raise explained(error, str(path), lines, _Section) from None
+        raise explained(error, str(path), lines, LadderSection) from None
     refuse_odd_numbers({LADDER: {**section, **given}}, asked, "", _refuse_at(str(path), lines))
     spec = asked.ladder
     _refuse_contradictions(spec, str(path), lines)

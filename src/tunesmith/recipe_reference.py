@@ -18,6 +18,7 @@ from tunesmith.objectives import Objective
 from tunesmith.objectives.policy import RolloutServer
 from tunesmith.objectives.rewards import Reward
 from tunesmith.recipe import EarlyStopping, EvaluateSpec, GroupSpec, MemorisationSpec, ModelSpec, Recipe, TrainSpec
+from tunesmith.recipe_ladder import FactsSpec, LadderSection, LadderSpec
 from tunesmith.recipe_limits import BudgetSpec
 
 METHODS: tuple[type[BaseModel], ...] = typing.get_args(typing.get_args(Method)[0])
@@ -41,6 +42,8 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("evaluate.metrics[] (a function of yours)", PythonMetric),
     ("evaluate.metrics[] (SQL)", SqlMetric),
     ("budget", BudgetSpec),
+    ("ladder", LadderSpec),
+    ("ladder.facts", FactsSpec),
 )
 HEAD = """# Recipe reference
 
@@ -55,11 +58,12 @@ STAGES = (
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of recipes, of one job or with stages, whose own keys are those of a recipe."""
-    schema = Recipe.model_json_schema()
+    """The JSON schema of recipes, of one job or with stages, whose own keys are those of a recipe; and of a ladder."""
+    schema, ladder = Recipe.model_json_schema(), LadderSection.model_json_schema()
+    schema["$defs"] = {**ladder["$defs"], **schema["$defs"]}
     stages = {"type": "object", "additionalProperties": {"type": ["object", "null"]}, "description": STAGES}
     needed = schema.pop("required")
-    schema["properties"] = {**schema["properties"], "stages": stages}
+    schema["properties"] = {**schema["properties"], **ladder["properties"], "stages": stages}
     return {**schema, "anyOf": [{"required": needed}, {"required": ["stages"]}]}
 
 
@@ -71,6 +75,7 @@ def recipe_reference() -> str:
         parts.append("| key | values | default | meaning |\n|---|---|---|---|")
         parts += [_line(key, field) for key, field in model.model_fields.items()]
         if model is Recipe:
+            parts += [_line(key, field) for key, field in LadderSection.model_fields.items()]
             parts.append(f"| `stages` | mapping of names to recipes | none | {STAGES} |")
         parts.append("")
     return "\n".join(parts)
@@ -87,7 +92,7 @@ def _line(key: str, field: FieldInfo) -> str:
     else:
         default = f"`{_plain(field.default)}`"
     meaning = re.sub(r"\s+", " ", field.description or "")
-    return f"| `{key}` | {values} | {default} | {meaning} |".replace("\\n", "\\\\n")
+    return f"| `{key}` | {values} | {default} | {meaning} |"
 
 
 def _values(annotation: Any, metadata: list[Any] | None = None) -> str:
@@ -126,4 +131,4 @@ def _plain(value: Any) -> str:
         return "none"
     if isinstance(value, bool):
         return "true" if value else "false"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value).replace("\n", "\\n")

@@ -18,7 +18,6 @@ from tunesmith.cli.runs_verbs import runs_app
 from tunesmith.cli.vote_verb import vote
 
 app = typer.Typer(
-    help="Adapt a language model to a task, and prove that it is better.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,6 +29,23 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(runs_app, name="runs")
 app.command()(as_command(AdviseOptions, advise))
 app.command()(vote)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from tunesmith import __version__
+
+        typer.echo(f"tunesmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Adapt a language model to a task, and prove that it is better."""
 
 
 @app.command()

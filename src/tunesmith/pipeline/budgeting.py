@@ -126,12 +126,9 @@ def _here(planned: Planned, model: nn.Module, given: Given, budget: BudgetSpec) 
     tried = list[Choice]()
     for candidate, given_up, settings in _candidates(planned, memory):
         try:
-            plans = [_resolved(candidate, planned, model, given, memory)]
-            if plans[0].memory.peak_bytes > memory:  # small micro-batches have more sizes, whose kernels take memory
-                plans.append(_resolved(candidate, planned, model, given, math.inf))
+            plan = _resolved(candidate, planned, model, given, memory)
         except InputError:
             continue
-        plan = min(plans, key=lambda plan: plan.memory.peak_bytes)
         choice = _choice(plan, given_up, settings, planned.hardware.name)
         tried.append(choice)
         if choice.memory_bytes > memory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -158,38 +159,33 @@ def _streamed(
     return micro_batch, True, memory(tokens), tokens
 
 
-def _fit(recipe: Recipe, adapted: nn.Module, shape: Shape, fit: Fit, decided: Decisions) -> tuple[int, bool, Any]:
-    """Micro-batch and checkpointing: the fullest micro-batch that fits, recomputing only when it must."""
-    budget = min(USABLE_MEMORY * fit.hardware.memory_bytes, recipe.budget.memory_bytes or math.inf)
-    average = fit.average
-    most = max(1, recipe.train.batch_size // fit.hardware.processes)
+def _fit(recipe: Recipe, adapted: nn.Module, shape: Shape, fit: Fit, decided: Decisions) -> tuple[int, bool, Memory]:
+    """Micro-batch and checkpointing: the fullest micro-batch that fits, recomputing only where none fits without.
 
+    Where nothing fits, what needs least: not always the smallest micro-batch, for its more sizes have more kernels.
+    """
+    budget = min(USABLE_MEMORY * fit.hardware.memory_bytes, recipe.budget.memory_bytes or math.inf)
     model = counted(adapted, shape, recipe, fit.dtype, fit.frozen_dtype)
 
-    def memory(rows: int, checkpointing: bool) -> Any:
+    @cache
+    def memory(rows: int, checkpointing: bool) -> Memory:
         return predict_memory(model, recipe, fit.load(recipe, rows, checkpointing))
 
-    asked_checkpointing = recipe.train.gradient_checkpointing
-    checkpointing = (
-        memory(1 if recipe.train.micro_batch == "auto" else recipe.train.micro_batch, False).peak_bytes > budget
-        if asked_checkpointing == "auto"
-        else bool(asked_checkpointing)
-    )
+    asked_rows, asked_checkpointing = recipe.train.micro_batch, recipe.train.gradient_checkpointing
+    sizes = _micro_batches(recipe, fit) if asked_rows == "auto" else [asked_rows]
+    ways = [False, True] if asked_checkpointing == "auto" else [bool(asked_checkpointing)]
+    choices = [(rows, checkpointing) for checkpointing in ways for rows in sizes]
+    fitting = next((choice for choice in choices if memory(*choice).peak_bytes <= budget), None)
+    rows, checkpointing = fitting or min(choices, key=lambda choice: memory(*choice).peak_bytes)
+    without = "it fits without" if fitting else "it does not fit with it either"
     decided.settle(
         "train.gradient_checkpointing",
         asked_checkpointing,
         checkpointing,
-        "it does not fit without" if checkpointing else "it fits without",
+        "it does not fit without" if checkpointing else without,
     )
-    rows = 1
-    if recipe.train.micro_batch == "auto":
-        cap = TOKENS_AT_ONCE.get(fit.hardware.device.type, 2048)
-        while rows * 2 <= most and rows * 2 * average <= cap and memory(rows * 2, checkpointing).peak_bytes <= budget:
-            rows *= 2
-        if rows * 2 > most >= rows and most * average <= cap and memory(most, checkpointing).peak_bytes <= budget:
-            rows = most
     micro_batch = decided.settle(
-        "train.micro_batch", recipe.train.micro_batch, rows, f"about {rows * average} tokens at a time, within memory"
+        "train.micro_batch", asked_rows, rows, f"about {rows * fit.average} tokens at a time, within memory"
     )
     predicted = memory(micro_batch, checkpointing)
     if predicted.peak_bytes > budget:
@@ -198,3 +194,11 @@ def _fit(recipe: Recipe, adapted: nn.Module, shape: Shape, fit: Fit, decided: De
             f"{fit.hardware.memory_bytes / 2**30:.1f} GiB"
         )
     return micro_batch, checkpointing, predicted
+
+
+def _micro_batches(recipe: Recipe, fit: Fit) -> list[int]:
+    """Rows at a time that are worth trying, the most first: powers of two, and the whole batch."""
+    most = max(1, recipe.train.batch_size // fit.hardware.processes)
+    worth = max(1, min(most, TOKENS_AT_ONCE.get(fit.hardware.device.type, 2048) // fit.average))
+    powers = [1 << exponent for exponent in range(worth.bit_length())]
+    return sorted({*powers, *([most] if worth == most else [])}, reverse=True)

@@ -6,6 +6,7 @@ completions with token ids as the prompt and its own parameters `stop_token_ids`
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -193,11 +194,11 @@ class ServedAnswers:
 
     def _post(self, route: str, body: dict[str, Any] | None) -> tuple[int, str]:
         """Status and text of the answer; a GET without a body."""
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(API_KEY):
-            headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.spec.server.rstrip("/") + route, data=data, headers=headers)
+        address, headers = self.spec.server.rstrip("/") + route, {"Content-Type": "application/json"}
+        request = urllib.request.Request(address, data=data, headers=headers)
+        if key := os.environ.get(API_KEY):
+            request.add_unredirected_header("Authorization", f"Bearer {key}")  # to no other host
         try:
             with urllib.request.urlopen(request, timeout=self.spec.timeout) as answer:
                 return int(answer.status), answer.read().decode("utf-8", "replace")
@@ -205,7 +206,7 @@ class ServedAnswers:
             return error.code, _message(error.read().decode("utf-8", "replace"))
         except TimeoutError as error:
             raise self._late(route) from error
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             if isinstance(getattr(error, "reason", None), TimeoutError):
                 raise self._late(route) from error
             raise TunesmithError(
