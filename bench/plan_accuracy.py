@@ -68,7 +68,7 @@ def recipe_of(name: str, place: Path, steps: int) -> dict[str, Any]:
         "method": {"kind": "lora"},
         "train": {"steps": steps, "batch_size": 8, "evaluate_every": "off", "checkpoint_every": steps},
         "evaluate": {"rows": 32, "metrics": ["perplexity"], "forgetting": "off"},
-        "output": str(place / "runs" / _short(name)),
+        "output": str(place / "runs" / short_name(name)),
     }
     for key, value in JOBS[name].items():
         whole = isinstance(value, dict) and key != "method"
@@ -80,7 +80,7 @@ def recipe_of(name: str, place: Path, steps: int) -> dict[str, Any]:
     return recipe
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     return "-".join(name.replace(",", "").split())
 
 
@@ -127,9 +127,9 @@ def planned(path: Path) -> dict[str, Any]:
 
 def measured(name: str, place: Path, steps: int) -> dict[str, Any]:
     """Plans and does a job, each in a process of its own."""
-    path = place / f"{_short(name)}.yaml"
+    path = place / f"{short_name(name)}.yaml"
     path.write_text(yaml.safe_dump(recipe_of(name, place, steps)), encoding="utf-8")
-    plan, output = planned(path), place / "runs" / _short(name)
+    plan, output = planned(path), place / "runs" / short_name(name)
     if output.is_dir():
         shutil.rmtree(output)
     command = [sys.executable, "-m", "tunesmith", "train", str(path)]
@@ -242,15 +242,15 @@ def main() -> None:
     place.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     make_inputs(place)
-    wanted = [name for name in JOBS if not asked.only or _short(name) in asked.only.split(",")]
+    wanted = [name for name in JOBS if not asked.only or short_name(name) in asked.only.split(",")]
     found = {name: list[dict[str, Any]]() for name in wanted}
     for round_ in range(1, asked.repeat + 1):
         for name in wanted:
-            kept = place / f"{_short(name)}-{round_}.json"
+            kept = place / f"{short_name(name)}-{round_}.json"
             if not kept.is_file():
                 kept.write_text(json.dumps(measured(name, place, asked.steps)), encoding="utf-8")
             elif asked.plans:
-                again = planned(place / f"{_short(name)}.yaml")
+                again = planned(place / f"{short_name(name)}.yaml")
                 kept.write_text(json.dumps({**json.loads(kept.read_text(encoding="utf-8")), **again}), encoding="utf-8")
             found[name].append(json.loads(kept.read_text(encoding="utf-8")))
             print(found[name][-1], flush=True)

@@ -14,6 +14,7 @@ import yaml
 
 from command_line import SOURCE, tunesmith
 from conftest import colour_rows, write_jsonl
+from tunesmith import __version__
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +223,11 @@ def test_the_schema_describes_every_field() -> None:
         if "description" not in value and "$ref" not in value
     ]
     assert not bare, bare
+    assert {"LadderSpec", "FactsSpec"} <= set(schema["$defs"]) and {"ladder", "stages"} <= set(schema["properties"])
+
+
+def test_the_version_is_told() -> None:
+    assert tunesmith("--version").stdout == f"tunesmith {__version__}\n"
 
 
 def test_recipe_import_says_key_by_key(tmp_path: Path) -> None:

@@ -19,12 +19,14 @@ from tunesmith.pipeline.calibration import calibrated, copy_of
 from tunesmith.pipeline.dry_step import dry_step
 from tunesmith.pipeline.estimating import estimate_job
 from tunesmith.pipeline.planning import plan_job
+from tunesmith.plan import fit
 from tunesmith.plan.duration import CALIBRATED
 from tunesmith.plan.machines import read_machines
 from tunesmith.plan.table import Table
 from tunesmith.recipe import Recipe
 from tunesmith.recipe_file import check_recipe
 from tunesmith.recipe_limits import BudgetSpec
+from tunesmith.resolved import Memory
 
 LLAMA3_8B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
@@ -106,6 +108,32 @@ def test_a_budget_that_the_plan_itself_keeps_is_kept(place: Path) -> None:
     budget = BudgetSpec(memory=plan.memory.peak_bytes + 10_000)
     choice = within_budget(asked, budget, read_machines())
     assert choice.plan is not None and choice.memory_bytes <= plan.memory.peak_bytes + 10_000
+
+
+TOO_MUCH = 10**16
+FITTING: dict[str, tuple[dict[tuple[int, bool], int], tuple[int, bool]]] = {
+    "the whole batch": ({}, (4, False)),
+    "more kernels for smaller ones": ({(1, False): TOO_MUCH, (2, False): TOO_MUCH}, (4, False)),
+    "one row": ({(4, False): TOO_MUCH, (2, False): TOO_MUCH}, (1, False)),
+    "only recomputed": ({(rows, False): TOO_MUCH for rows in (1, 2, 4)} | {(4, True): TOO_MUCH}, (2, True)),
+    "nothing": (
+        {(rows, again): TOO_MUCH * rows for rows in (1, 2, 4) for again in (False, True)} | {(2, True): TOO_MUCH // 2},
+        (2, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_the_fullest_micro_batch_that_fits(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks, chosen = FITTING[name]
+    nothing = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "runtime"), 0)
+    monkeypatch.setattr(fit.Fit, "load", lambda self, recipe, rows, again: (rows, again))
+    monkeypatch.setattr(
+        fit, "predict_memory", lambda model, recipe, load: Memory(**nothing, peak_bytes=peaks.get(load, 1))
+    )
+    plan = plan_job(recipe(place, method="lora")).plan
+    assert (plan.micro_batch, plan.gradient_checkpointing) == chosen
+    assert any("the job is expected to need" in note for note in plan.notes) == (name == "nothing")
 
 
 def test_tied_weights_are_counted_once_by_budgets_and_tables(tmp_path: Path) -> None:

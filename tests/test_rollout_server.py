@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -116,6 +118,35 @@ def test_a_server_that_is_away_or_late_is_told(places: dict[str, Path], tmp_path
         pytest.raises(TunesmithError, match=r"has not answered /v1/load_lora_adapter within 0.1 s"),
     ):
         drawn(served(places, tmp_path, vllm.url, timeout=0.1))
+
+
+def test_a_key_goes_to_no_other_host(places: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[tuple[str, str | None]]()
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append((self.path, self.headers["Authorization"]))
+            if self.path == "/v1/models":
+                self.send_response(302)
+                self.send_header("Location", "/other")
+                self.end_headers()
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    server = HTTPServer(("127.0.0.1", 0), Elsewhere)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(InputError, match="no OpenAI-compatible server"):
+            served(places, tmp_path, f"http://127.0.0.1:{server.server_port}").check()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert seen == [("/v1/models", "Bearer secret"), ("/other", None)]
 
 
 def test_an_older_server_and_another_base(places: dict[str, Path], tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
     if needed > min(job, MOST_MEMORY * planned.hardware.memory_bytes):
         raise InputError(f"copies with {sum(BLOCKS)} of them would take {needed / 2**30:.1f} GiB")
     layout, device = "packed" if plan.packing else "padded", planned.hardware.device
-    usual, other = _usual_groups(planned, plan)
+    usual, other = usual_groups(planned, plan)
     learned = [pack(rows, layout).to(device) for rows in usual]
     rows = [row for group in usual for row in group]
     read = pack(rows * -(-AT_ONCE // sum(map(len, rows))), layout).to(device)
@@ -114,14 +114,14 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
     share = SECONDS / 2
 
     def spanned(runs: Sequence[Callable[[], Any]], most: float) -> Span:
-        return _span(*timed.in_turn(runs, most))
+        return span(*timed.in_turn(runs, most))
 
     for one in copies:
         one.model.train()
     learning = spanned([one.learn for one in copies], 0.9 * share)
     further = pack(other, layout).to(device) if other else None
     fresh = 0.0 if further is None else timed.first(partial(copies[0].learn, [further]))
-    starting = _span(*([timed.once(one.update)] for one in copies))
+    starting = span(*([timed.once(one.update)] for one in copies))
     updating = spanned([one.update for one in copies], 0.1 * share)
     for one in copies:
         one.optimizer.zero_grad(set_to_none=True)
@@ -155,7 +155,7 @@ def _writing(copies: Sequence[Shortened], clock: _Clock, most: float) -> Span | 
         [(long - start) / WRITTEN for start, long in zip(*pair, strict=True)]
         for pair in ((short, longer), (more_short, more_longer))
     )
-    return _span(few, more)
+    return span(few, more)
 
 
 @dataclass(frozen=True)
@@ -190,14 +190,14 @@ class _Clock:
         return max(0.0, self.once(run) - self.once(run))
 
 
-def _span(few: Sequence[float], more: Sequence[float]) -> Span:
+def span(few: Sequence[float], more: Sequence[float]) -> Span:
     """What a block takes and what the rest, from seconds of copies with few and with more blocks that took turns."""
     gaps = [longer - shorter for shorter, longer in zip(few, more, strict=True)]
     block = max(0.0, median(gaps) / (BLOCKS[1] - BLOCKS[0]))
     return Span(block, max(0.0, median(few) - BLOCKS[0] * block))
 
 
-def _usual_groups(planned: Planned, plan: Plan) -> tuple[list[list[Example]], list[Example]]:
+def usual_groups(planned: Planned, plan: Plan) -> tuple[list[list[Example]], list[Example]]:
     """Rows of micro-batches of the job, from small to large and with about `AT_ONCE` tokens, or a usual one; and of
     one whose number of tokens is another, or none."""
     prepared = planned.prepared
