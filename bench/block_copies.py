@@ -1,12 +1,12 @@
 """How well copies with one and with three blocks tell what a step of the whole model takes: both timed in turn.
 
-    python bench/block_copies.py [--turns 5] [--only NAME,NAME] [--work DIRECTORY] [--write]
+    python bench/block_copies.py [--turns 3] [--only NAME,NAME] [--work DIRECTORY] [--write]
 
 `bench/plan_accuracy.py` compares a plan with the job that follows it. On a machine whose speed changes from minute to
-minute that difference is the plan's error and the machine's change together. Here copies as `plan --calibrate` times
-them, and a copy with all blocks, pass forwards and backwards over the same micro-batches of the same jobs, within
-seconds of each other: what is left is the error of the copies. `--write` puts the table into
-docs/results/block-copies.md. About ten minutes on two idle cores.
+minute that difference is the plan's error and the machine's change together. Here copies are timed as `plan
+--calibrate` times them, and right before and after that a copy with all blocks over the same micro-batches of the same
+jobs: what is left is the error of the copies. `--write` puts the table into docs/results/block-copies.md. About ten
+minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -14,35 +14,22 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-import yaml
 
 from plan_accuracy import JOBS, make_inputs, recipe_of, short_name
 from tunesmith.batch import pack
-from tunesmith.pipeline.calibration import BLOCKS, span, usual_groups
+from tunesmith.pipeline.calibration import BLOCKS, LEARNING, Stopwatch, span, usual_groups
 from tunesmith.pipeline.planning import plan_job
 from tunesmith.pipeline.shortened import Shortened
 from tunesmith.recipe_file import check_recipe
 
 OUT = Path("docs/results/block-copies.md")
-PAIRS = 3
-"""Turns of the copies before and after a pass of the whole model."""
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 def compared(name: str, place: Path, turns: int) -> list[tuple[float, float]]:
     """Of each turn: seconds that copies tell, and seconds of the whole model."""
-    values = recipe_of(name, place, steps=8)
-    planned = plan_job(check_recipe(yaml.safe_load(yaml.safe_dump(values)), name))
+    planned = plan_job(check_recipe(recipe_of(name, place, steps=8), name))
     layout = "packed" if planned.plan.packing else "padded"
     groups, _ = usual_groups(planned, planned.plan)
     learned = [pack(rows, layout).to(planned.hardware.device) for rows in groups]
@@ -52,18 +39,11 @@ def compared(name: str, place: Path, turns: int) -> list[tuple[float, float]]:
         one.model.train()
         one.learn()
         one.learn()  # memory is new to the process at first
-    found = list[tuple[float, float]]()
+    watch, found = Stopwatch(time.perf_counter, planned), list[tuple[float, float]]()
     for _ in range(turns):
-        taken: dict[int, list[float]] = {0: [], 1: []}
-        steps = list[float]()
-        for _ in range(2):
-            few.learn()  # after the whole model nothing of a copy is in the processor's cache; a plan has only copies
-            more.learn()
-            for _ in range(PAIRS):
-                taken[0].append(seconds(few.learn))
-                taken[1].append(seconds(more.learn))
-            steps.append(seconds(whole.learn))
-        found.append((span(taken[0], taken[1]).of(layers), sum(steps) / len(steps)))
+        before = watch.once(whole.learn)
+        told = span(*watch.in_turn([few.learn, more.learn], LEARNING)).of(layers)
+        found.append((told, (before + watch.once(whole.learn)) / 2))
     return found
 
 
@@ -88,7 +68,7 @@ def page(found: dict[str, list[tuple[float, float]]], command: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--only", help="names of jobs, with commas between them", default="")
     parser.add_argument("--work", type=Path, default=Path("runs/plan-accuracy"))
     parser.add_argument("--write", action="store_true")

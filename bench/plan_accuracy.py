@@ -1,6 +1,6 @@
 """What `tunesmith plan` predicts beside what a job then needs: peak memory and time, each job in a fresh process.
 
-    python bench/plan_accuracy.py --repeat 3 [--write docs/results/plan-accuracy.md] [--only NAME] [--work DIRECTORY]
+    python bench/plan_accuracy.py --repeat 5 [--write docs/results/plan-accuracy.md] [--only NAME] [--work DIRECTORY]
 
 Fifteen jobs: full, LoRA and QLoRA, with and without checkpointing, short and long rows, one to sixteen rows at a time,
 fp32 and bf16, and a random Llama of 60 M parameters that no constant was fitted on. The plan is made by `tunesmith
@@ -254,7 +254,8 @@ def main() -> None:
                 kept.write_text(json.dumps({**json.loads(kept.read_text(encoding="utf-8")), **again}), encoding="utf-8")
             found[name].append(json.loads(kept.read_text(encoding="utf-8")))
             print(found[name][-1], flush=True)
-    text = page(found, asked.steps, f"python bench/plan_accuracy.py --repeat {asked.repeat}")
+    only = f" --only {asked.only}" if asked.only else ""
+    text = page(found, asked.steps, f"python bench/plan_accuracy.py --repeat {asked.repeat}{only}")
     print(text)
     if asked.write:
         asked.write.write_text(text, encoding="utf-8")

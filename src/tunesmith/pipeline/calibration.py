@@ -38,6 +38,8 @@ from tunesmith.train.batches import StepBatches
 BLOCKS = (1, 3)
 SECONDS = 4.0
 """What the whole measurement should take."""
+LEARNING = 0.45 * SECONDS
+"""What of it passes forwards and backwards should take."""
 WORTH_TIMING = 60.0
 """Seconds that a job must seem to take before its own blocks are timed without being asked."""
 MOST_MEMORY = 0.25
@@ -109,7 +111,7 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
     learned = [pack(rows, layout).to(device) for rows in usual]
     rows = [row for group in usual for row in group]
     read = pack(rows * -(-AT_ONCE // sum(map(len, rows))), layout).to(device)
-    timed = _Clock(clock, planned)
+    timed = Stopwatch(clock, planned)
     copies = [Shortened(planned, blocks, learned) for blocks in BLOCKS]
     share = SECONDS / 2
 
@@ -118,7 +120,7 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
 
     for one in copies:
         one.model.train()
-    learning = spanned([one.learn for one in copies], 0.9 * share)
+    learning = spanned([one.learn for one in copies], LEARNING)
     further = pack(other, layout).to(device) if other else None
     fresh = 0.0 if further is None else timed.first(partial(copies[0].learn, [further]))
     starting = span(*([timed.once(one.update)] for one in copies))
@@ -142,7 +144,7 @@ def _pace(planned: Planned, shape: Shape, clock: Clock) -> Pace:
     )
 
 
-def _writing(copies: Sequence[Shortened], clock: _Clock, most: float) -> Span | None:
+def _writing(copies: Sequence[Shortened], clock: Stopwatch, most: float) -> Span | None:
     """Seconds of one pass that adds a token to each answer of a batch; None where nothing is answered."""
     if not copies[0].rows_answered:
         return None
@@ -159,7 +161,9 @@ def _writing(copies: Sequence[Shortened], clock: _Clock, most: float) -> Span | 
 
 
 @dataclass(frozen=True)
-class _Clock:
+class Stopwatch:
+    """Seconds of what a job's device does, when it is done with it."""
+
     clock: Clock
     planned: Planned
 
@@ -237,7 +241,7 @@ def _timed_bytes(plan: Plan) -> int:
     return int(min(max(_checkpoint_bytes(plan) / 3, SAVED), MOST_SAVED))
 
 
-def _saving(output: Path, size: int, clock: _Clock) -> float:
+def _saving(output: Path, size: int, clock: Stopwatch) -> float:
     """Seconds in which a byte of a checkpoint is copied, written, synced and hashed where the run will be."""
     beside = next(path for path in output.absolute().parents if path.is_dir())
     tensor = torch.zeros(size // 4)
@@ -249,7 +253,7 @@ def _saving(output: Path, size: int, clock: _Clock) -> float:
         return (clock() - started) / size
 
 
-def _unpacking(planned: Planned, shape: Shape, clock: _Clock) -> float:
+def _unpacking(planned: Planned, shape: Shape, clock: Stopwatch) -> float:
     """Seconds that a micro-batch takes to make frozen weights out of 4 bits: for every product with them."""
     spec, plan = planned.recipe.model, planned.plan
     held = settled_quantization(spec.quantization, planned.config, spec.path)
